@@ -1,0 +1,7 @@
+// The Python module fusechat._native: one sub-binding per room of csrc/.
+#include "bindings.hpp"
+
+PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
+    m.doc() = "fusechat's compiled engine";
+    fusechat::bind_align(m);
+}

@@ -1,0 +1,49 @@
+// Threads for loops over independent items. No OpenMP: a forked child (a DataLoader worker) that re-enters GNU OpenMP
+// hangs, and threads that are started and joined here leave nothing behind for fork to break.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <exception>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace fusechat {
+
+// Calls body(begin, end) for consecutive ranges that cover [0, n), at most `grain` items each, on `threads` threads.
+// The first exception thrown by a body is rethrown here after all threads have stopped.
+template <class Body>
+void parallel_for(std::int64_t n, std::int64_t grain, int threads, Body &&body) {
+    if (n <= 0) return;
+    grain = std::max<std::int64_t>(grain, 1);
+    const std::int64_t ranges = (n + grain - 1) / grain;
+    const int workers = static_cast<int>(std::min<std::int64_t>(std::max(threads, 1), ranges));
+    if (workers == 1) {
+        for (std::int64_t begin = 0; begin < n; begin += grain) body(begin, std::min(begin + grain, n));
+        return;
+    }
+    std::atomic<std::int64_t> next{0};
+    std::exception_ptr failure;
+    std::mutex failure_lock;
+    auto work = [&] {
+        try {
+            for (std::int64_t r = next++; r < ranges; r = next++) {
+                body(r * grain, std::min((r + 1) * grain, n));
+            }
+        } catch (...) {
+            next = ranges;
+            const std::lock_guard<std::mutex> hold(failure_lock);
+            if (!failure) failure = std::current_exception();
+        }
+    };
+    std::vector<std::thread> pool;
+    pool.reserve(workers - 1);
+    for (int i = 1; i < workers; ++i) pool.emplace_back(work);
+    work();
+    for (auto &thread : pool) thread.join();
+    if (failure) std::rethrow_exception(failure);
+}
+
+}  // namespace fusechat

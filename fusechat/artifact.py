@@ -1,0 +1,205 @@
+"""Artefacts on disk: hashes, manifests, and writes that are either whole or absent.
+
+A directory artefact is written shard by shard. While it grows, `request.json` says what it is being made from and
+every finished shard has a `.json` note with its checksum beside it; `manifest.json` appears last, atomically, and means
+that the artefact is complete. A stage that was killed finds the request, keeps the shards whose checksum holds, and
+goes on at the first missing one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fusechat.errors import FormatError, FusechatError, MismatchError
+
+MANIFEST = "manifest.json"
+REQUEST = "request.json"
+PARTIAL_SUFFIX = ".partial"
+
+Json = dict[str, Any]
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Return the hexadecimal SHA-256 of `data`."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Return the SHA-256 of a JSON value in canonical form (sorted keys, no spaces)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return sha256_bytes(text.encode())
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path` to write to; rename it into place only if the block succeeds.
+
+    Raises FusechatError with the mend when the disk is full or the place cannot be written.
+    """
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    try:
+        yield partial
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise FusechatError(f"cannot write {path}: {error.strerror or error}; free space or choose another place") from error
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically, indented, keys in the order given."""
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; raises FormatError naming the file and the line."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FormatError(f"{path} does not exist") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise FormatError(f"{path} is not valid JSON: {error}") from error
+
+
+def read_manifest(directory: Path, expected_format: str) -> Json:
+    """Return the manifest of a complete artefact.
+
+    Raises FormatError when the directory is missing, incomplete, of another kind, or of a newer format version.
+    """
+    if not directory.is_dir():
+        raise FormatError(f"{directory} does not exist: run the stage that makes it first")
+    if not (directory / MANIFEST).exists():
+        raise FormatError(f"{directory} is not a complete artefact (no {MANIFEST}): run its stage again, it resumes")
+    manifest = read_json(directory / MANIFEST)
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != expected_format:
+        raise FormatError(f"{directory} is a {found or 'foreign'} artefact, expected {expected_format}")
+    if manifest.get("version") != 1:
+        raise FormatError(f"{directory} has format version {manifest.get('version')}, this fusechat reads version 1")
+    return manifest
+
+
+def differences(ours: Json, theirs: Json) -> list[str]:
+    """Name every key whose values differ between two requests, with both values, shortened."""
+
+    def short(value: Any) -> str:
+        text = json.dumps(value, ensure_ascii=False)
+        return text if len(text) <= 40 else text[:16] + "…" + text[-16:]
+
+    keys = sorted(ours.keys() | theirs.keys())
+    return [f"{k}: {short(theirs.get(k))} there, {short(ours.get(k))} here" for k in keys if ours.get(k) != theirs.get(k)]
+
+
+class ShardedWriter:
+    """Writes a directory artefact shard by shard so that an interrupted run can resume.
+
+    Raises MismatchError when the directory already holds, whole or in part, something made from another request.
+    """
+
+    def __init__(self, directory: Path, request: Json) -> None:
+        self.directory = directory
+        self.request = request
+        self.done: dict[str, Json] = {}
+        if directory.exists() and not directory.is_dir():
+            raise FormatError(f"{directory} exists and is not a directory")
+        if directory.is_dir() and any(directory.iterdir()):
+            self._resume()
+        else:
+            directory.mkdir(parents=True, exist_ok=True)
+            write_json(directory / REQUEST, request)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the artefact was finished before, from the same request."""
+        return (self.directory / MANIFEST).exists()
+
+    def _resume(self) -> None:
+        if self.complete:
+            found = read_json(self.directory / MANIFEST).get("request")
+        elif (self.directory / REQUEST).exists():
+            found = read_json(self.directory / REQUEST)
+        elif all(entry.name.endswith(PARTIAL_SUFFIX) for entry in self.directory.iterdir()):
+            write_json(self.directory / REQUEST, self.request)
+            return
+        else:
+            raise MismatchError(f"{self.directory} holds something that is not ours: choose another place")
+        if found != self.request:
+            what = "; ".join(differences(self.request, found or {}))
+            raise MismatchError(f"{self.directory} was made from other inputs ({what}): remove it or choose another place")
+        for note in sorted(self.directory.glob("*.safetensors.json")):
+            shard = read_json(note)
+            file = self.directory / shard["file"]
+            if file.exists() and sha256_file(file) == shard["sha256"]:
+                self.done[shard["file"]] = shard
+
+    def add(self, name: str, write: Any, **facts: Any) -> None:
+        """Write one shard through `write(path)` and note its checksum and `facts`."""
+        path = self.directory / name
+        with atomic_write(path) as partial:
+            write(partial)
+        shard = {"file": name, "size_bytes": path.stat().st_size, "sha256": sha256_file(path), **facts}
+        write_json(path.with_name(name + ".json"), shard)
+        self.done[name] = shard
+
+    def finish(self, **facts: Any) -> Json:
+        """Write the manifest, which makes the artefact complete, and return it."""
+        request = dict(self.request)
+        manifest = {
+            "format": request.pop("format"),
+            "version": request.pop("version"),
+            **request,
+            **facts,
+            "shards": [self.done[name] for name in sorted(self.done)],
+            "request": self.request,
+        }
+        write_json(self.directory / MANIFEST, manifest)
+        for note in self.directory.glob("*.safetensors.json"):
+            note.unlink()
+        with contextlib.suppress(OSError):
+            (self.directory / REQUEST).unlink()
+        return manifest
+
+
+def verify_shards(directory: Path, manifest: Json) -> None:
+    """Check every shard's size and SHA-256 against the manifest; raises FormatError naming the shard."""
+    for shard in manifest["shards"]:
+        path = directory / shard["file"]
+        if not path.exists():
+            raise FormatError(f"{path} is missing: remove {directory} and run its stage again")
+        if path.stat().st_size != shard["size_bytes"]:
+            raise FormatError(
+                f"{path} is truncated or foreign: {path.stat().st_size} bytes, the manifest says {shard['size_bytes']}; "
+                f"remove {directory} and run its stage again"
+            )
+        if sha256_file(path) != shard["sha256"]:
+            raise FormatError(f"{path} is corrupt (its SHA-256 is not the manifest's): remove {directory} and run its stage again")
+
+
+def require_free_bytes(directory: Path, needed_bytes: int) -> None:
+    """Raise FusechatError when the disk under `directory` has less than `needed_bytes` free."""
+    place = directory
+    while not place.exists():
+        place = place.parent
+    free_bytes = shutil.disk_usage(place).free
+    if free_bytes < needed_bytes:
+        raise FusechatError(f"{directory} needs {needed_bytes / 1e9:.2f} GB, {free_bytes / 1e9:.2f} GB are free: free space or choose another place")

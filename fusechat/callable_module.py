@@ -1,0 +1,19 @@
+"""Makes a stage's module callable, so that `fusechat.align(...)` and `fusechat.align.dtw(...)` both work."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+
+class CallableModule(ModuleType):
+    """A module whose call is forwarded to the function of the module's own name."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__[self.__name__.rpartition(".")[2]](*args, **kwargs)
+
+
+def make_callable(module_name: str) -> None:
+    """Turn the named, already imported module into one that can be called."""
+    sys.modules[module_name].__class__ = CallableModule

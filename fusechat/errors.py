@@ -1,0 +1,27 @@
+"""What can go wrong through no fault of the code: one clear line each, exit code 2 on the command line."""
+
+from __future__ import annotations
+
+
+class FusechatError(Exception):
+    """Base of all errors a user can mend; the message says what, where, and the mend, in one line."""
+
+
+class ConfigError(FusechatError, ValueError):
+    """A configuration or an argument is wrong."""
+
+
+class DataError(FusechatError, ValueError):
+    """A dialogue, a tokenizer or a model does not fit the work at hand."""
+
+
+class FormatError(FusechatError, ValueError):
+    """A file is corrupt, truncated or foreign."""
+
+
+class MismatchError(FusechatError):
+    """Two artefacts, or an artefact and a request, disagree about what they were made from."""
+
+
+class NativeMissingError(FusechatError, ImportError):
+    """The compiled engine was asked for and is not there."""
