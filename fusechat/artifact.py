@@ -91,17 +91,13 @@ def read_manifest(directory: Path, expected_format: str) -> Json:
     if not directory.is_dir():
         raise FormatError(f"{directory} does not exist: run the stage that makes it first")
     if not (directory / MANIFEST).exists():
-        raise FormatError(
-            f"{directory} is not a complete artefact (no {MANIFEST}): run its stage again, it resumes"
-        )
+        raise FormatError(f"{directory} is not a complete artefact (no {MANIFEST}): run its stage again, it resumes")
     manifest = read_json(directory / MANIFEST)
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != expected_format:
         raise FormatError(f"{directory} is a {found or 'foreign'} artefact, expected {expected_format}")
     if manifest.get("version") != 1:
-        raise FormatError(
-            f"{directory} has format version {manifest.get('version')}, this fusechat reads version 1"
-        )
+        raise FormatError(f"{directory} has format version {manifest.get('version')}, this fusechat reads version 1")
     return manifest
 
 
@@ -114,9 +110,7 @@ def differences(ours: Json, theirs: Json) -> list[str]:
 
     keys = sorted(ours.keys() | theirs.keys())
     return [
-        f"{k}: {short(theirs.get(k))} there, {short(ours.get(k))} here"
-        for k in keys
-        if ours.get(k) != theirs.get(k)
+        f"{k}: {short(theirs.get(k))} there, {short(ours.get(k))} here" for k in keys if ours.get(k) != theirs.get(k)
     ]
 
 
@@ -200,7 +194,7 @@ def verify_shards(directory: Path, manifest: Json) -> None:
             raise FormatError(f"{path} is missing: remove {directory} and run its stage again")
         if path.stat().st_size != shard["size_bytes"]:
             raise FormatError(
-                f"{path} is truncated or foreign: {path.stat().st_size} bytes, the manifest says {shard['size_bytes']}; "
+                f"{path} has {path.stat().st_size} bytes, the manifest says {shard['size_bytes']}: "
                 f"remove {directory} and run its stage again"
             )
         if sha256_file(path) != shard["sha256"]:
@@ -217,5 +211,6 @@ def require_free_bytes(directory: Path, needed_bytes: int) -> None:
     free_bytes = shutil.disk_usage(place).free
     if free_bytes < needed_bytes:
         raise FusechatError(
-            f"{directory} needs {needed_bytes / 1e9:.2f} GB, {free_bytes / 1e9:.2f} GB are free: free space or choose another place"
+            f"{directory} needs {needed_bytes / 1e9:.2f} GB, {free_bytes / 1e9:.2f} GB are free: "
+            "free space or choose another place"
         )

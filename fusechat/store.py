@@ -1,6 +1,6 @@
 """Stores: ragged columns over dialogues, tokens and rows, in safetensors shards with one manifest.
 
-A *row* belongs to a position t whose next token t+1 is the assistant's: it is the distribution of token t+1 given tokens 0..t.
+A *row* belongs to a position t whose next token t+1 is the assistant's: the distribution of token t+1 given 0..t.
 
     TopKStore     dialogue.index int64[n]      place in the dataset
                   token.input_ids int32[T], token.loss_mask bool[T], token.turn int32[T], token.byte_end int32[T]
@@ -8,8 +8,8 @@ A *row* belongs to a position t whose next token t+1 is the assistant's: it is t
     AlignedStore  dialogue.index, dialogue.source_nll, ... (fusechat/align)
                   row.ids, row.logprobs in the pivot's ids at the pivot's rows, row.kind uint8[R], row.gold_logprob
 
-Log-probabilities are natural and of the full softmax at temperature 1. An absent entry has id 0 and log-probability −inf.
-Beside the columns a shard holds offset.token and offset.row, int64[n+1]. Later versions may add columns.
+Log-probabilities are natural and of the full softmax at temperature 1. An absent entry has id 0 and log-probability
+−inf. Beside the columns a shard holds offset.token and offset.row, int64[n+1]. Later versions may add columns.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Block:
 
 
 def make_block(dialogues: Iterable[Mapping[str, Array]]) -> Block:
-    """Concatenate per-dialogue columns, all with the same keys, into one block; raises ValueError when there are none."""
+    """Concatenate per-dialogue columns, all with the same keys, into one block; raises ValueError for none."""
     records = list(dialogues)
     if not records:
         raise ValueError("a block needs at least one dialogue")
@@ -140,9 +140,7 @@ class _Shard:
         for key in self.keys:
             axis = key.partition(".")[0]
             begin, end = (
-                (i, i + 1)
-                if axis == "dialogue"
-                else (int(self.offsets[axis][i]), int(self.offsets[axis][i + 1]))
+                (i, i + 1) if axis == "dialogue" else (int(self.offsets[axis][i]), int(self.offsets[axis][i + 1]))
             )
             record[key] = file.get_slice(key)[begin:end]
         return record
