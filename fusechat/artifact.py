@@ -92,7 +92,7 @@ def read_manifest(directory: Path, expected_format: str) -> Json:
         raise FormatError(f"{directory} does not exist: run the stage that makes it first")
     if not (directory / MANIFEST).exists():
         raise FormatError(f"{directory} is not a complete artefact (no {MANIFEST}): run its stage again, it resumes")
-    manifest = read_json(directory / MANIFEST)
+    manifest: Json = read_json(directory / MANIFEST)
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != expected_format:
         raise FormatError(f"{directory} is a {found or 'foreign'} artefact, expected {expected_format}")

@@ -104,7 +104,7 @@ class _Shard:
     def open(self) -> Any:
         if self._file is None:
             try:
-                file = safe_open(str(self.path), framework="numpy")
+                file: Any = safe_open(str(self.path), framework="numpy")
             except (SafetensorError, OSError) as error:
                 raise FormatError(
                     f"{self.path} is truncated or not a shard: {error}; remove its store and run the stage again"
