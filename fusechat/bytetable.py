@@ -280,10 +280,11 @@ class _Walk:
         joined = self.table.concatenate(self.ids)
         widths = self.table.widths[self.ids]
         ends = np.cumsum(widths)
-        if joined == self.text:
+        roles = self.table.roles[self.ids]
+        if joined == self.text and not (roles == Role.ABSENT).any():
             return ends
         starts = ends - widths
-        controls = np.flatnonzero(self.table.roles[self.ids] != Role.TEXT)
+        controls = np.flatnonzero(roles != Role.TEXT)
         out = np.empty(len(self.ids), np.int64)
         position = 0
         for left, right in itertools.pairwise([-1, *controls.tolist(), len(self.ids)]):
@@ -299,8 +300,10 @@ class _Walk:
             out[first:right] = begin - virtual + ends[first:right] - starts[first]
             position = int(out[right - 1])
         if position != len(self.text):
-            ends_in_control = len(controls) > 0 and controls[-1] == len(self.ids) - 1
-            if not ends_in_control or self.text[position:].strip(_WHITESPACE):
+            last = self.table.token(int(self.ids[-1])) if len(self.ids) else b""
+            spelled = last and self.text[:position].endswith(last)
+            written_control = spelled and controls[-1:].tolist() == [len(self.ids) - 1]
+            if not written_control or self.text[position:].strip(_WHITESPACE):
                 self._fail(len(self.ids), position)
             out[-1] = len(self.text)
         return out
