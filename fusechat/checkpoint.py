@@ -98,7 +98,8 @@ def read_weights(directory: Path, single: str, index: str) -> dict[str, TensorEn
         load = f"t.AutoModelForCausalLM.from_pretrained('{directory}', dtype='auto')"
         raise DataError(
             f"{directory} holds pickled weights ({pickled[0]}), which execute code when read: convert them "
-            f"once where you trust them, with python -c \"import transformers as t; {load}.save_pretrained('NEW')\""
+            f"once where you trust them, with python -c \"import transformers as t; {load}"
+            ".save_pretrained('NEW_FOLDER')\""
         )
     raise DataError(f"{directory} has neither {single} nor {index}: it is not a complete model directory")
 
