@@ -11,7 +11,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _STAGES = ("align", "extract", "merge", "run", "train")
-__all__ = ["__version__", "align", "extract", "merge", "run", "train"]  # noqa: F822  (loaded on first use)
+__all__ = ["__version__", "align", "extract", "merge", "run", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -58,7 +58,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        raise FusechatError(f"cannot write {path}: {error.strerror or error}; free space or choose another place") from error
+        raise FusechatError(
+            f"cannot write {path}: {error.strerror or error}; free space or choose another place"
+        ) from error
     except BaseException:
         with contextlib.suppress(OSError):
             partial.unlink()
@@ -90,7 +92,7 @@ def read_manifest(directory: Path, expected_format: str) -> Json:
         raise FormatError(f"{directory} does not exist: run the stage that makes it first")
     if not (directory / MANIFEST).exists():
         raise FormatError(f"{directory} is not a complete artefact (no {MANIFEST}): run its stage again, it resumes")
-    manifest = read_json(directory / MANIFEST)
+    manifest: Json = read_json(directory / MANIFEST)
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != expected_format:
         raise FormatError(f"{directory} is a {found or 'foreign'} artefact, expected {expected_format}")
@@ -107,7 +109,9 @@ def differences(ours: Json, theirs: Json) -> list[str]:
         return text if len(text) <= 40 else text[:16] + "…" + text[-16:]
 
     keys = sorted(ours.keys() | theirs.keys())
-    return [f"{k}: {short(theirs.get(k))} there, {short(ours.get(k))} here" for k in keys if ours.get(k) != theirs.get(k)]
+    return [
+        f"{k}: {short(theirs.get(k))} there, {short(ours.get(k))} here" for k in keys if ours.get(k) != theirs.get(k)
+    ]
 
 
 class ShardedWriter:
@@ -145,7 +149,9 @@ class ShardedWriter:
             raise MismatchError(f"{self.directory} holds something that is not ours: choose another place")
         if found != self.request:
             what = "; ".join(differences(self.request, found or {}))
-            raise MismatchError(f"{self.directory} was made from other inputs ({what}): remove it or choose another place")
+            raise MismatchError(
+                f"{self.directory} was made from other inputs ({what}): remove it or choose another place"
+            )
         for note in sorted(self.directory.glob("*.safetensors.json")):
             shard = read_json(note)
             file = self.directory / shard["file"]
@@ -188,11 +194,13 @@ def verify_shards(directory: Path, manifest: Json) -> None:
             raise FormatError(f"{path} is missing: remove {directory} and run its stage again")
         if path.stat().st_size != shard["size_bytes"]:
             raise FormatError(
-                f"{path} is truncated or foreign: {path.stat().st_size} bytes, the manifest says {shard['size_bytes']}; "
+                f"{path} has {path.stat().st_size} bytes, the manifest says {shard['size_bytes']}: "
                 f"remove {directory} and run its stage again"
             )
         if sha256_file(path) != shard["sha256"]:
-            raise FormatError(f"{path} is corrupt (its SHA-256 is not the manifest's): remove {directory} and run its stage again")
+            raise FormatError(
+                f"{path} is corrupt (its SHA-256 is not the manifest's): remove {directory} and run its stage again"
+            )
 
 
 def require_free_bytes(directory: Path, needed_bytes: int) -> None:
@@ -202,4 +210,7 @@ def require_free_bytes(directory: Path, needed_bytes: int) -> None:
         place = place.parent
     free_bytes = shutil.disk_usage(place).free
     if free_bytes < needed_bytes:
-        raise FusechatError(f"{directory} needs {needed_bytes / 1e9:.2f} GB, {free_bytes / 1e9:.2f} GB are free: free space or choose another place")
+        raise FusechatError(
+            f"{directory} needs {needed_bytes / 1e9:.2f} GB, {free_bytes / 1e9:.2f} GB are free: "
+            "free space or choose another place"
+        )

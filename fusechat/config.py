@@ -1,0 +1,256 @@
+"""The configuration of a run: one YAML, dotted overrides, and no key that is not known."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fusechat.errors import ConfigError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class DataConfig(_Section):
+    """The dialogues everything is computed on."""
+
+    train: str = Field(description="file, or hub id, of the dialogues to fuse on")
+    held_out: str | None = Field(
+        None, description="file of dialogues only the evaluation sees; else a split of `train`"
+    )
+    held_out_fraction: float = Field(0.1, gt=0, lt=1, description="share of `train` held out when `held_out` is absent")
+    format: Literal["auto", "sharegpt", "messages", "alpaca", "text"] = Field("auto", description="layout of the file")
+    separator: str | None = Field(None, description="what separates documents in a text file")
+    max_bytes: int | None = Field(None, gt=0, description="running text is cut into pieces of at most this many bytes")
+    limit: int | None = Field(None, gt=0, description="use only the first so many dialogues")
+
+
+class SourceConfig(_Section):
+    """One source model."""
+
+    model: str = Field(description="directory or hub id")
+    name: str = Field("", description="short name in folders and tables; the directory's name when empty")
+
+
+class ExtractConfig(_Section):
+    """Top-k log-probabilities of every model (design: one row per position that predicts an assistant token)."""
+
+    top_k: int = Field(10, ge=1, le=1024, description="log-probabilities kept per row")
+    template: str = Field("own", description="own | pivot: whose chat template renders a source's dialogues; or a path")
+    max_length_tokens: int = Field(2048, ge=2, description="longer dialogues are cut at a turn")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="the forward pass")
+    batch_tokens: int = Field(8192, ge=1, description="padded tokens in one forward pass")
+    shard_dialogues: int = Field(512, ge=1, description="dialogues in one shard, the unit of resuming")
+
+
+class AlignConfig(_Section):
+    """Source rows to the pivot's positions and vocabulary."""
+
+    tokens: Literal["bytes"] = "bytes"
+    vocab: Literal["exact", "prefix"] = Field(
+        "prefix", description="source ids without a byte twin: dropped, or first piece"
+    )
+    granularity: Literal["chain", "first", "gold"] = Field("chain", description="what a finer row may teach")
+    unaligned: Literal["gold", "pivot", "skip"] = Field("gold", description="rows without a common byte boundary")
+    collisions: Literal["sum", "first"] = Field("sum", description="several source ids on one pivot id")
+
+
+class LoraConfig(_Section):
+    """Low-rank adapters instead of full training (peft)."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: str | list[str] = "all-linear"
+
+
+class TrainConfig(_Section):
+    """Pairwise fusion: L = λ·L_SFT + (1−λ)·L_Fusion (arXiv 2408.07990, eq. 3)."""
+
+    hard_weight: float = Field(0.9, ge=0, le=1, description="λ: the weight of the dialogue's own next token")
+    missing: Literal["renormalise", "tail", "zero", "uniform"] = Field(
+        "tail", description="mass outside the stored top-k; `renormalise` is the paper's"
+    )
+    select: Literal["min_ce", "source"] = Field(
+        "min_ce", description="per dialogue, the distribution with the lower cross-entropy; or always the source's"
+    )
+    ce_unit: Literal["byte", "token"] = Field(
+        "byte", description="unit of the cross-entropies compared; token is the paper's"
+    )
+    learning_rate: float = Field(5e-6, gt=0)
+    epochs: float = Field(3.0, gt=0)
+    max_steps: int = Field(-1, description="stop after so many steps; −1: as many as `epochs` asks for")
+    batch_size: int = Field(128, ge=1, description="dialogues per optimiser step, over all devices")
+    micro_batch_size: int = Field(4, ge=1, description="dialogues per forward pass and device")
+    warmup_ratio: float = Field(0.03, ge=0, le=1)
+    lr_scheduler: str = Field("cosine", description="a name transformers' Trainer knows")
+    optimizer: str = Field("adamw_torch", description="a name transformers' Trainer knows")
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0)
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="weights; bfloat16 trains in autocast"
+    )
+    gradient_checkpointing: bool = False
+    save_steps: int = Field(500, ge=1, description="optimiser steps between checkpoints")
+    loss_budget_bytes: int | None = Field(None, gt=0, description="memory for one chunk of logits")
+    sft_control: bool = Field(True, description="also train on the same data, steps, order and seed with λ = 1")
+    lora: LoraConfig | None = None
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> TrainConfig:
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError("batch_size must be a multiple of micro_batch_size")
+        return self
+
+
+class MergeConfig(_Section):
+    """How the targets become one model."""
+
+    method: Literal["sce", "linear"] = "sce"
+    variant: Literal["fuseai", "paper", "mergekit"] = Field("fuseai", description="sce: which of its three readings")
+    select_topk: float = Field(0.1, gt=0, le=1, description="sce: τ, the share of elements selected by variance")
+    weights: list[float] | None = Field(None, description="linear: one weight per source; equal when absent")
+
+
+class EvalConfig(_Section):
+    """Held-out bits per byte with bootstrap intervals over dialogues."""
+
+    bootstrap_samples: int = Field(2000, ge=100)
+    confidence: float = Field(0.95, gt=0, lt=1)
+
+
+class RunConfig(_Section):
+    """One whole fusion."""
+
+    pivot: str = Field(description="directory or hub id of the pivot")
+    sources: list[SourceConfig] = Field(min_length=1)
+    data: DataConfig
+    out: str = Field(description="folder of everything the run makes")
+    seed: int = 0
+    extract: ExtractConfig = ExtractConfig()
+    align: AlignConfig = AlignConfig()
+    train: TrainConfig = TrainConfig()
+    merge: MergeConfig = MergeConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> RunConfig:
+        names = [source_name(source) for source in self.sources]
+        for name in {"pivot", "sft", "merged"} & set(names):
+            raise ValueError(f"a source may not be named {name!r}")
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two sources are named {name!r}: give them a `name`")
+        return self
+
+
+def source_name(source: SourceConfig) -> str:
+    """Return the source's short name: the one given, else the last part of its model's path or id."""
+    return source.name or Path(source.model).name
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's YAML and apply dotted overrides such as `train.epochs=2`.
+
+    Relative paths in the file are relative to the file's own folder, those in overrides to the current one.
+    Raises ConfigError for a missing or malformed file, an unknown key (naming the nearest known one) or a wrong value.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold a mapping with the keys {', '.join(RunConfig.model_fields)}")
+    _resolve_paths(values, path.resolve().parent)
+    changes: dict[str, Any] = {}
+    for override in overrides:
+        _apply_override(changes, override)
+    _resolve_paths(changes, Path.cwd())
+    return parse_config(_merged(values, changes), str(path))
+
+
+def parse_config(values: Any, where: str) -> RunConfig:
+    """Validate a mapping as a run's configuration; raises ConfigError in one line."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {'; '.join(_explain(e) for e in error.errors())}") from error
+
+
+def _explain(error: Any) -> str:
+    place = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
+        return f"unknown key `{place}`" + (
+            f", did you mean `{near[0]}`?" if near else f"; known here: {', '.join(known)}"
+        )
+    if error["type"] == "missing":
+        return f"`{place}` is required"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"`{place}`: {message}, got {error['input']!r}" if place else message
+
+
+def _known_keys(location: Sequence[Any]) -> list[str]:
+    model: type[BaseModel] = RunConfig
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation: Any = model.model_fields[part].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(model.model_fields)
+
+
+def _apply_override(changes: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override `{override}` is not of the form key.subkey=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override `{override}`: the value is not valid YAML") from error
+    *parents, last = key.split(".")
+    for parent in parents:
+        changes = changes.setdefault(parent, {})
+    changes[last] = value
+
+
+def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    result = dict(values)
+    for key, change in changes.items():
+        old = result.get(key)
+        result[key] = _merged(old, change) if isinstance(old, dict) and isinstance(change, dict) else change
+    return result
+
+
+def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
+    """Make the paths of a raw configuration absolute, leaving hub ids (which do not exist as paths) alone."""
+
+    def resolve(value: Any, *, must_be_path: bool = False) -> Any:
+        if not isinstance(value, str):
+            return value
+        path = folder / Path(value).expanduser()
+        looks_local = must_be_path or path.exists() or value.startswith((".", "/", "~"))
+        return str(path) if looks_local else value
+
+    for key, must_be_path in (("pivot", False), ("out", True)):
+        if key in values:
+            values[key] = resolve(values[key], must_be_path=must_be_path)
+    sources = values.get("sources")
+    if isinstance(sources, list):
+        named = [{"model": source} if isinstance(source, str) else source for source in sources]
+        values["sources"] = [s | {"model": resolve(s.get("model"))} if isinstance(s, dict) else s for s in named]
+    data = values.get("data")
+    if isinstance(data, dict):
+        for key in ("train", "held_out"):
+            if key in data:
+                data[key] = resolve(data[key])

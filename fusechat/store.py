@@ -1,0 +1,206 @@
+"""Stores: ragged columns over dialogues, tokens and rows, in safetensors shards with one manifest.
+
+A *row* belongs to a position t whose next token t+1 is the assistant's: the distribution of token t+1 given 0..t.
+
+    TopKStore     dialogue.index int64[n]      place in the dataset
+                  token.input_ids int32[T], token.loss_mask bool[T], token.turn int32[T], token.byte_end int32[T]
+                  row.ids uint16|int32[R,K], row.logprobs float16[R,K], row.gold_logprob float32[R]
+    AlignedStore  dialogue.index, dialogue.source_nll, ... (fusechat/align)
+                  row.ids, row.logprobs in the pivot's ids at the pivot's rows, row.kind uint8[R], row.gold_logprob
+
+Log-probabilities are natural and of the full softmax at temperature 1. An absent entry has id 0 and log-probability
+−inf. Beside the columns a shard holds offset.token and offset.row, int64[n+1]. Later versions may add columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from fusechat.artifact import Json, read_manifest, verify_shards
+from fusechat.errors import FormatError
+
+TOPK_FORMAT = "fusechat.topk"
+ALIGNED_FORMAT = "fusechat.aligned"
+MAX_UINT16_VOCAB = 65_536
+
+Array = npt.NDArray[Any]
+Axis = Literal["dialogue", "token", "row"]
+
+
+def id_dtype(vocab_size: int) -> np.dtype[Any]:
+    """Return the dtype token ids are stored in: uint16 if the vocabulary has at most 65,536 entries, else int32."""
+    return np.dtype(np.uint16 if vocab_size <= MAX_UINT16_VOCAB else np.int32)
+
+
+def row_positions(loss_mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """Return the positions t that have a row: token t+1 is the assistant's (bool[T] → int64[R])."""
+    return np.flatnonzero(loss_mask[1:])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Block:
+    """The columns of some consecutive dialogues, keyed "axis.name", with the offsets of the ragged axes."""
+
+    columns: Mapping[str, Array]
+    offsets: Mapping[str, npt.NDArray[np.int64]]
+
+    def __len__(self) -> int:
+        return len(self.columns["dialogue.index"])
+
+    def __getitem__(self, key: str) -> Array:
+        return self.columns[key]
+
+    def at(self, i: int) -> dict[str, Array]:
+        """Return dialogue i's part of every column, as views."""
+        return {key: values[self._range(key, i)] for key, values in self.columns.items()}
+
+    def _range(self, key: str, i: int) -> slice:
+        axis = key.partition(".")[0]
+        if axis == "dialogue":
+            return slice(i, i + 1)
+        offsets = self.offsets[axis]
+        return slice(int(offsets[i]), int(offsets[i + 1]))
+
+
+def make_block(dialogues: Iterable[Mapping[str, Array]]) -> Block:
+    """Concatenate per-dialogue columns, all with the same keys, into one block; raises ValueError for none."""
+    records = list(dialogues)
+    if not records:
+        raise ValueError("a block needs at least one dialogue")
+    columns = {key: np.concatenate([record[key] for record in records]) for key in records[0]}
+    offsets = {}
+    for axis in ("token", "row"):
+        key = next((key for key in columns if key.startswith(axis + ".")), None)
+        if key is not None:
+            lengths = [0, *(len(record[key]) for record in records)]
+            offsets[axis] = np.cumsum(lengths, dtype=np.int64)
+    return Block(columns=columns, offsets=offsets)
+
+
+def write_block(path: Path, block: Block) -> None:
+    """Write a block as one safetensors file."""
+    tensors = {key: np.ascontiguousarray(values) for key, values in block.columns.items()}
+    tensors |= {f"offset.{axis}": offsets for axis, offsets in block.offsets.items()}
+    save_file(tensors, str(path))
+
+
+class _Shard:
+    """One shard, memory-mapped by safetensors and opened at first use; a slice reads only its own bytes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: Any = None
+        self.offsets: dict[str, npt.NDArray[np.int64]] = {}
+        self.keys: list[str] = []
+
+    def open(self) -> Any:
+        if self._file is None:
+            try:
+                file: Any = safe_open(str(self.path), framework="numpy")
+            except (SafetensorError, OSError) as error:
+                raise FormatError(
+                    f"{self.path} is truncated or not a shard: {error}; remove its store and run the stage again"
+                ) from error
+            names = list(file.keys())
+            self.keys = [name for name in names if not name.startswith("offset.")]
+            self.offsets = {
+                name.partition(".")[2]: file.get_tensor(name) for name in names if name.startswith("offset.")
+            }
+            self._check(file)
+            self._file = file
+        return self._file
+
+    def _check(self, file: Any) -> None:
+        if "dialogue.index" not in self.keys:
+            raise FormatError(f"{self.path} has no dialogue.index: it is not a shard of a store")
+        n = file.get_slice("dialogue.index").get_shape()[0]
+        for axis, offsets in self.offsets.items():
+            sizes = [file.get_slice(key).get_shape()[0] for key in self.keys if key.startswith(axis + ".")]
+            if (
+                len(offsets) != n + 1
+                or offsets[0] != 0
+                or (np.diff(offsets) < 0).any()
+                or any(s != offsets[-1] for s in sizes)
+            ):
+                raise FormatError(
+                    f"{self.path} has inconsistent {axis} offsets: remove its store and run the stage again"
+                )
+
+    def dialogue(self, i: int) -> dict[str, Array]:
+        file = self.open()
+        record = {}
+        for key in self.keys:
+            axis = key.partition(".")[0]
+            begin, end = (
+                (i, i + 1) if axis == "dialogue" else (int(self.offsets[axis][i]), int(self.offsets[axis][i + 1]))
+            )
+            record[key] = file.get_slice(key)[begin:end]
+        return record
+
+    def block(self) -> Block:
+        file = self.open()
+        return Block(columns={key: file.get_tensor(key) for key in self.keys}, offsets=self.offsets)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A worker process opens its own mapping.
+        return {"path": self.path, "_file": None, "offsets": {}, "keys": []}
+
+
+class Store:
+    """Random access to a complete store by dialogue index.
+
+    Raises FormatError when the store is missing, incomplete, or of another format, and, with `verify`, when a shard's
+    size or checksum is not the manifest's.
+    """
+
+    def __init__(self, directory: Path, expected_format: str, *, verify: bool = True) -> None:
+        self.directory = Path(directory)
+        self.manifest: Json = read_manifest(self.directory, expected_format)
+        if verify:
+            verify_shards(self.directory, self.manifest)
+        self._shards = [_Shard(self.directory / shard["file"]) for shard in self.manifest["shards"]]
+        self._place: dict[int, tuple[int, int]] = {}
+        for s, shard in enumerate(self._shards):
+            for i, index in enumerate(shard.open().get_tensor("dialogue.index").tolist()):
+                self._place[index] = (s, i)
+
+    def __len__(self) -> int:
+        return len(self._place)
+
+    def __contains__(self, dialogue: int) -> bool:
+        return dialogue in self._place
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._place)
+
+    def __getitem__(self, dialogue: int) -> dict[str, Array]:
+        """Return the columns of one dialogue; raises KeyError when this store skipped it."""
+        shard, i = self._place[dialogue]
+        return self._shards[shard].dialogue(i)
+
+    @property
+    def n_shards(self) -> int:
+        """Number of shards."""
+        return len(self._shards)
+
+    def shard(self, i: int) -> Block:
+        """Return shard i whole."""
+        return self._shards[i].block()
+
+
+def open_topk(directory: Path, *, verify: bool = True) -> Store:
+    """Open a TopKStore: one model's top-k log-probabilities."""
+    return Store(directory, TOPK_FORMAT, verify=verify)
+
+
+def open_aligned(directory: Path, *, verify: bool = True) -> Store:
+    """Open an AlignedStore: one source's rows at the pivot's positions in the pivot's ids."""
+    return Store(directory, ALIGNED_FORMAT, verify=verify)
