@@ -74,9 +74,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     file) when a header, the index or the config is corrupt, truncated or hostile.
     """
     if not directory.is_dir():
-        raise DataError(
-            f"{directory} is not a model directory: give a folder with config.json and safetensors weights"
-        )
+        raise DataError(f"{directory} is not a model directory: give a folder with config.json and safetensors weights")
     config = read_json(directory / "config.json")
     if not isinstance(config, dict):
         raise FormatError(f"{directory / 'config.json'} is not a JSON object")
@@ -91,14 +89,12 @@ def read_weights(directory: Path, single: str, index: str) -> dict[str, TensorEn
         return _read_sharded(directory, directory / index)
     if (directory / single).exists():
         return read_header(directory / single)
-    pickled = sorted(p.name for p in directory.glob("*.bin")) + sorted(
-        p.name for p in directory.glob("*.pth")
-    )
+    pickled = sorted(p.name for p in directory.glob("*.bin")) + sorted(p.name for p in directory.glob("*.pth"))
     if pickled:
         load = f"t.AutoModelForCausalLM.from_pretrained('{directory}', dtype='auto')"
         raise DataError(
             f"{directory} holds pickled weights ({pickled[0]}), which execute code when read: convert them "
-            f"once where you trust them, with python -c \"import transformers as t; {load}"
+            f'once where you trust them, with python -c "import transformers as t; {load}'
             ".save_pretrained('NEW_FOLDER')\""
         )
     raise DataError(f"{directory} has neither {single} nor {index}: it is not a complete model directory")
@@ -114,9 +110,7 @@ def _read_sharded(directory: Path, index: Path) -> dict[str, TensorEntry]:
         if shard in ("", ".", "..") or Path(shard).name != shard:
             raise FormatError(f"{index} names a file outside its folder: {shard!r}")
         if not (directory / shard).exists():
-            raise FormatError(
-                f"{directory / shard} is missing, {index.name} names it: download the model again"
-            )
+            raise FormatError(f"{directory / shard} is missing, {index.name} names it: download the model again")
         for name, entry in read_header(directory / shard).items():
             if weight_map.get(name) != shard:
                 raise FormatError(
@@ -191,9 +185,7 @@ def _check_entry(path: Path, name: str, facts: Any, data_begin: int, file_bytes:
         raise FormatError(f"{path}: tensor {name!r} has no valid data_offsets")
     begin, end = offsets
     if begin > end or data_begin + end > file_bytes:
-        raise FormatError(
-            f"{path}: tensor {name!r} lies outside the file (bytes {begin} to {end} of its data)"
-        )
+        raise FormatError(f"{path}: tensor {name!r} lies outside the file (bytes {begin} to {end} of its data)")
     # Python integers do not overflow: a shape of 2^60 elements cannot wrap around to the size of the range.
     if math.prod(shape) * ITEM_BYTES[dtype] != end - begin:
         raise FormatError(
@@ -220,6 +212,22 @@ def read_tensor(entry: TensorEntry) -> npt.NDArray[Any]:
     if entry.dtype not in _NUMPY_DTYPES:
         raise DataError(f"{entry.file}: tensor {entry.name!r} is {entry.dtype}, which NumPy cannot hold")
     return np.frombuffer(data, _NUMPY_DTYPES[entry.dtype]).reshape(entry.shape)
+
+
+def map_tensors(path: Path) -> dict[str, npt.NDArray[Any]]:
+    """Map one safetensors file into memory and return its tensors as read-only views.
+
+    Raises FormatError as `read_header` does, DataError for a dtype that NumPy cannot hold.
+    """
+    entries = read_header(path)
+    data = np.memmap(path, dtype=np.uint8, mode="r")
+    tensors = {}
+    for name, entry in entries.items():
+        if entry.dtype not in _NUMPY_DTYPES:
+            raise DataError(f"{path}: tensor {name!r} is {entry.dtype}, which NumPy cannot hold")
+        flat = np.asarray(data[entry.begin : entry.end])
+        tensors[name] = flat.view(_NUMPY_DTYPES[entry.dtype]).reshape(entry.shape)
+    return tensors
 
 
 def checkpoint_sha256(directory: Path) -> str:

@@ -41,7 +41,7 @@ def readable(token: bytes) -> str:
 
 
 def sample_rows(store: Store, dialogue: int | None = None, limit: int = 12) -> list[list[str]]:
-    """Return up to `limit` rows of one dialogue as text: position, token so far, gold token, kind, top-k with probability.
+    """Return up to `limit` rows of one dialogue as text: position, last token, gold token, kind, best ids with p.
 
     Raises FormatError when the store lacks the dialogue.
     """

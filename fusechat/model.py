@@ -1,4 +1,4 @@
-"""A causal language model as this project uses it: a backbone that gives hidden states, and a head applied to chosen rows.
+"""A causal language model as this project uses it: hidden states, and a head applied to chosen rows.
 
 The head is never applied to a whole batch: `[B,S,V]` is the largest tensor a plain forward pass builds, and nearly all
 of it would be thrown away.

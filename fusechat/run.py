@@ -192,7 +192,9 @@ def _merge(config: RunConfig, layout: Layout, names: list[str], report: Reporter
 
 
 def _evaluate(config: RunConfig, layout: Layout, names: list[str], held_out: list[Dialogue], report: Reporter) -> Json:
+    from fusechat.checkpoint import checkpoint_sha256
     from fusechat.evaluate.bpb import results_table, score_models
+    from fusechat.model import resolve_model
 
     targets = names + [SFT] * config.train.sft_control
     models: dict[str, Any] = {"pivot": config.pivot}
@@ -201,7 +203,7 @@ def _evaluate(config: RunConfig, layout: Layout, names: list[str], held_out: lis
     models["merged"] = layout.merged
     request = {
         "held_out_fingerprint": dataset_fingerprint(held_out),
-        "models": {name: _model_fingerprint(str(model)) for name, model in models.items()},
+        "models": {name: checkpoint_sha256(resolve_model(str(model))) for name, model in models.items()},
         "eval": config.eval.model_dump(),
         "seed": config.seed,
     }

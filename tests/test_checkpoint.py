@@ -64,9 +64,7 @@ def test_reads_what_the_library_wrote(tmp_path: Path) -> None:
 def test_bf16_is_exact(tmp_path: Path) -> None:
     """Catches byte order and sign mistakes in widening: every one of the 65,536 patterns."""
     patterns = np.arange(65536, dtype=np.uint16)
-    path = write_raw(
-        tmp_path / "x.safetensors", {"w": entry("BF16", [256, 256], 0, 131072)}, patterns.tobytes()
-    )
+    path = write_raw(tmp_path / "x.safetensors", {"w": entry("BF16", [256, 256], 0, 131072)}, patterns.tobytes())
     wide = read_tensor(read_header(path)["w"])
     assert wide.shape == (256, 256)
     np.testing.assert_array_equal(wide.ravel().view(np.uint32), patterns.astype(np.uint32) << 16)

@@ -1,4 +1,4 @@
-"""Progress on the terminal: a bar with rate and remaining time where there is a terminal, a line per stage elsewhere."""
+"""Progress: a bar with rate and remaining time where there is a terminal, a line per stage elsewhere."""
 
 from __future__ import annotations
 

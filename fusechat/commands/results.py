@@ -30,7 +30,7 @@ def print_results(results: dict[str, Any]) -> None:
     console.print(table, highlight=False)
     overall = groups["overall"]
     console.print(
-        f"{overall['n_dialogues']} dialogues, {overall['content_bytes']:,} bytes; ± and brackets: bootstrap over dialogues",
+        f"{overall['n_dialogues']} dialogues, {overall['content_bytes']:,} bytes; ± and brackets: bootstrap",
         highlight=False,
         style="dim",
     )

@@ -1,7 +1,7 @@
 """Bits per byte of the assistant's text: comparable across tokenizers, since every model spends them on the same bytes.
 
-bpb = Σ −log₂ p(assistant tokens) / Σ UTF-8 bytes of the assistant's content. The token that ends a turn is counted in the
-numerator: a model must also know when to stop.
+bpb = Σ −log₂ p(assistant tokens) / Σ UTF-8 bytes of the assistant's content. The token that ends a turn is counted in
+the numerator: a model must also know when to stop.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def score_dialogues(
     batch_tokens: int = 8192,
     progress: Callable[[int], None] | None = None,
 ) -> Scores:
-    """Score a model on every dialogue in full; one it would have to cut or skip is NaN, since the bytes would differ."""
+    """Score a model on every dialogue in full; one it would cut or skip is NaN: the bytes would differ."""
     directory = resolve_model(model)
     tokenizer = load_tokenizer(directory)
     lm = load_model(directory, dtype=dtype, device=device)

@@ -22,7 +22,7 @@ from fusechat.topk import topk_logprob
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowScores:
-    """Per row of one dialogue: ids int32[R,K] by falling probability, logprobs float32[R,K], gold_logprob float32[R]."""
+    """Per row of one dialogue: ids int32[R,K], best first, logprobs float32[R,K], gold_logprob float32[R]."""
 
     ids: npt.NDArray[np.int32]
     logprobs: npt.NDArray[np.float32]

@@ -6,6 +6,7 @@ distribution and the pivot's or the source's, whichever predicts the dialogue be
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -39,9 +40,9 @@ def train(
 ) -> Json:
     """Train one target from the pivot and return its provenance; without an aligned store, the SFT control.
 
-    `out` becomes a Hugging Face model directory; checkpoints lie in `out` + ".partial" until it is whole, and a run that
-    was killed resumes at the last one with the same result. `progress(done_steps, all_steps)` is called after every step.
-    Raises MismatchError when `out` was made from other inputs, DataError when a loss is NaN.
+    `out` becomes a Hugging Face model directory; checkpoints lie in `out` + ".partial" until it is whole, and a run
+    that was killed resumes at the last one with the same result. `progress(done_steps, all_steps)` is called after
+    every step. Raises MismatchError when `out` was made from other inputs, DataError when a loss is NaN.
     """
     config = config or TrainConfig()
     directory = resolve_model(pivot)
@@ -120,8 +121,7 @@ def _fit(
                 progress(state.global_step, state.max_steps)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-            loss = (logs or {}).get("loss", 0.0)
-            if loss != loss:
+            if math.isnan((logs or {}).get("loss", 0.0)):
                 raise DataError(
                     f"the loss is NaN at step {state.global_step}: lower train.learning_rate, or train in float32"
                 )

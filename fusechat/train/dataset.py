@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fusechat.align import RowKind
+from fusechat.artifact import MANIFEST, sha256_file
 from fusechat.errors import MismatchError
 from fusechat.store import Store, row_positions
 
@@ -21,9 +22,12 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Example:
-    """One dialogue: input_ids int64[T], labels int64[T] (−100 where not the assistant's), rows int64[R] (positions that
-    predict an assistant token), ids int64[R,K] (−1 absent), logprobs float32[R,K], partition bool[R] (the ids are cells of
-    a partition, so that the missing mass is its last cell), hard_weight float32[R] (λ, or 1 where nothing is taught)."""
+    """One dialogue.
+
+    input_ids int64[T]; labels int64[T], −100 where not the assistant's; rows int64[R], the positions that predict an
+    assistant token; ids int64[R,K], −1 absent; logprobs float32[R,K]; partition bool[R], true where the ids are cells
+    of a partition, so that the missing mass is its last cell; hard_weight float32[R], λ, or 1 where nothing is taught.
+    """
 
     input_ids: Array
     labels: Array
@@ -55,16 +59,7 @@ class FusionDataset:
         self.indices = sorted(pivot)
         self.unaligned = ""
         if aligned is not None:
-            for key in ("dataset_fingerprint", "tokenizer_sha256"):
-                ours, theirs = (
-                    pivot.manifest[key],
-                    aligned.manifest[f"pivot_{key}" if key != "dataset_fingerprint" else key],
-                )
-                if ours != theirs:
-                    raise MismatchError(
-                        f"{aligned.directory} was aligned to another pivot: {key} {theirs[:12]}… there, {ours[:12]}… in "
-                        f"{pivot.directory}; run the alignment again"
-                    )
+            _require_same_pivot(pivot, aligned)
             self.unaligned = aligned.manifest["unaligned"]
         self.from_source = {i: self._source_wins(i, select, ce_unit) for i in self.indices}
 
@@ -135,6 +130,16 @@ class FusionDataset:
             logprobs = np.where(none[:, None], pivot_logprobs, logprobs)
             taught = taught | none
         return ids, logprobs, partition, taught
+
+
+def _require_same_pivot(pivot: Store, aligned: Store) -> None:
+    ours = sha256_file(pivot.directory / MANIFEST)
+    theirs = aligned.manifest["pivot_store_sha256"]
+    if ours != theirs:
+        raise MismatchError(
+            f"{aligned.directory} was aligned to another pivot store: {theirs[:12]}… there, {ours[:12]}… is "
+            f"{pivot.directory}; run the alignment again"
+        )
 
 
 def _widen(ids: Array, logprobs: Array, width: int) -> tuple[Array, Array]:

@@ -1,4 +1,4 @@
-"""transformers' Trainer with the fusion loss: the backbone's hidden states at the taught rows, then head and loss in one."""
+"""transformers' Trainer with the fusion loss: hidden states at the taught rows, then head and loss in one."""
 
 from __future__ import annotations
 
