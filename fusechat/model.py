@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from fusechat.errors import DataError, FormatError
@@ -132,11 +134,12 @@ def context_tokens(config: Any, asked_tokens: int) -> int:
 
 
 @torch.no_grad()
-def check_head(model: Any, input_ids: torch.Tensor) -> None:
-    """Compare head(hidden_states(ids)) with the model's own logits on one sequence, int64[1,S].
+def check_head(model: Any, token_ids: npt.NDArray[np.int32]) -> None:
+    """Compare head(hidden_states(ids)) with the model's own logits on the first tokens of one sequence, int32[T].
 
     Raises DataError when they differ: the architecture does something to its logits that this project does not know.
     """
+    input_ids = torch.from_numpy(token_ids[:32].astype(np.int64))[None].to(model.device)
     own = model(input_ids=input_ids, use_cache=False).logits[0].float()
     hidden = hidden_states(model, input_ids, torch.ones_like(input_ids))[0]
     parts = head(model)

@@ -214,15 +214,14 @@ def _evaluate(config: RunConfig, layout: Layout, names: list[str], held_out: lis
         if results["request"] == request:
             return dict(results)
         raise MismatchError(f"{layout.results} is of other models or dialogues: remove it or choose another `out`")
-    advance = report.stage("evaluate", "tokens")
     scores = score_models(
         models,
         held_out,
         max_length_tokens=config.extract.max_length_tokens,
         dtype=config.extract.dtype,
         batch_tokens=config.extract.batch_tokens,
+        progress=report.stage("evaluate", "models"),
     )
-    advance(1, 1)
     results = {
         "format": RESULTS_FORMAT,
         "version": 1,

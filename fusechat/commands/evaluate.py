@@ -34,9 +34,8 @@ def evaluate(
         raise ConfigError("two of the models have the same last name: evaluate them from differently named directories")
     dialogues = load_dialogues(data, format=format, separator=separator, max_bytes=max_bytes)
     with terminal_reporter() as reporter:
-        scores = score_models(
-            names, dialogues, max_length_tokens=max_length, progress=reporter.stage("evaluate", "tokens")
-        )
+        advance = reporter.stage("evaluate", "models")
+        scores = score_models(names, dialogues, max_length_tokens=max_length, progress=advance)
         reporter.done("evaluate", f"{len(names)} models")
     results = results_table(scores, dialogues, against=next(iter(names)), samples=2000, confidence=0.95, seed=seed)
     if json_out is not None:

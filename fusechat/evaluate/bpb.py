@@ -43,7 +43,6 @@ def score_dialogues(
     dtype: str = "auto",
     device: str = "cpu",
     batch_tokens: int = 8192,
-    progress: Callable[[int], None] | None = None,
 ) -> Scores:
     """Score a model on every dialogue in full; one it would cut or skip is NaN: the bytes would differ."""
     directory = resolve_model(model)
@@ -61,22 +60,14 @@ def score_dialogues(
         [sum(len(m.content.encode()) for m in d.messages if m.role == "assistant") for d in dialogues], dtype=np.int64
     )
     nll = np.full(len(dialogues), np.nan)
-    kept = [i for i, e in enumerate(encodings.encoded) if e is not None and i not in encodings.cut]
-    members = [e for e in (encodings.encoded[i] for i in kept) if e is not None]
-    if not members:
-        raise DataError(f"no held-out dialogue can be scored with {model}: are they longer than its context?")
-    check_head(lm, _first(members[0].input_ids, device))
-    for i, score in zip(kept, score_rows(lm, members, top_k=1, batch_tokens=batch_tokens, advance=progress)):
-        nll[i] = -score.gold_logprob.sum(dtype=np.float64)
-        if not np.isfinite(nll[i]):
-            raise DataError(f"{model} gives NaN or infinite logits on held-out dialogue {i}")
+    check_head(lm, encodings.encoded[0].input_ids)
+    scores = score_rows(lm, encodings.encoded, top_k=1, batch_tokens=batch_tokens)
+    for dialogue, score in zip(encodings.index, scores):
+        if not np.isfinite(score.gold_logprob).all():
+            raise DataError(f"{model} gives NaN or infinite logits on held-out dialogue {dialogue}: it is broken")
+        if dialogue not in encodings.cut_turns:
+            nll[dialogue] = -score.gold_logprob.sum(dtype=np.float64)
     return Scores(nll=nll, content_bytes=content_bytes)
-
-
-def _first(input_ids: npt.NDArray[np.int32], device: str) -> Any:
-    import torch
-
-    return torch.from_numpy(input_ids[:32].astype(np.int64))[None].to(device)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,6 +164,17 @@ def results_table(
     return table
 
 
-def score_models(models: Mapping[str, Path | str], dialogues: Sequence[Dialogue], **options: Any) -> dict[str, Scores]:
-    """Score several models on the same dialogues, one after another."""
-    return {name: score_dialogues(str(model), dialogues, **options) for name, model in models.items()}
+def score_models(
+    models: Mapping[str, Path | str],
+    dialogues: Sequence[Dialogue],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> dict[str, Scores]:
+    """Score several models on the same dialogues, one after another; `progress(done_models, all_models)`."""
+    scores = {}
+    for name, model in models.items():
+        scores[name] = score_dialogues(str(model), dialogues, **options)
+        if progress is not None:
+            progress(len(scores), len(models))
+    return scores

@@ -6,7 +6,7 @@ that the mass outside the top k stays known. Token ids are stored, never text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,13 +83,8 @@ def extract(
 
         return open_topk(out).manifest
     encodings = encode_all(dialogues, tokenizer, table, template=chat_template, max_length_tokens=length_tokens)
-    kept = [i for i, encoded in enumerate(encodings.encoded) if encoded is not None]
-    if not kept:
-        reason = encodings.skipped[0].reason if encodings.skipped else "the dataset is empty"
-        raise DataError(f"no dialogue can be used with {model}: {reason}")
-    shards = list(_shards(kept, encodings.encoded, shard_dialogues))
-    check_head(lm, _first_tokens(shards[0][1][0], device))
-    all_tokens = sum(len(e.input_ids) for _, members in shards for e in members)
+    check_head(lm, encodings.encoded[0].input_ids)
+    all_tokens = sum(len(e.input_ids) for e in encodings.encoded)
     done_tokens = 0
 
     def advance(tokens: int) -> None:
@@ -98,8 +93,10 @@ def extract(
         if progress is not None:
             progress(done_tokens, all_tokens)
 
-    for number, (indices, members) in enumerate(shards):
-        name = f"shard-{number:05d}.safetensors"
+    for begin in range(0, len(encodings.encoded), shard_dialogues):
+        indices = encodings.index[begin : begin + shard_dialogues]
+        members = encodings.encoded[begin : begin + shard_dialogues]
+        name = f"shard-{begin // shard_dialogues:05d}.safetensors"
         if name in writer.done:
             advance(sum(len(e.input_ids) for e in members))
             continue
@@ -122,23 +119,9 @@ def extract(
     return writer.finish(
         model=str(directory.resolve()),
         template=template,
-        skipped=[[skip.dialogue, skip.reason] for skip in encodings.skipped],
-        cut_dialogues=encodings.cut_dialogues,
+        skipped={str(dialogue): reason for dialogue, reason in encodings.skipped.items()},
+        cut_turns={str(dialogue): turns for dialogue, turns in encodings.cut_turns.items()},
     )
-
-
-def _shards(
-    kept: Sequence[int], encoded: Sequence[Encoded | None], shard_dialogues: int
-) -> Iterator[tuple[list[int], list[Encoded]]]:
-    for begin in range(0, len(kept), shard_dialogues):
-        indices = list(kept[begin : begin + shard_dialogues])
-        yield indices, [e for e in (encoded[i] for i in indices) if e is not None]
-
-
-def _first_tokens(encoded: Encoded, device: str) -> Any:
-    import torch
-
-    return torch.from_numpy(encoded.input_ids[:32].astype(np.int64))[None].to(device)
 
 
 def _record(index: int, encoded: Encoded, score: RowScores, vocab_size: int) -> dict[str, Any]:
