@@ -30,9 +30,7 @@ def match_rows(
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def _rows(
-    offsets: Array, row_offsets: Array, loss_mask: Array, turn: Array, byte_end: Array, control: Array
-) -> Array:
+def _rows(offsets: Array, row_offsets: Array, loss_mask: Array, turn: Array, byte_end: Array, control: Array) -> Array:
     """Return (turn, prefix end, next end, class) of every row, int32[R,4]."""
     rows = np.empty((row_offsets[-1], 4), np.int32)
     for i in range(len(offsets) - 1):

@@ -6,19 +6,20 @@ import enum
 import functools
 import os
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from fusechat.align.backend import engine
 from fusechat.bytetable import ByteTable, Role
-from fusechat.native import native
+from fusechat.errors import FormatError
 from fusechat.store import Block, id_dtype
 
 Array = npt.NDArray[Any]
 
 
-class Kind(enum.IntEnum):
+class RowKind(enum.IntEnum):
     """What an aligned row's distributions are over (design: granularity)."""
 
     SAME = 0
@@ -31,22 +32,6 @@ class Kind(enum.IntEnum):
     """The source has no boundary at the row's prefix."""
 
 
-class _Engine(Protocol):
-    def match_rows(self, pivot: Any, source: Any, partner: Array, threads: int) -> tuple[Array, ...]: ...
-
-    def remap_rows(self, matched: Any, *args: Any) -> tuple[Array, ...]: ...
-
-
-def engine() -> _Engine:
-    """Return the compiled engine, or the numba fallback with the same functions (fusechat.native)."""
-    compiled = native()
-    if compiled is not None:
-        return cast(_Engine, compiled)
-    from fusechat.align import fallback
-
-    return fallback
-
-
 def n_threads() -> int:
     """Return how many threads this process may use."""
     return len(os.sched_getaffinity(0))
@@ -56,26 +41,32 @@ def n_threads() -> int:
 class RowView:
     """What alignment needs of a block of a TopKStore, in one model's tokens.
 
-    `gold` int32[R] is the token each row predicts; `starts` and `ends` int32[R] are where it begins and ends in its
-    message's bytes; `at_end` bool[R] whether it ends the turn.
+    `gold` int32[R] is the token each row predicts; `turn` int32[R] its assistant message, `starts` and `ends` int32[R]
+    where it begins and ends in that message's bytes; `at_end` bool[R] whether it ends the turn.
     """
 
     block: Block
     table: ByteTable
     control: npt.NDArray[np.uint8]
     gold: npt.NDArray[np.int32]
+    turn: npt.NDArray[np.int32]
     starts: npt.NDArray[np.int32]
     ends: npt.NDArray[np.int32]
     at_end: npt.NDArray[np.bool_]
 
     @classmethod
     def of(cls, block: Block, table: ByteTable) -> RowView:
-        """Derive a block's rows; raises DataError-worthy IndexError for ids outside the table."""
+        """Derive a block's rows; raises FormatError for token ids outside the vocabulary."""
         ids, turn, byte_end = block["token.input_ids"], block["token.turn"], block["token.byte_end"]
+        if len(ids) and (ids.min() < 0 or ids.max() >= len(table)):
+            raise FormatError(
+                f"a store holds token ids outside its vocabulary of {len(table)}: remove it and extract again"
+            )
         control = (table.roles[ids] != Role.TEXT).astype(np.uint8)
-        has_row = block["token.loss_mask"][1:].copy()
-        has_row[block.offsets["token"][1:-1] - 1] = False
-        t = np.flatnonzero(has_row)
+        predicted = block["token.loss_mask"].copy()
+        offsets = block.offsets["token"]
+        predicted[offsets[:-1][np.diff(offsets) > 0]] = False  # nothing predicts a dialogue's first token
+        t = np.flatnonzero(predicted) - 1
         starts = np.where(turn[t] == turn[t + 1], byte_end[t], 0).astype(np.int32)
         ends = byte_end[t + 1]
         return cls(
@@ -83,6 +74,7 @@ class RowView:
             table=table,
             control=control,
             gold=ids[t + 1],
+            turn=turn[t + 1],
             starts=starts,
             ends=ends,
             at_end=(ends <= starts) & (control[t + 1] != 0),
@@ -93,6 +85,11 @@ class RowView:
         """How many of the predicted token's bytes lie before its message's text: a dummy space, or the template's."""
         widths = self.table.widths[self.gold] - (self.ends - self.starts)
         return np.where((self.table.roles[self.gold] == Role.TEXT) & ~self.at_end, np.maximum(widths, 0), 0)
+
+    def lead(self, row: int) -> bytes:
+        """Return the white space that a row's predicted token carries before its message's text."""
+        lead = self.table.token(int(self.gold[row]))[: int(self.lead_bytes[row])]
+        return b"" if lead.strip() else lead
 
     def tokens(self) -> tuple[Array, ...]:
         """Return the engine's view of the token axis."""
@@ -208,6 +205,4 @@ def remap_rows(
         np.empty(0, id_dtype(len(pivot.table))),
         threads,
     )
-    return Remapped(
-        ids=ids, logprobs=logprobs.view(np.float16), gold_logprob=gold_logprob, mass=mass, lost=lost
-    )
+    return Remapped(ids=ids, logprobs=logprobs.view(np.float16), gold_logprob=gold_logprob, mass=mass, lost=lost)

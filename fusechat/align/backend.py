@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from types import ModuleType
+from typing import Any, Protocol, cast
 
 from fusechat.errors import ConfigError, NativeMissingError
 
@@ -35,6 +36,24 @@ def native() -> ModuleType | None:
     return _native
 
 
-def backend() -> str:
+def live_backend() -> str:
     """Return which backend is live, `native` or `numba`, for reports."""
     return "numba" if native() is None else "native"
+
+
+class Engine(Protocol):
+    """What both backends do; fusechat/align/rows.py says what the arrays are."""
+
+    def match_rows(self, pivot: Any, source: Any, partner: Any, threads: int) -> tuple[Any, ...]: ...
+
+    def remap_rows(self, matched: Any, *args: Any) -> tuple[Any, ...]: ...
+
+
+def engine() -> Engine:
+    """Return the compiled engine, or the numba fallback with the same functions."""
+    compiled = native()
+    if compiled is not None:
+        return cast(Engine, compiled)
+    from fusechat.align import fallback
+
+    return cast(Engine, fallback)
