@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -15,6 +15,9 @@ from fusechat.errors import ConfigError
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+_SectionT = TypeVar("_SectionT", bound=_Section)
 
 
 class DataConfig(_Section):
@@ -88,13 +91,13 @@ class TrainConfig(_Section):
     max_steps: int = Field(-1, description="stop after so many steps; −1: as many as `epochs` asks for")
     batch_size: int = Field(128, ge=1, description="dialogues per optimiser step, over all devices")
     micro_batch_size: int = Field(4, ge=1, description="dialogues per forward pass and device")
-    warmup_ratio: float = Field(0.03, ge=0, le=1)
+    warmup_ratio: float = Field(0.03, ge=0, lt=1)
     lr_scheduler: str = Field("cosine", description="a name transformers' Trainer knows")
     optimizer: str = Field("adamw_torch", description="a name transformers' Trainer knows")
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, ge=0)
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="weights; bfloat16 trains in autocast"
+        "float32", description="of the forward pass; weights and optimiser are float32"
     )
     gradient_checkpointing: bool = False
     save_steps: int = Field(500, ge=1, description="optimiser steps between checkpoints")
@@ -179,28 +182,38 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def parse_config(values: Any, where: str) -> RunConfig:
     """Validate a mapping as a run's configuration; raises ConfigError in one line."""
+    return _validated(RunConfig, values, where)
+
+
+def parse_train(overrides: Sequence[str]) -> TrainConfig:
+    """Build training settings from overrides such as `epochs=2`; raises ConfigError in one line."""
+    changes: dict[str, Any] = {}
+    for override in overrides:
+        _apply_override(changes, override)
+    return _validated(TrainConfig, changes, "train")
+
+
+def _validated(model: type[_SectionT], values: Any, where: str) -> _SectionT:
     try:
-        return RunConfig.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{where}: {'; '.join(_explain(e) for e in error.errors())}") from error
+        raise ConfigError(f"{where}: {'; '.join(_explain(model, e) for e in error.errors())}") from error
 
 
-def _explain(error: Any) -> str:
+def _explain(model: type[BaseModel], error: Any) -> str:
     place = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        known = _known_keys(error["loc"][:-1])
+        known = _known_keys(model, error["loc"][:-1])
         near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
-        return f"unknown key `{place}`" + (
-            f", did you mean `{near[0]}`?" if near else f"; known here: {', '.join(known)}"
-        )
+        hint = f", did you mean `{near[0]}`?" if near else f"; known here: {', '.join(known)}"
+        return f"unknown key `{place}`{hint}"
     if error["type"] == "missing":
         return f"`{place}` is required"
     message = error["msg"].removeprefix("Value error, ")
     return f"`{place}`: {message}, got {error['input']!r}" if place else message
 
 
-def _known_keys(location: Sequence[Any]) -> list[str]:
-    model: type[BaseModel] = RunConfig
+def _known_keys(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
     for part in location:
         if isinstance(part, int):
             continue

@@ -16,15 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from fusechat.artifact import Json, read_manifest, verify_shards
+from fusechat.checkpoint import map_tensors
 from fusechat.errors import FormatError
 
 TOPK_FORMAT = "fusechat.topk"
@@ -92,66 +93,20 @@ def write_block(path: Path, block: Block) -> None:
     save_file(tensors, str(path))
 
 
-class _Shard:
-    """One shard, memory-mapped by safetensors and opened at first use; a slice reads only its own bytes."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file: Any = None
-        self.offsets: dict[str, npt.NDArray[np.int64]] = {}
-        self.keys: list[str] = []
-
-    def open(self) -> Any:
-        if self._file is None:
-            try:
-                file: Any = safe_open(str(self.path), framework="numpy")
-            except (SafetensorError, OSError) as error:
-                raise FormatError(
-                    f"{self.path} is truncated or not a shard: {error}; remove its store and run the stage again"
-                ) from error
-            names = list(file.keys())
-            self.keys = [name for name in names if not name.startswith("offset.")]
-            self.offsets = {
-                name.partition(".")[2]: file.get_tensor(name) for name in names if name.startswith("offset.")
-            }
-            self._check(file)
-            self._file = file
-        return self._file
-
-    def _check(self, file: Any) -> None:
-        if "dialogue.index" not in self.keys:
-            raise FormatError(f"{self.path} has no dialogue.index: it is not a shard of a store")
-        n = file.get_slice("dialogue.index").get_shape()[0]
-        for axis, offsets in self.offsets.items():
-            sizes = [file.get_slice(key).get_shape()[0] for key in self.keys if key.startswith(axis + ".")]
-            if (
-                len(offsets) != n + 1
-                or offsets[0] != 0
-                or (np.diff(offsets) < 0).any()
-                or any(s != offsets[-1] for s in sizes)
-            ):
-                raise FormatError(
-                    f"{self.path} has inconsistent {axis} offsets: remove its store and run the stage again"
-                )
-
-    def dialogue(self, i: int) -> dict[str, Array]:
-        file = self.open()
-        record = {}
-        for key in self.keys:
-            axis = key.partition(".")[0]
-            begin, end = (
-                (i, i + 1) if axis == "dialogue" else (int(self.offsets[axis][i]), int(self.offsets[axis][i + 1]))
-            )
-            record[key] = file.get_slice(key)[begin:end]
-        return record
-
-    def block(self) -> Block:
-        file = self.open()
-        return Block(columns={key: file.get_tensor(key) for key in self.keys}, offsets=self.offsets)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A worker process opens its own mapping.
-        return {"path": self.path, "_file": None, "offsets": {}, "keys": []}
+def map_block(path: Path) -> Block:
+    """Open a shard as memory-mapped columns; raises FormatError when it is truncated, foreign or inconsistent."""
+    tensors = map_tensors(path)
+    columns = {name: values for name, values in tensors.items() if not name.startswith("offset.")}
+    offsets = {name.partition(".")[2]: values for name, values in tensors.items() if name.startswith("offset.")}
+    if "dialogue.index" not in columns:
+        raise FormatError(f"{path} has no dialogue.index: it is not a shard of a store")
+    n = len(columns["dialogue.index"])
+    for key, values in columns.items():
+        axis = key.partition(".")[0]
+        ends = offsets.get(axis, np.arange(n + 1)) if axis != "dialogue" else np.arange(n + 1)
+        if len(ends) != n + 1 or ends[0] != 0 or ends[-1] != len(values) or (np.diff(ends) < 0).any():
+            raise FormatError(f"{path} has offsets that do not fit {key}: remove its store and run the stage again")
+    return Block(columns=columns, offsets=offsets)
 
 
 class Store:
@@ -166,11 +121,16 @@ class Store:
         self.manifest: Json = read_manifest(self.directory, expected_format)
         if verify:
             verify_shards(self.directory, self.manifest)
-        self._shards = [_Shard(self.directory / shard["file"]) for shard in self.manifest["shards"]]
-        self._place: dict[int, tuple[int, int]] = {}
-        for s, shard in enumerate(self._shards):
-            for i, index in enumerate(shard.open().get_tensor("dialogue.index").tolist()):
-                self._place[index] = (s, i)
+        self._shards = [map_block(self.directory / shard["file"]) for shard in self.manifest["shards"]]
+        self._place = {
+            int(index): (s, i)
+            for s, shard in enumerate(self._shards)
+            for i, index in enumerate(shard["dialogue.index"].tolist())
+        }
+
+    def __reduce__(self) -> Any:
+        # A spawned worker maps the files itself; pickling the maps would copy them.
+        return partial(Store, verify=False), (self.directory, self.manifest["format"])
 
     def __len__(self) -> int:
         return len(self._place)
@@ -182,9 +142,9 @@ class Store:
         return iter(self._place)
 
     def __getitem__(self, dialogue: int) -> dict[str, Array]:
-        """Return the columns of one dialogue; raises KeyError when this store skipped it."""
+        """Return the columns of one dialogue as views of the file; raises KeyError when this store skipped it."""
         shard, i = self._place[dialogue]
-        return self._shards[shard].dialogue(i)
+        return self._shards[shard].at(i)
 
     @property
     def n_shards(self) -> int:
@@ -192,8 +152,8 @@ class Store:
         return len(self._shards)
 
     def shard(self, i: int) -> Block:
-        """Return shard i whole."""
-        return self._shards[i].block()
+        """Return shard i, memory-mapped."""
+        return self._shards[i]
 
 
 def open_topk(directory: Path, *, verify: bool = True) -> Store:

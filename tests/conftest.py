@@ -1,11 +1,25 @@
-"""Fixtures shared by all tests: where the real data is."""
+"""Fixtures shared by all tests: where the real data is, and small models made on the spot."""
 
 from __future__ import annotations
 
+import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+BRACKETS = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %} {{ m['content'] }}{{ eos_token }}"
+    "{% else %}[INST] {{ m['content'] }} [/INST]{% endif %}{% endfor %}"
+)
+TEXT = "the cat sat on a mat and saw the big red dog run over green hills while birds sing softly at dawn"
+WORDS = tuple(TEXT.split(" "))
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +30,80 @@ def shared_data() -> Path:
     if not (folder / "manifest.jsonl").exists():
         pytest.skip("real data not here: ../shared/data is absent and FUSECHAT_SHARED_DATA names no folder")
     return folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyWorld:
+    """A pivot and a source with different tokenizers and architectures, untrained, and dialogues to fuse on."""
+
+    pivot: Path
+    source: Path
+    dialogues: Path
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
+    """A Llama pivot with byte-level BPE and ChatML, a Qwen2 source with ▁ BPE, byte fallback and [INST]."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    folder = tmp_path_factory.mktemp("world")
+    lines = [" ".join(WORDS[(i * 7 + j * (i + 3)) % len(WORDS)] for j in range(5 + i % 9)) for i in range(24)]
+    with (folder / "dialogues.jsonl").open("w") as file:
+        for i, line in enumerate(lines):
+            turns = [("user", f"Say {line[:9]}?"), ("assistant", line.capitalize() + ".")] * (1 + i % 3 // 2)
+            messages = [{"role": role, "content": content} for role, content in turns]
+            file.write(json.dumps({"messages": messages, "category": "ab"[i % 2]}) + "\n")
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    pivot = _save(folder / "pivot", _byte_level(lines), CHATML, "<|im_end|>")
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(pivot), hidden_size=32, intermediate_size=48, tie_word_embeddings=True, **sizes)
+    ).save_pretrained(folder / "pivot")
+    source = _save(folder / "source", _sentencepiece_style(lines), BRACKETS, "</s>")
+    Qwen2ForCausalLM(
+        Qwen2Config(vocab_size=len(source) + 5, hidden_size=48, intermediate_size=64, **sizes)
+    ).save_pretrained(folder / "source")
+    return TinyWorld(pivot=folder / "pivot", source=folder / "source", dialogues=folder / "dialogues.jsonl")
+
+
+def _byte_level(lines: list[str]) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<s>", "<|im_start|>", "<|im_end|>"]
+    tokenizer.train_from_iterator(
+        lines,
+        trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, special_tokens=special, show_progress=False),
+    )
+    return tokenizer
+
+
+def _sentencepiece_style(lines: list[str]) -> Any:
+    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    tokenizer.train_from_iterator(
+        lines, trainers.BpeTrainer(vocab_size=420, special_tokens=special, show_progress=False, max_token_length=8)
+    )
+    # The trainer marks byte pieces as special; in a real vocabulary they are ordinary tokens.
+    definition = json.loads(tokenizer.to_str())
+    definition["added_tokens"] = [t for t in definition["added_tokens"] if not t["content"].startswith("<0x")]
+    return Tokenizer.from_str(json.dumps(definition))
+
+
+def _save(folder: Path, tokenizer: Any, template: str, eos: str) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token=eos, pad_token=eos)
+    fast.chat_template = template
+    fast.save_pretrained(folder)
+    return fast

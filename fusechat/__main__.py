@@ -1,0 +1,32 @@
+"""Entry point of `fusechat` and `python -m fusechat`."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def main() -> None:
+    """Run the command line; a user's error is one line on stderr and exit code 2, with `--debug` the traceback."""
+    # A tokenizer used before a fork otherwise warns on every DataLoader worker.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from fusechat.cli import app
+    from fusechat.errors import FusechatError
+
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv.remove("--debug")
+    try:
+        app()
+    except FusechatError as error:
+        if debug:
+            raise
+        print(f"fusechat: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("fusechat: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

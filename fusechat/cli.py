@@ -1,0 +1,34 @@
+"""The command line: one light module per command in fusechat/commands; what a command needs it imports when it runs."""
+
+from __future__ import annotations
+
+import typer
+
+from fusechat.commands.align import align
+from fusechat.commands.demo import demo
+from fusechat.commands.evaluate import evaluate
+from fusechat.commands.extract import extract
+from fusechat.commands.info import info
+from fusechat.commands.inspect import inspect
+from fusechat.commands.merge import merge
+from fusechat.commands.run import run
+from fusechat.commands.train import train
+
+app = typer.Typer(
+    name="fusechat",
+    help="Fuse chat LLMs of different tokenizers, sizes and architectures into one.",
+    epilog="Any command takes --debug, which shows the traceback of an error.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+app.command()(demo)
+app.command()(run)
+app.command()(extract)
+app.command()(align)
+app.command()(train)
+app.command()(merge)
+app.command(name="eval")(evaluate)
+app.command()(inspect)
+app.command()(info)

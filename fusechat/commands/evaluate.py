@@ -1,0 +1,43 @@
+"""fusechat eval MODEL... --data FILE"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def evaluate(
+    models: Annotated[
+        list[str], typer.Argument(help="directories or hub ids; the first is compared with", show_default=False)
+    ],
+    data: Annotated[str, typer.Option(help="file or hub id of held-out dialogues", show_default=False)],
+    format: Annotated[str, typer.Option(help="auto, sharegpt, messages, alpaca or text")] = "auto",
+    separator: Annotated[str | None, typer.Option(help="what separates documents in a text file")] = None,
+    max_bytes: Annotated[int | None, typer.Option(help="cut running text into pieces of so many bytes")] = None,
+    max_length: Annotated[int, typer.Option(help="tokens", min=2)] = 2048,
+    seed: Annotated[int, typer.Option(help="of the bootstrap")] = 0,
+    json_out: Annotated[Path | None, typer.Option("--json", help="also write the table here")] = None,
+) -> None:
+    """Bits per byte of models on held-out dialogues, by category, with paired bootstrap intervals."""
+    from fusechat.dialogue import load_dialogues
+
+    from fusechat.artifact import write_json
+    from fusechat.commands.progress import terminal_reporter
+    from fusechat.commands.results import print_results
+    from fusechat.errors import ConfigError
+    from fusechat.evaluate.bpb import results_table, score_models
+
+    names = {Path(model).name: model for model in models}
+    if len(names) < len(models):
+        raise ConfigError("two of the models have the same last name: evaluate them from differently named directories")
+    dialogues = load_dialogues(data, format=format, separator=separator, max_bytes=max_bytes)
+    with terminal_reporter() as reporter:
+        advance = reporter.stage("evaluate", "models")
+        scores = score_models(names, dialogues, max_length_tokens=max_length, progress=advance)
+        reporter.done("evaluate", f"{len(names)} models")
+    results = results_table(scores, dialogues, against=next(iter(names)), samples=2000, confidence=0.95, seed=seed)
+    if json_out is not None:
+        write_json(json_out, results)
+    print_results(results)

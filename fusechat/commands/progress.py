@@ -1,0 +1,64 @@
+"""Progress: a bar with rate and remaining time where there is a terminal, a line per stage elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from fusechat.run import Advance, Reporter
+
+
+def human(number: float) -> str:
+    """Write a number with three digits and a unit prefix (1234 → 1.23k)."""
+    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            return f"{number / limit:.3g}{suffix}"
+    return f"{number:.3g}"
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{human(speed)} {task.fields['unit']}/s" if speed else "", style="cyan")
+
+
+class TerminalReporter(Reporter):
+    """Draws one bar per stage and leaves one line with its time and result."""
+
+    def __init__(self, console: Console, progress: Progress) -> None:
+        self.console = console
+        self.progress = progress
+        self.began: dict[str, float] = {}
+        self.tasks: dict[str, TaskID] = {}
+
+    def stage(self, name: str, unit: str) -> Advance:
+        """Begin a stage."""
+        self.began[name] = time.perf_counter()
+        task = self.tasks[name] = self.progress.add_task(name, total=None, unit=unit)
+        return lambda done, total: self.progress.update(task, completed=done, total=total)
+
+    def done(self, name: str, note: str) -> None:
+        """Replace the bar by a line."""
+        self.progress.remove_task(self.tasks.pop(name))
+        seconds = time.perf_counter() - self.began[name]
+        self.console.print(f"[bold]{name:<18}[/bold] {seconds:7.1f} s  {note}", highlight=False)
+
+
+@contextlib.contextmanager
+def terminal_reporter() -> Iterator[TerminalReporter]:
+    """Give a reporter whose bars are on stderr, so that stdout stays clean for results."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description:<18}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.percentage:>3.0f}%"),
+        _Rate(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        yield TerminalReporter(console, progress)

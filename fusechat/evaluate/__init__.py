@@ -1,0 +1,1 @@
+"""Evaluation: what a model costs in bits per byte on held-out dialogues, with intervals."""

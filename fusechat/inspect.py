@@ -1,0 +1,101 @@
+"""What an artefact is: its kind, its manifest, and a readable sample."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusechat.artifact import MANIFEST, REQUEST, Json, read_json
+from fusechat.bytetable import ByteTable
+from fusechat.errors import FormatError
+from fusechat.model import load_tokenizer, resolve_model
+from fusechat.store import ALIGNED_FORMAT, TOPK_FORMAT, Store, row_positions
+
+
+def describe(path: Path) -> tuple[str, Json]:
+    """Return what the artefact at `path` is, in a word, and its manifest.
+
+    Raises FormatError when it is nothing this project makes.
+    """
+    if path.is_file() and path.suffix == ".json":
+        value = read_json(path)
+        if isinstance(value, dict) and str(value.get("format", "")).startswith("fusechat."):
+            return value["format"], value
+    for name in (MANIFEST, "provenance.json"):
+        if (path / name).exists():
+            manifest = read_json(path / name)
+            return str(manifest.get("format", "unknown")), manifest
+    if (path / REQUEST).exists():
+        return "unfinished", read_json(path / REQUEST)
+    if (path / "config.json").exists():
+        return "model", read_json(path / "config.json")
+    raise FormatError(f"{path} is not an artefact of fusechat: expected a store, a target, a merge, a model or results")
+
+
+def readable(token: bytes) -> str:
+    """Show a token's bytes as text, with anything unprintable escaped."""
+    text = token.decode("utf-8", errors="backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def sample_rows(store: Store, dialogue: int | None = None, limit: int = 12) -> list[list[str]]:
+    """Return up to `limit` rows of one dialogue as text: position, last token, gold token, kind, best ids with p.
+
+    Raises FormatError when the store lacks the dialogue.
+    """
+    manifest = store.manifest
+    chosen = next(iter(store)) if dialogue is None else dialogue
+    if chosen not in store:
+        raise FormatError(f"{store.directory} has no dialogue {chosen}: it was skipped or is out of range")
+    record = store[chosen]
+    if manifest["format"] == TOPK_FORMAT:
+        table, tokens = _table(manifest["model"], manifest["vocab_size"]), record
+    else:
+        pivot = Store(Path(manifest["pivot_store"]), TOPK_FORMAT, verify=False)
+        table, tokens = _table(pivot.manifest["model"], pivot.manifest["vocab_size"]), pivot[chosen]
+    input_ids = tokens["token.input_ids"]
+    kinds = record.get("row.kind")
+    lines = []
+    for r, t in enumerate(row_positions(tokens["token.loss_mask"])[:limit].tolist()):
+        logprobs = record["row.logprobs"][r].astype(np.float32)
+        best = [k for k in np.argsort(-logprobs)[:4].tolist() if np.isfinite(logprobs[k])]
+        top = "  ".join(
+            f"{readable(table.token(int(record['row.ids'][r][k])))!r} {np.exp(logprobs[k]):.2f}" for k in best
+        )
+        lines.append(
+            [
+                str(t),
+                readable(table.token(int(input_ids[t]))),
+                readable(table.token(int(input_ids[t + 1]))),
+                _kind_name(int(kinds[r])) if kinds is not None else "",
+                top,
+            ]
+        )
+    return lines
+
+
+def _table(model: str, vocab_size: int) -> ByteTable:
+    return ByteTable.from_tokenizer(load_tokenizer(resolve_model(model)), vocab_size)
+
+
+def _kind_name(kind: int) -> str:
+    from fusechat.align import RowKind
+
+    return RowKind(kind).name.lower()
+
+
+def summary(kind: str, manifest: Json) -> dict[str, Any]:
+    """Return the facts of a manifest worth a line each, without lists of shards and requests."""
+    facts = {k: v for k, v in manifest.items() if k not in ("request", "shards", "skipped", "losses", "groups")}
+    if kind in (TOPK_FORMAT, ALIGNED_FORMAT):
+        shards = manifest["shards"]
+        facts["shards"] = len(shards)
+        facts["size_bytes"] = sum(shard["size_bytes"] for shard in shards)
+        for count in ("n_dialogues", "n_rows", "n_tokens"):
+            if shards and count in shards[0]:
+                facts[count] = sum(shard[count] for shard in shards)
+    if "skipped" in manifest:
+        facts["skipped"] = f"{len(manifest['skipped'])} dialogues"
+    return facts

@@ -1,0 +1,19 @@
+"""The fusion loss (design: one soft target of K + 1 entries a row; L = λ·L_SFT + (1 − λ)·L_Fusion, arXiv
+2408.07990, eq. 4)."""
+
+from __future__ import annotations
+
+from fusechat.loss.linear import linear_sparse_soft_ce
+from fusechat.loss.logits import sparse_soft_ce
+from fusechat.loss.options import Divergence, LossOptions, Missing
+from fusechat.loss.rows import IGNORE_LABEL, LossOutput
+
+__all__ = [
+    "IGNORE_LABEL",
+    "Divergence",
+    "LossOptions",
+    "LossOutput",
+    "Missing",
+    "linear_sparse_soft_ce",
+    "sparse_soft_ce",
+]

@@ -1,0 +1,132 @@
+"""The fusion loss on logits: K sparse teacher entries a row, the gradient written in place of the logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fusechat.errors import ConfigError
+from fusechat.kernels import reference
+from fusechat.loss.options import Divergence, LossOptions, Missing
+from fusechat.loss.rows import LossOutput, Rows, check_rows
+
+# Elements of a chunk in the torch fallback: its few fp32 copies of a chunk stay in the last-level cache of a
+# CPU.
+_CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
+
+
+def forward_rows(logits: Tensor, rows: Rows, options: LossOptions, grad: Tensor | None) -> tuple[Tensor, ...]:
+    """Compute loss, hard, soft, lse and correct of each row, and write row_scale · ∂loss/∂logits to `grad` if
+    given."""
+    n_rows, vocabulary = logits.shape
+    step = max(1, _CHUNK_ELEMENTS.get(logits.device.type, 1 << 20) // max(vocabulary, 1))
+    chunks = [
+        reference.sparse_soft_ce_chunk(
+            logits[start : start + step],
+            *(column[start : start + step] for column in rows),
+            divergence=options.divergence,
+            missing=options.missing,
+            temperature=options.temperature,
+            student_temperature=options.student_temperature,
+            beta=options.beta,
+            label_smoothing=options.label_smoothing,
+            z_loss=options.z_loss,
+            softcap=options.softcap or 0.0,
+            grad=None if grad is None else grad[start : start + step],
+        )
+        for start in range(0, n_rows, step)
+    ]
+    if not chunks:
+        empty = logits.new_zeros(0, dtype=torch.float32)
+        return empty, empty, empty, empty, empty.bool()
+    return tuple(torch.cat(column) for column in zip(*chunks))
+
+
+class _SparseSoftCE(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, logits: Tensor, rows: Rows, options: LossOptions, inplace: bool
+    ) -> tuple[Tensor, ...]:
+        grad = None
+        if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
+            grad = logits.detach() if inplace else torch.empty_like(logits)
+        row_loss, hard, soft, lse, correct = forward_rows(logits.detach(), rows, options, grad)
+        ctx.grad = grad  # type: ignore[attr-defined]
+        ctx.mark_non_differentiable(hard, soft, lse, correct)
+        return (row_loss * rows.row_scale).sum(), hard, soft, lse, correct
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        grad = ctx.grad  # type: ignore[attr-defined]
+        if grad is None:
+            raise RuntimeError("the loss's gradient was taken twice: it lives in the logits' memory and was handed out")
+        ctx.grad = None  # type: ignore[attr-defined]
+        return grad.mul_(grad_outputs[0]), None, None, None
+
+
+def sparse_soft_ce(
+    logits: Tensor,
+    labels: Tensor,
+    ids: Tensor,
+    logprobs: Tensor,
+    *,
+    hard_weight: float | Tensor,
+    divergence: Divergence = "ce",
+    missing: Missing = "renormalise",
+    temperature: float = 1.0,
+    student_temperature: float = 1.0,
+    beta: float = 0.5,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    row_weight: Tensor | None = None,
+    partition: Tensor | None = None,
+    inplace: bool = True,
+) -> LossOutput:
+    """Return λ · cross-entropy with the label + (1 − λ) · divergence from a sparse teacher, λ = hard_weight.
+
+    Equal, for divergence ce with missing zero, to
+
+        target = hard_weight·onehot(labels) + (1 − hard_weight)·Σ_k exp(logprobs_k)·onehot(ids_k)
+        row_loss = −(target · log_softmax(logits)).sum(−1)
+        loss = row_loss[labels ≠ −100].mean()
+
+    without a dense target. With `inplace` the gradient, where one is needed, overwrites the logits' memory.
+
+    Args:
+        logits: float32, bfloat16 or float16 [N, V].
+        labels: int64[N]; rows of −100 count for nothing and get a gradient of 0.
+        ids, logprobs: int64[N, K] and float[N, K], the teacher's entries; id −1 is absent, equal ids add up;
+            K = 0 is plain cross-entropy. A row without entries has only its hard term, hard_weight times it.
+        hard_weight: λ, a float or float32[N].
+        divergence: ce, kl, reverse_kl, jsd (beta), tvd, skew_kl (beta) or alpha (beta), over the K cells and
+            the tail.
+        missing: the teacher's mass outside its entries: `renormalise` scales the entries to sum to one (the
+            paper's form), `tail` compares it with the student's mass there as one more cell, `zero` drops it,
+            `uniform` spreads it.
+        temperature: of the teacher. student_temperature: of the student in the soft term, which is multiplied
+            by its square.
+        label_smoothing: share of the label spread over the vocabulary. z_loss: weight of lse². softcap: of
+            the logits.
+        row_weight: float32[N]. Given, the loss is the weighted *sum* of rows, so that a caller's normaliser
+            (tokens of the whole batch, gradient accumulation) costs no extra pass; without it, the mean over
+            rows whose label is not −100.
+        partition: bool[N], rows whose ids are cells of a partition of the vocabulary: their missing mass is
+            always the tail's.
+
+    Raises ConfigError for shapes, dtypes and options that do not fit.
+    """
+    if logits.ndim != 2 or not logits.is_floating_point():
+        raise ConfigError(f"logits are {logits.dtype}{list(logits.shape)}, expected float[N, V]")
+    options = LossOptions(
+        divergence=divergence,
+        missing=missing,
+        temperature=temperature,
+        student_temperature=student_temperature,
+        beta=beta,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+    )
+    rows = check_rows(logits.shape[0], labels, ids, logprobs, hard_weight, row_weight, partition)
+    return LossOutput(*_SparseSoftCE.apply(logits, rows, options, inplace))  # type: ignore[no-untyped-call]

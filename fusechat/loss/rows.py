@@ -1,0 +1,85 @@
+"""What a loss call works on, row by row, and what it returns."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusechat.errors import ConfigError
+
+IGNORE_LABEL = -100
+
+
+class LossOutput(NamedTuple):
+    """What the fusion loss returns; only `loss` carries a gradient. Rows whose label is −100 hold 0 and
+    False."""
+
+    loss: Tensor
+    """float32 scalar."""
+    hard: Tensor
+    """float32[N], cross-entropy with the label at temperature 1, label smoothing included."""
+    soft: Tensor
+    """float32[N], divergence from the teacher times student_temperature²; 0 where the row has no teacher
+    entry."""
+    lse: Tensor
+    """float32[N], logsumexp of the (softcapped) logits."""
+    correct: Tensor
+    """bool[N], whether no logit exceeds the label's."""
+
+
+class Rows(NamedTuple):
+    """The row-wise inputs in the one form that every backend takes."""
+
+    labels: Tensor
+    """int64[N]."""
+    ids: Tensor
+    """int64[N, K], −1 where absent."""
+    logprobs: Tensor
+    """float32[N, K]."""
+    hard_weight: Tensor
+    """float32[N]."""
+    row_scale: Tensor
+    """float32[N], the factor of each row in the loss, 0 where the label is −100."""
+    partition: Tensor
+    """bool[N]."""
+
+
+def check_rows(
+    n_rows: int,
+    labels: Tensor,
+    ids: Tensor,
+    logprobs: Tensor,
+    hard_weight: float | Tensor,
+    row_weight: Tensor | None,
+    partition: Tensor | None,
+) -> Rows:
+    """Check shapes and dtypes and bring the row-wise inputs into one form, without a host sync."""
+    integral = (torch.int64, torch.int32, torch.int16, torch.uint8)
+    if labels.shape != (n_rows,) or labels.dtype not in integral:
+        raise ConfigError(f"labels are {labels.dtype}{list(labels.shape)}, expected int64[{n_rows}]")
+    if ids.ndim != 2 or ids.shape[0] != n_rows or ids.dtype not in integral:
+        raise ConfigError(f"ids are {ids.dtype}{list(ids.shape)}, expected int64[{n_rows}, K]")
+    if logprobs.shape != ids.shape or not logprobs.is_floating_point():
+        raise ConfigError(f"logprobs are {logprobs.dtype}{list(logprobs.shape)}, expected float32{list(ids.shape)}")
+    if isinstance(hard_weight, Tensor):
+        if hard_weight.shape != (n_rows,):
+            raise ConfigError(f"hard_weight is {list(hard_weight.shape)}, expected a float or float32[{n_rows}]")
+        hard_weight = hard_weight.float()
+    else:
+        if not 0 <= hard_weight <= 1:
+            raise ConfigError(f"hard_weight is {hard_weight}, expected 0 <= hard_weight <= 1")
+        hard_weight = torch.full((n_rows,), hard_weight, device=labels.device)
+    valid = labels != IGNORE_LABEL
+    if row_weight is None:
+        row_scale = valid / valid.sum().clamp(min=1)
+    elif row_weight.shape != (n_rows,):
+        raise ConfigError(f"row_weight is {list(row_weight.shape)}, expected float32[{n_rows}]")
+    else:
+        row_scale = torch.where(valid, row_weight.float(), 0.0)
+    if partition is None:
+        partition = torch.zeros(n_rows, dtype=torch.bool, device=labels.device)
+    elif partition.shape != (n_rows,) or partition.dtype != torch.bool:
+        raise ConfigError(f"partition is {partition.dtype}{list(partition.shape)}, expected bool[{n_rows}]")
+    return Rows(labels.long(), ids.long(), logprobs.float(), hard_weight, row_scale, partition)

@@ -1,0 +1,154 @@
+"""A causal language model as this project uses it: hidden states, and a head applied to chosen rows.
+
+The head is never applied to a whole batch: `[B,S,V]` is the largest tensor a plain forward pass builds, and nearly all
+of it would be thrown away.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fusechat.errors import DataError, FormatError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Head:
+    """logits = softcap·tanh((hidden·weightᵀ + bias) / softcap), the parts absent where the model has none."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    softcap: float | None
+
+
+def resolve_model(model: str) -> Path:
+    """Return the directory of a local model or of a hub id, downloading the latter.
+
+    Raises DataError when there is no such directory and the hub has, or can be asked for, no such id.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_absolute() or model.startswith("."):
+        raise DataError(f"model {model} does not exist: give a directory with config.json and safetensors, or a hub id")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
+    except (OSError, ValueError, RuntimeError, HFValidationError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"model {model} is neither a directory nor a hub id that can be had ({reason})") from error
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """Load a directory's fast tokenizer; raises DataError when there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise DataError(f"{directory} has no tokenizer that loads: {str(error).splitlines()[0]}") from error
+    if not tokenizer.is_fast:
+        raise DataError(f"the tokenizer of {directory} has no fast form (tokenizer.json): convert it with transformers")
+    return tokenizer
+
+
+def load_model(directory: Path, *, dtype: str = "auto", device: str = "cpu") -> Any:
+    """Load a directory's causal language model in evaluation mode; raises DataError or FormatError in one line."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    if not (directory / "config.json").exists():
+        raise DataError(f"{directory} has no config.json: it is not a model directory")
+    if not any(directory.glob("*.safetensors")):
+        raise DataError(
+            f"{directory} has no safetensors weights: convert them once with "
+            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    except SafetensorError as error:
+        raise FormatError(f"the weights of {directory} are truncated or foreign: {error}") from error
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise DataError(
+            f"{directory} does not load as a causal language model: {str(error).splitlines()[0]}"
+        ) from error
+    return model.to(device).eval()
+
+
+def _unwrapped(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def hidden_states(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Return what the head is applied to, [B,S,D], for input_ids and attention_mask int64[B,S].
+
+    A constant factor that the architecture puts on its logits (Cohere, Granite) is on the hidden states already.
+    """
+    inner = _unwrapped(model)
+    hidden: torch.Tensor = inner.base_model(
+        input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+    ).last_hidden_state
+    config = inner.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    return hidden if scale == 1.0 else hidden * scale
+
+
+def head(model: Any) -> Head:
+    """Return the model's head, with the softcap its configuration declares."""
+    inner = _unwrapped(model)
+    layer = inner.get_output_embeddings()
+    return Head(
+        weight=layer.weight,
+        bias=getattr(layer, "bias", None),
+        softcap=getattr(inner.config.get_text_config(), "final_logit_softcapping", None),
+    )
+
+
+def embedding_rows(model: Any) -> int:
+    """Return the number of rows of the input embedding: token ids must be smaller."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def context_tokens(config: Any, asked_tokens: int) -> int:
+    """Return the smaller of the asked length and the model's own context, saying so when the model's is smaller."""
+    own = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if own is not None and own < asked_tokens:
+        log.info("context: %d tokens (the model's own), %d were asked for", own, asked_tokens)
+        return int(own)
+    return asked_tokens
+
+
+@torch.no_grad()
+def check_head(model: Any, token_ids: npt.NDArray[np.int32]) -> None:
+    """Compare head(hidden_states(ids)) with the model's own logits on the first tokens of one sequence, int32[T].
+
+    Raises DataError when they differ: the architecture does something to its logits that this project does not know.
+    """
+    input_ids = torch.from_numpy(token_ids[:32].astype(np.int64))[None].to(model.device)
+    own = model(input_ids=input_ids, use_cache=False).logits[0].float()
+    hidden = hidden_states(model, input_ids, torch.ones_like(input_ids))[0]
+    parts = head(model)
+    logits = torch.nn.functional.linear(hidden, parts.weight, parts.bias).float()
+    if parts.softcap is not None:
+        logits = parts.softcap * torch.tanh(logits / parts.softcap)
+    tolerance = 1e-3 if own.dtype == hidden.dtype else 5e-2
+    if not torch.allclose(logits, own, rtol=tolerance, atol=tolerance * (1.0 + own.abs().max().item())):
+        name = type(model).__name__
+        raise DataError(
+            f"{name} changes its logits in a way this version does not know: extract it with another backend"
+        )

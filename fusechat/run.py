@@ -1,0 +1,240 @@
+"""A whole fusion: extract → align → train → merge → evaluate, each stage skipped when its artefact is there and whole.
+
+out/data/            fingerprints and the held-out split
+out/extract/NAME/    TopKStore of the pivot and of every source
+out/align/NAME/      AlignedStore of every source
+out/targets/NAME/    one target per source, and `sft`, the control
+out/merged/          the fused model
+out/results.json     held-out bits per byte of all of them
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fusechat.artifact import Json, atomic_write, read_json, write_json
+from fusechat.callable_module import make_callable
+from fusechat.config import RunConfig, load_config, source_name
+from fusechat.dialogue import dataset_fingerprint, load_dialogues, split_held_out
+from fusechat.errors import FormatError, MismatchError
+from fusechat.records import Dialogue
+
+__all__ = ["run"]
+make_callable(__name__)
+
+RESULTS_FORMAT = "fusechat.results"
+SFT = "sft"
+
+Advance = Callable[[int, int], None]
+
+
+class Reporter:
+    """What a run tells while it works; this one is silent."""
+
+    def stage(self, name: str, unit: str) -> Advance:
+        """Begin a stage and return the function that is told (done, all) in `unit`."""
+        return lambda done, total: None
+
+    def done(self, name: str, note: str) -> None:
+        """Say that a stage is finished, with one line about its result."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """Where a run keeps what it makes."""
+
+    out: Path
+
+    def store(self, name: str) -> Path:
+        """The TopKStore of the pivot or of a source."""
+        return self.out / "extract" / name
+
+    def aligned(self, name: str) -> Path:
+        """The AlignedStore of a source."""
+        return self.out / "align" / name
+
+    def target(self, name: str) -> Path:
+        """The target trained with a source, or the control `sft`."""
+        return self.out / "targets" / name
+
+    @property
+    def merged(self) -> Path:
+        """The fused model."""
+        return self.out / "merged"
+
+    @property
+    def results(self) -> Path:
+        """The table of results."""
+        return self.out / "results.json"
+
+
+def run(config: RunConfig | Path | str, overrides: Sequence[str] = (), *, reporter: Reporter | None = None) -> Json:
+    """Run or resume a whole fusion and return its results (the content of results.json).
+
+    Stages whose artefacts are whole and made from the same inputs are skipped; raises MismatchError, naming both sides,
+    when they were made from others.
+    """
+    if not isinstance(config, RunConfig):
+        config = load_config(Path(config), overrides)
+    report = reporter or Reporter()
+    layout = Layout(out=Path(config.out))
+    layout.out.mkdir(parents=True, exist_ok=True)
+    train_set, held_out = _load_data(config)
+    _write_config(config, layout)
+
+    names = [source_name(source) for source in config.sources]
+    _extract_all(config, layout, train_set, report)
+    _align_all(config, layout, names, report)
+    _train_all(config, layout, names, report)
+    _merge(config, layout, names, report)
+    return _evaluate(config, layout, names, held_out, report)
+
+
+def _load_data(config: RunConfig) -> tuple[list[Dialogue], list[Dialogue]]:
+    data = config.data
+    options: dict[str, Any] = {"format": data.format, "separator": data.separator, "max_bytes": data.max_bytes}
+    dialogues = load_dialogues(data.train, limit=data.limit, **options)
+    if data.held_out is not None:
+        return dialogues, load_dialogues(data.held_out, **options)
+    return split_held_out(dialogues, data.held_out_fraction, config.seed)
+
+
+def _write_config(config: RunConfig, layout: Layout) -> None:
+    with atomic_write(layout.out / "config.yaml") as partial:
+        partial.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False), encoding="utf-8")
+
+
+def _extract_all(config: RunConfig, layout: Layout, dialogues: list[Dialogue], report: Reporter) -> None:
+    from fusechat.extract import extract
+
+    options = config.extract
+    models = {"pivot": config.pivot} | {source_name(s): s.model for s in config.sources}
+    for name, model in models.items():
+        template = config.pivot if options.template == "pivot" else options.template
+        manifest = extract(
+            model,
+            dialogues,
+            layout.store(name),
+            top_k=options.top_k,
+            template=template,
+            max_length_tokens=options.max_length_tokens,
+            dtype=options.dtype,
+            batch_tokens=options.batch_tokens,
+            shard_dialogues=options.shard_dialogues,
+            progress=report.stage(f"extract {name}", "tokens"),
+        )
+        rows = sum(shard["n_rows"] for shard in manifest["shards"])
+        skipped = f", {len(manifest['skipped'])} dialogues skipped" if manifest["skipped"] else ""
+        report.done(f"extract {name}", f"{rows:,} rows, top {manifest['top_k']}{skipped}")
+
+
+def _align_all(config: RunConfig, layout: Layout, names: list[str], report: Reporter) -> None:
+    from fusechat.align import align
+
+    for name in names:
+        manifest = align(
+            layout.store("pivot"),
+            layout.store(name),
+            layout.aligned(name),
+            **config.align.model_dump(),
+            progress=report.stage(f"align {name}", "rows"),
+        )
+        coverage = manifest["coverage"]["rows"]
+        report.done(f"align {name}", ", ".join(f"{kind} {share:.1%}" for kind, share in coverage.items()))
+
+
+def _train_all(config: RunConfig, layout: Layout, names: list[str], report: Reporter) -> None:
+    from fusechat.train import train
+
+    for name in names + [SFT] * config.train.sft_control:
+        provenance = train(
+            config.pivot,
+            layout.store("pivot"),
+            None if name == SFT else layout.aligned(name),
+            layout.target(name),
+            config.train,
+            seed=config.seed,
+            progress=report.stage(f"train {name}", "steps"),
+        )
+        share = "" if name == SFT else f", the source is taught in {provenance['source_share']:.0%} of dialogues"
+        report.done(f"train {name}", f"loss {provenance['losses'][-1]:.4f}{share}" if provenance["losses"] else "done")
+
+
+def merge_recipe(config: RunConfig, layout: Layout, names: list[str]) -> Json:
+    """Return the merge of the run's targets onto the pivot in the YAML form `fusechat merge` reads."""
+    weights = config.merge.weights or [1.0] * len(names)
+    models = [{"model": str(layout.target(name))} for name in names]
+    if config.merge.method == "linear":
+        return {
+            "merge_method": "linear",
+            "base_model": config.pivot,
+            "models": [m | {"parameters": {"weight": w}} for m, w in zip(models, weights, strict=True)],
+        }
+    return {
+        "merge_method": "sce",
+        "base_model": config.pivot,
+        "models": models,
+        "parameters": {"select_topk": config.merge.select_topk, "variant": config.merge.variant},
+    }
+
+
+def _merge(config: RunConfig, layout: Layout, names: list[str], report: Reporter) -> None:
+    from fusechat.merge import merge
+
+    recipe = merge_recipe(config, layout, names)
+    provenance = merge(recipe, layout.merged, progress=report.stage("merge", "bytes"))
+    report.done("merge", f"{config.merge.method}, {provenance['n_tensors']} tensors")
+
+
+def _evaluate(config: RunConfig, layout: Layout, names: list[str], held_out: list[Dialogue], report: Reporter) -> Json:
+    from fusechat.checkpoint import checkpoint_sha256
+    from fusechat.evaluate.bpb import results_table, score_models
+    from fusechat.model import resolve_model
+
+    targets = names + [SFT] * config.train.sft_control
+    models: dict[str, Any] = {"pivot": config.pivot}
+    models |= {f"source {source_name(s)}": s.model for s in config.sources}
+    models |= {SFT if name == SFT else f"target {name}": layout.target(name) for name in targets}
+    models["merged"] = layout.merged
+    request = {
+        "held_out_fingerprint": dataset_fingerprint(held_out),
+        "models": {name: checkpoint_sha256(resolve_model(str(model))) for name, model in models.items()},
+        "eval": config.eval.model_dump(),
+        "seed": config.seed,
+    }
+    if layout.results.exists():
+        results = read_json(layout.results)
+        if results.get("format") != RESULTS_FORMAT:
+            raise FormatError(f"{layout.results} is not a table of results: choose another `out`")
+        if results["request"] == request:
+            return dict(results)
+        raise MismatchError(f"{layout.results} is of other models or dialogues: remove it or choose another `out`")
+    scores = score_models(
+        models,
+        held_out,
+        max_length_tokens=config.extract.max_length_tokens,
+        dtype=config.extract.dtype,
+        batch_tokens=config.extract.batch_tokens,
+        progress=report.stage("evaluate", "models"),
+    )
+    results = {
+        "format": RESULTS_FORMAT,
+        "version": 1,
+        **results_table(
+            scores,
+            held_out,
+            against=SFT if config.train.sft_control else "pivot",
+            samples=config.eval.bootstrap_samples,
+            confidence=config.eval.confidence,
+            seed=config.seed,
+        ),
+        "request": request,
+    }
+    write_json(layout.results, results)
+    report.done("evaluate", f"{results['n_dialogues']} held-out dialogues")
+    return results

@@ -1,0 +1,83 @@
+"""Top-k next-token log-probabilities from hidden states, lm_head in row chunks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fusechat.errors import ConfigError
+
+_DEFAULT_BUDGET_BYTES = 64 << 20
+
+
+def topk_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    k: int,
+    labels: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    budget_bytes: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return ids int32[N, k], logprobs float32[N, k], lse float32[N] and the labels' logprob float32[N].
+
+    Equal to
+
+        logprob = log_softmax(softcap·tanh(scale·(hidden @ weight.T + bias) / softcap))
+        logprobs, ids = logprob.topk(k)
+        label_logprob = logprob.gather(1, labels)
+
+    in fp32, without logits of more than a chunk of rows. Entries are in descending order, the
+    log-probabilities those of the full softmax. Rows without a label (`labels` None, or −100) hold NaN as
+    their label's logprob.
+
+    Args:
+        hidden: float[N, D]. weight: float[V, D] of the same dtype. bias: float[V].
+        labels: int64[N]. softcap: as in Gemma 2. scale: what the model multiplies its logits with (Cohere,
+            Granite).
+        budget_bytes: the most memory to take beyond inputs and results, 64 MiB unless given.
+
+    Raises ConfigError for shapes and dtypes that do not fit, k outside [1, V], and a budget too small for one
+    row.
+    """
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ConfigError(f"hidden is {list(hidden.shape)} and weight {list(weight.shape)}, expected [N, D] and [V, D]")
+    if hidden.dtype != weight.dtype or not hidden.is_floating_point():
+        raise ConfigError(f"hidden is {hidden.dtype} and weight {weight.dtype}, expected one floating dtype")
+    n_rows, vocabulary = hidden.shape[0], weight.shape[0]
+    if not 1 <= k <= vocabulary:
+        raise ConfigError(f"k is {k}, expected 1 <= k <= {vocabulary}, the vocabulary's size")
+    if labels is not None and labels.shape != (n_rows,):
+        raise ConfigError(f"labels are {list(labels.shape)}, expected int64[{n_rows}]")
+    budget_bytes = _DEFAULT_BUDGET_BYTES if budget_bytes is None else budget_bytes
+    # The product in the model's dtype, and one fp32 copy of it.
+    row_bytes = vocabulary * (hidden.element_size() + 4)
+    if budget_bytes < row_bytes:
+        raise ConfigError(
+            f"budget_bytes is {budget_bytes}, too little for one row of logits: give at least {row_bytes}"
+        )
+
+    ids = torch.empty(n_rows, k, dtype=torch.int32, device=hidden.device)
+    logprobs = torch.empty(n_rows, k, dtype=torch.float32, device=hidden.device)
+    lse = torch.empty(n_rows, dtype=torch.float32, device=hidden.device)
+    label_logprob = torch.full((n_rows,), float("nan"), device=hidden.device)
+    step = budget_bytes // row_bytes
+    with torch.no_grad():
+        for start in range(0, n_rows, step):
+            part = slice(start, start + step)
+            z = torch.nn.functional.linear(hidden[part], weight, bias).float()
+            if scale is not None:
+                z *= scale
+            if softcap is not None:
+                z = z.div_(softcap).tanh_().mul_(softcap)
+            lse[part] = torch.logsumexp(z, 1)
+            top, index = z.topk(k, dim=1)
+            ids[part] = index
+            logprobs[part] = top - lse[part].unsqueeze(1)
+            if labels is not None:
+                label = labels[part].long()
+                z_label = z.gather(1, label.clamp(min=0).unsqueeze(1)).squeeze(1)
+                label_logprob[part] = torch.where(label >= 0, z_label - lse[part], float("nan"))
+    return ids, logprobs, lse, label_logprob

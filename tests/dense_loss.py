@@ -1,0 +1,137 @@
+"""The fusion loss by its definitions: dense, fp64, one row at a time, gradients by autograd. Slow and
+obvious."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MASS_FLOOR = 1e-6
+
+
+def make_rows(seed: int, n_rows: int, vocabulary: int, n_entries: int, *, scale: float = 3.0, shift: float = 0.0):
+    """Return hostile rows: ignored labels, absent and duplicate ids, rows without a teacher, teachers summing
+    above one."""
+    rng = torch.Generator().manual_seed(seed)
+    logits = torch.randn(n_rows, vocabulary, generator=rng) * scale + shift
+    labels = torch.randint(0, vocabulary, (n_rows,), generator=rng)
+    labels[torch.rand(n_rows, generator=rng) < 0.2] = -100
+    ids = torch.randint(0, vocabulary, (n_rows, n_entries), generator=rng)
+    mass = torch.rand(n_rows, n_entries, generator=rng) + 1e-3
+    share = 0.2 + 0.9 * torch.rand(n_rows, 1, generator=rng)
+    logprobs = (mass / mass.sum(1, keepdim=True).clamp(min=1e-9) * share).log()
+    ids[torch.rand(n_rows, n_entries, generator=rng) < 0.15] = -1
+    if n_entries:
+        ids[torch.rand(n_rows, generator=rng) < 0.1] = -1
+        logprobs[torch.rand(n_rows, n_entries, generator=rng) < 0.05] = -float("inf")
+        gold = torch.rand(n_rows, generator=rng) < 0.5
+        ids[gold, 0] = labels.clamp(min=0)[gold]
+    return logits, labels, ids, logprobs
+
+
+def published(divergence: str, p: Tensor, q: Tensor, beta: float) -> Tensor:
+    """Each divergence as its paper prints it, between two lists of masses."""
+
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(a > 0, a * (a.clamp(min=1e-300) / b).log(), 0.0).sum()
+
+    mixture = beta * p + (1 - beta) * q
+    if divergence == "ce":
+        return -torch.where(p > 0, p * q.log(), 0.0).sum()
+    if divergence == "kl":
+        return kl(p, q)
+    if divergence == "reverse_kl":
+        return kl(q, p.clamp(min=MASS_FLOOR))
+    if divergence == "jsd":
+        return beta * kl(p, mixture) + (1 - beta) * kl(q, mixture)
+    if divergence == "tvd":
+        return (p - q).abs().sum() / 2
+    if divergence == "skew_kl":
+        return kl(p, mixture)
+    if divergence == "alpha":
+        return (beta * p + (1 - beta) * q - p**beta * q ** (1 - beta)).sum() / (beta * (1 - beta))
+    raise AssertionError(divergence)
+
+
+def teacher(ids: list[int], logprobs: list[float], vocabulary: int, missing: str, temperature: float):
+    """Return the row's cells as lists of tokens and their masses; the last cell is the tail."""
+    mass: dict[int, float] = {}
+    for token, logprob in zip(ids, logprobs):
+        if token >= 0:
+            mass[token] = mass.get(token, 0.0) + float(torch.tensor(logprob, dtype=torch.float64).exp())
+    rest = [token for token in range(vocabulary) if token not in mass]
+    p = torch.tensor([*mass.values(), max(0.0, 1.0 - sum(mass.values()))], dtype=torch.float64)
+    if missing == "renormalise" or not rest:
+        p[-1] = 0.0
+    p = p / p.sum() if p.sum() > 0 else p
+    p = p ** (1 / temperature)
+    p = p / p.sum() if p.sum() > 0 else p
+    return [[token] for token in mass] + [rest], p
+
+
+def row_loss(z: Tensor, label: int, ids, logprobs, hard_weight: float, partition: bool, options: dict) -> tuple:
+    """Return loss, hard and soft of one row of fp64 logits."""
+    if options.get("softcap"):
+        z = options["softcap"] * torch.tanh(z / options["softcap"])
+    vocabulary = z.shape[0]
+    log_q = torch.log_softmax(z, 0)
+    smoothing = options.get("label_smoothing", 0.0)
+    hard = -(1 - smoothing) * log_q[label] - smoothing * log_q.mean()
+    loss = hard_weight * hard + options.get("z_loss", 0.0) * torch.logsumexp(z, 0) ** 2
+    soft = torch.zeros((), dtype=torch.float64)
+    if any(token >= 0 for token in ids):
+        missing = "tail" if partition else options.get("missing", "renormalise")
+        divergence, tau = options.get("divergence", "ce"), options.get("student_temperature", 1.0)
+        cells, p = teacher(ids, logprobs, vocabulary, missing, options.get("temperature", 1.0))
+        log_q = torch.log_softmax(z / tau, 0)
+        if missing == "uniform":
+            target = torch.zeros(vocabulary, dtype=torch.float64)
+            for cell, mass in zip(cells, p):
+                target[cell] = mass / max(len(cell), 1)
+            soft = -(target * log_q).sum()
+            if divergence == "kl":
+                soft = soft + torch.where(target > 0, target * target.clamp(min=1e-300).log(), 0.0).sum()
+        else:
+            q = torch.stack([log_q[cell].exp().sum() for cell in cells])
+            keep = slice(None, -1) if missing == "zero" or not cells[-1] else slice(None)
+            soft = published(divergence, p[keep], q[keep], options.get("beta", 0.5))
+        soft = soft * tau**2
+        loss = loss + (1 - hard_weight) * soft
+    return loss, hard, soft
+
+
+def magnitudes(z: Tensor, label: int, ids, options: dict) -> Tensor:
+    """Return the size of the terms whose sum is each element of the gradient: what rounding errors are
+    relative to."""
+    if options.get("softcap"):
+        z = options["softcap"] * torch.tanh(z / options["softcap"])
+    tau, vocabulary = options.get("student_temperature", 1.0), z.shape[0]
+    size = torch.softmax(z, 0) + tau * torch.softmax(z / tau, 0) + options.get("label_smoothing", 0.0) / vocabulary
+    size += 1.0 / vocabulary if options.get("missing") == "uniform" else 0.0
+    size += 2 * options.get("z_loss", 0.0) * torch.logsumexp(z, 0).abs() * torch.softmax(z, 0)
+    size[[label, *(token for token in ids if token >= 0)]] += tau
+    return size
+
+
+def dense_loss(logits, labels, ids, logprobs, *, hard_weight, row_weight=None, partition=None, **options):
+    """Return the loss, its gradient [N, V], the size of the gradient's terms [N, V], and hard and soft per
+    row, all fp64."""
+    z = logits.detach().double().requires_grad_(True)
+    n_rows = z.shape[0]
+    valid = [row for row in range(n_rows) if labels[row] != -100]
+    total = z.sum() * 0.0
+    hard, soft = torch.zeros(n_rows, dtype=torch.float64), torch.zeros(n_rows, dtype=torch.float64)
+    size = torch.zeros_like(z)
+    for row in valid:
+        weight = 1.0 / len(valid) if row_weight is None else float(row_weight[row])
+        share = float(hard_weight[row]) if isinstance(hard_weight, Tensor) else hard_weight
+        in_cells = bool(partition[row]) if partition is not None else False
+        one, hard[row], soft[row] = row_loss(
+            z[row], int(labels[row]), ids[row].tolist(), logprobs[row].double().tolist(), share, in_cells, options
+        )
+        total = total + weight * one
+        size[row] = weight * magnitudes(z[row].detach(), int(labels[row]), ids[row].tolist(), options)
+        if options.get("divergence") == "alpha":
+            size[row] *= 1.0 + float(soft[row].detach())  # p^β Q^(1−β) has no bound for β > 1
+    (gradient,) = torch.autograd.grad(total, z)
+    return total.detach(), gradient, size, hard.detach(), soft.detach()

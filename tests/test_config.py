@@ -1,0 +1,66 @@
+"""The configuration refuses what it does not know and says what was meant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fusechat.config import load_config, parse_train, source_name
+from fusechat.errors import ConfigError
+
+MINIMAL = "pivot: ./p\nsources: [./a, {model: org/b, name: bee}]\ndata: {train: ./x.jsonl}\nout: runs/one\n"
+
+
+def _write(folder: Path, text: str) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_paths_are_relative_to_the_file_and_hub_ids_stay(tmp_path: Path) -> None:
+    config = load_config(_write(tmp_path, MINIMAL))
+    assert config.pivot == str(tmp_path / "p")
+    assert config.out == str(tmp_path / "runs/one")
+    assert config.sources[0].model == str(tmp_path / "a")
+    assert config.sources[1].model == "org/b"
+    assert [source_name(s) for s in config.sources] == ["a", "bee"]
+
+
+def test_overrides_change_single_keys_and_keep_their_neighbours(tmp_path: Path) -> None:
+    text = MINIMAL + "train: {epochs: 2, batch_size: 8, micro_batch_size: 8}\n"
+    config = load_config(_write(tmp_path, text), ["train.epochs=5", "merge.variant=paper"])
+    assert (config.train.epochs, config.train.batch_size, config.merge.variant) == (5, 8, "paper")
+
+
+@pytest.mark.parametrize(
+    ("addition", "overrides", "expected"),
+    [
+        ("trian: {}\n", [], "unknown key `trian`, did you mean `train`?"),
+        ("train: {hard_wieght: 1}\n", [], "unknown key `train.hard_wieght`, did you mean `hard_weight`?"),
+        ("train: {lora: {rnak: 1}}\n", [], "unknown key `train.lora.rnak`, did you mean `rank`?"),
+        ("train: {hard_weight: 2}\n", [], "`train.hard_weight`: Input should be less than or equal to 1, got 2"),
+        ("train: {batch_size: 7}\n", [], "batch_size must be a multiple of micro_batch_size"),
+        ("", ["train.epochs"], "override `train.epochs` is not of the form key.subkey=value"),
+        ("", ["sources=[./a, ./b/a]"], "two sources are named 'a'"),
+        ("", ["sources=[{model: ./a, name: sft}]"], "may not be named 'sft'"),
+        ("", ["sources=[]"], "at least 1 item"),
+        ("x: [", [], "is not valid YAML"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(tmp_path: Path, addition: str, overrides: list[str], expected: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(_write(tmp_path, MINIMAL + addition), overrides)
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read .*nothing\.yaml"):
+        load_config(tmp_path / "nothing.yaml")
+
+
+def test_training_settings_alone() -> None:
+    assert parse_train(["epochs=2", "lora={rank: 4}"]).lora is not None
+    with pytest.raises(ConfigError, match="did you mean `epochs`"):
+        parse_train(["epoch=2"])

@@ -1,0 +1,171 @@
+"""Stores give back what was written, resume where they stopped, and refuse what they did not write."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fusechat.artifact import ShardedWriter, atomic_write, differences, require_free_bytes
+from fusechat.errors import FormatError, FusechatError, MismatchError
+from fusechat.store import TOPK_FORMAT, Block, id_dtype, make_block, open_topk, row_positions, write_block
+
+REQUEST = {"format": TOPK_FORMAT, "version": 1, "model_sha256": "a" * 64, "top_k": 3}
+
+
+def _dialogue(index: int, tokens: int, rng: np.random.Generator) -> dict[str, Any]:
+    mask = rng.random(tokens) < 0.5
+    mask[:1] = False
+    rows = len(row_positions(mask))
+    return {
+        "dialogue.index": np.array([index]),
+        "token.input_ids": rng.integers(0, 99, tokens, dtype=np.int32),
+        "token.loss_mask": mask,
+        "row.ids": rng.integers(0, 99, (rows, 3)).astype(np.uint16),
+        "row.logprobs": -rng.random((rows, 3)).astype(np.float16),
+    }
+
+
+def _write_store(out: Path, dialogues: list[dict[str, Any]], per_shard: int, *, finish: bool = True) -> ShardedWriter:
+    writer = ShardedWriter(out, REQUEST)
+    for number, begin in enumerate(range(0, len(dialogues), per_shard)):
+        name = f"shard-{number:05d}.safetensors"
+        if name not in writer.done:
+            block = make_block(dialogues[begin : begin + per_shard])
+            writer.add(name, lambda path, block=block: write_block(path, block), n_dialogues=len(block))
+    if finish:
+        writer.finish()
+    return writer
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12), per_shard=st.integers(1, 5), seed=st.integers(0, 99)
+)
+def test_random_access_returns_every_dialogue_exactly(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], per_shard: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    indices = rng.permutation(1000)[: len(lengths)]
+    dialogues = [_dialogue(int(i), n, rng) for i, n in zip(indices, lengths, strict=True)]
+    out = tmp_path_factory.mktemp("store") / "s"
+    _write_store(out, dialogues, per_shard)
+    store = open_topk(out)
+    assert len(store) == len(dialogues)
+    for written in dialogues:
+        read = store[int(written["dialogue.index"][0])]
+        assert read.keys() == written.keys()
+        for key in written:
+            np.testing.assert_array_equal(read[key], written[key], strict=True)
+    whole = [store.shard(s).at(i) for s in range(store.n_shards) for i in range(len(store.shard(s)))]
+    assert [int(r["dialogue.index"][0]) for r in whole] == [int(d["dialogue.index"][0]) for d in dialogues]
+
+
+def _some(seed: int = 0) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(seed)
+    return [_dialogue(i, 9, rng) for i in range(6)]
+
+
+def test_an_interrupted_store_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    _write_store(tmp_path / "whole", _some(), 2)
+    _write_store(tmp_path / "cut", _some()[:4], 2, finish=False)
+    with pytest.raises(FormatError, match="not a complete artefact"):
+        open_topk(tmp_path / "cut")
+    (tmp_path / "cut" / "shard-00001.safetensors").write_bytes(b"torn")  # redone
+    _write_store(tmp_path / "cut", _some(), 2)
+    files = {p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir()}
+    assert files == {p.name: p.read_bytes() for p in (tmp_path / "cut").iterdir()}
+
+
+def test_another_request_is_refused_naming_both_values(tmp_path: Path) -> None:
+    _write_store(tmp_path / "s", _some(), 2)
+    with pytest.raises(MismatchError, match="top_k: 3 there, 4 here"):
+        ShardedWriter(tmp_path / "s", REQUEST | {"top_k": 4})
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.tex").write_text("precious")
+    with pytest.raises(MismatchError, match="not ours"):
+        ShardedWriter(tmp_path / "foreign", REQUEST)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "foreign"])
+def test_damaged_shards_are_refused_in_one_line(tmp_path: Path, damage: str) -> None:
+    _write_store(tmp_path / "s", _some(), 2)
+    shard = tmp_path / "s" / "shard-00001.safetensors"
+    data = bytearray(shard.read_bytes())
+    if damage == "truncate":
+        shard.write_bytes(data[:-7])
+    elif damage == "flip":
+        data[-3] ^= 1
+        shard.write_bytes(data)
+    elif damage == "remove":
+        shard.unlink()
+    else:
+        shard.write_bytes(b"\xff" * len(data))
+    with pytest.raises(FormatError, match="shard-00001") as error:
+        open_topk(tmp_path / "s")
+    assert "\n" not in str(error.value)
+    if damage in ("truncate", "foreign"):
+        with pytest.raises(FormatError, match="shard-00001"):
+            open_topk(tmp_path / "s", verify=False)
+
+
+def test_offsets_that_do_not_fit_their_columns_are_refused(tmp_path: Path) -> None:
+    block = make_block(_some())
+    broken = dict(block.offsets)
+    broken["row"] = broken["row"] + 1
+    writer = ShardedWriter(tmp_path / "s", REQUEST)
+    bad = Block(columns=block.columns, offsets=broken)
+    writer.add("shard-00000.safetensors", lambda path: write_block(path, bad))
+    writer.finish()
+    with pytest.raises(FormatError, match="offsets that do not fit row"):
+        open_topk(tmp_path / "s")
+
+
+def test_manifests_of_other_kinds_and_versions_are_refused(tmp_path: Path) -> None:
+    _write_store(tmp_path / "s", _some(), 2)
+    path = tmp_path / "s" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for change, message in (
+        ({"version": 9}, "version 9"),
+        ({"format": "other"}, "other artefact"),
+        (None, "not valid JSON"),
+    ):
+        path.write_text(json.dumps(manifest | change) if change else "{")
+        with pytest.raises(FormatError, match=message):
+            open_topk(tmp_path / "s")
+
+
+def _write_half(path: Path, failure: Exception) -> None:
+    with atomic_write(path) as partial:
+        partial.write_text("half")
+        raise failure
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_partial(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    path.write_text("old")
+    for failure, seen in ((ZeroDivisionError(), ZeroDivisionError), (OSError(28, "No space left"), FusechatError)):
+        with pytest.raises(seen) as error:
+            _write_half(path, failure)
+        assert path.read_text() == "old"
+        assert list(tmp_path.iterdir()) == [path]
+    assert "No space left; free space or choose another place" in str(error.value)
+
+
+def test_too_little_disk_is_said_before_work_begins(tmp_path: Path) -> None:
+    require_free_bytes(tmp_path / "not" / "there", 1)
+    with pytest.raises(FusechatError, match="are free"):
+        require_free_bytes(tmp_path, 10**18)
+
+
+def test_ids_take_two_bytes_while_they_fit() -> None:
+    assert id_dtype(65_536) == np.uint16
+    assert id_dtype(65_537) == np.int32
+
+
+def test_differences_name_both_sides() -> None:
+    assert differences({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 4}) == ["b: 3 there, 2 here", "c: 4 there, null here"]
