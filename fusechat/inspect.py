@@ -83,7 +83,7 @@ def _table(model: str, vocab_size: int) -> ByteTable:
 def _kind_name(kind: int) -> str:
     from fusechat.align import RowKind
 
-    return RowKind(kind).name.lower()
+    return str(RowKind(kind).name.lower())
 
 
 def summary(kind: str, manifest: Json) -> dict[str, Any]:

@@ -66,7 +66,9 @@ def load_model(directory: Path, *, dtype: str = "auto", device: str = "cpu") -> 
     """Load a directory's causal language model in evaluation mode; raises DataError or FormatError in one line."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # loading has no business between our own bars
     if not (directory / "config.json").exists():
         raise DataError(f"{directory} has no config.json: it is not a model directory")
     if not any(directory.glob("*.safetensors")):

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from fusechat.demo.world import World, build_world
-from fusechat.dialogue import load_dialogues
 
 from fusechat.artifact import Json, atomic_write
 from fusechat.config import load_config
+from fusechat.demo.world import World, build_world
+from fusechat.dialogue import load_dialogues
 from fusechat.model import load_model, load_tokenizer
 from fusechat.records import Dialogue
 from fusechat.run import Layout, Reporter, run
