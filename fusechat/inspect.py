@@ -9,9 +9,10 @@ import numpy as np
 
 from fusechat.artifact import MANIFEST, REQUEST, Json, read_json
 from fusechat.bytetable import ByteTable
+from fusechat.checkpoint import resolve_model
 from fusechat.errors import FormatError
-from fusechat.model import load_tokenizer, resolve_model
 from fusechat.store import ALIGNED_FORMAT, TOPK_FORMAT, Store, row_positions
+from fusechat.tokenizer import load_tokenizer
 
 
 def describe(path: Path) -> tuple[str, Json]:
