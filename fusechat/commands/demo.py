@@ -1,0 +1,43 @@
+"""fusechat demo [--out DIR] [--seed N]"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="folder of everything the demo makes")] = Path("fusechat-demo"),
+    seed: Annotated[int, typer.Option(help="of the dialogues, the models and the training")] = 0,
+) -> None:
+    """Fuse three small chat models made on the spot, and check that the fusion did what it should."""
+    from rich.console import Console
+
+    from fusechat.artifact import write_json
+    from fusechat.commands.progress import terminal_reporter
+    from fusechat.commands.results import print_results
+    from fusechat.demo.fusion import fuse_demo
+
+    out.mkdir(parents=True, exist_ok=True)
+    with terminal_reporter() as reporter:
+        outcome = fuse_demo(out, seed=seed, reporter=reporter)
+    write_json(out / "results.json", outcome.results)
+    print_results(outcome.results)
+    console = Console()
+    console.print()
+    for check in outcome.checks:
+        verdict = "[green]holds[/green]" if check.holds else "[red]FAILS[/red]"
+        console.print(
+            f"{verdict}  {check.claim}: {check.value:+.3f} \\[{check.low:+.3f}, {check.high:+.3f}]", highlight=False
+        )
+    console.print(f"\n[bold]{outcome.prompt}[/bold]", highlight=False)
+    for name, text in outcome.answers.items():
+        console.print(f"  {name:<7} {text}", highlight=False, markup=False)
+    settings = out / "demo.yaml"
+    console.print(f"\nλ, τ, steps and the SCE variant, with their reasons: {settings}", highlight=False)
+    console.print(f"everything is in {out}; the fused model is {out / 'run' / 'merged'}", highlight=False)
+    if not all(check.holds for check in outcome.checks):
+        console.print("[red]the fusion did not do what it should: see the checks above[/red]")
+        raise typer.Exit(1)

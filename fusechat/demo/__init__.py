@@ -1,0 +1,1 @@
+"""The demo's world: grammars to talk about, tokenizers, and models that know one topic better than another."""

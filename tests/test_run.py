@@ -1,0 +1,183 @@
+"""A whole run: resumes after a kill in any stage with identical results, skips what is done, refuses what changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fusechat.errors import ConfigError, DataError, MismatchError
+from fusechat.inspect import describe, sample_rows
+from fusechat.run import run
+from fusechat.store import ALIGNED_FORMAT, TOPK_FORMAT, Store
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Dies by SIGKILL inside the stage named on the command line, at a moment when its work is half done.
+KILLER = """
+import os, pathlib, signal, sys
+import fusechat.artifact as artifact
+stage, config = sys.argv[1:]
+die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+if stage in ("extract", "align"):
+    add = artifact.ShardedWriter.add
+    def counted(self, *args, **facts):
+        if self.directory.parent.name == stage and len(self.done) == 2:
+            die()
+        add(self, *args, **facts)
+    artifact.ShardedWriter.add = counted
+elif stage == "train":
+    import fusechat.train.trainer as trainer
+    on_save = trainer.MarkComplete.on_save
+    def second(self, args, state, control, **_):
+        if state.global_step >= 4:
+            die()  # this checkpoint stays without its mark
+        on_save(self, args, state, control)
+    trainer.MarkComplete.on_save = second
+elif stage == "merge":
+    replace = pathlib.Path.replace
+    rename = os.rename
+    def last(self, target):
+        if pathlib.Path(target).name == "merged":
+            die()
+        return replace(self, target)
+    def last_rename(source, target, **options):
+        if pathlib.Path(target).name == "merged":
+            die()
+        return rename(source, target, **options)
+    pathlib.Path.replace = last
+    os.rename = os.replace = last_rename
+from fusechat.run import run
+run(config)
+"""
+
+
+def _config(world: Any, out: Path) -> Path:
+    values = {
+        "pivot": str(world.pivot),
+        "sources": [str(world.source)],
+        "data": {"train": str(world.dialogues), "held_out_fraction": 0.25},
+        "out": str(out),
+        "seed": 3,
+        "extract": {"top_k": 4, "shard_dialogues": 4, "max_length_tokens": 200},
+        "train": {
+            "epochs": 2, "batch_size": 6, "micro_batch_size": 3, "learning_rate": 1e-3, "save_steps": 2,
+            "hard_weight": 0.5,
+        },
+        "eval": {"bootstrap_samples": 100},
+    }  # fmt: skip
+    path = out.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def _checksums(out: Path) -> dict[str, str]:
+    """Everything a run leaves that carries a result; manifests name absolute paths, so they are compared by value."""
+    sums = {}
+    for path in sorted(out.rglob("*")):
+        if path.suffix == ".safetensors":
+            sums[str(path.relative_to(out))] = hashlib.sha256(path.read_bytes()).hexdigest()
+    groups = json.loads((out / "results.json").read_text())["groups"]
+    sums["results"] = json.dumps(groups)
+    return sums
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "whole"
+    run(_config(tiny_world, out))
+    return out
+
+
+def test_a_run_leaves_every_artefact_and_nothing_half_done(finished: Path) -> None:
+    assert not list(finished.rglob("*.partial"))
+    for name in ("extract/pivot", "extract/source", "align/source", "targets/source", "targets/sft", "merged"):
+        describe(finished / name)
+    results = json.loads((finished / "results.json").read_text())
+    assert set(results["groups"]) == {"overall", "a", "b"}
+    assert set(results["groups"]["overall"]["models"]) == {
+        "pivot", "source source", "target source", "sft", "merged",
+    }  # fmt: skip
+
+
+def test_the_merged_model_loads_and_training_moved_it(finished: Path, tiny_world: Any) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    merged = AutoModelForCausalLM.from_pretrained(finished / "merged")
+    pivot = AutoModelForCausalLM.from_pretrained(tiny_world.pivot)
+    assert AutoTokenizer.from_pretrained(finished / "merged").chat_template
+    moved = [not torch.equal(a, b) for a, b in zip(merged.parameters(), pivot.parameters(), strict=True)]
+    assert sum(moved) > len(moved) / 2
+
+
+def test_a_killed_run_resumes_to_identical_bytes(finished: Path, tiny_world: Any, tmp_path: Path) -> None:
+    out = tmp_path / "killed"
+    config = _config(tiny_world, out)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for stage in ("extract", "align", "train", "merge"):
+        done = subprocess.run(
+            [sys.executable, "-c", KILLER, stage, str(config)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == -9, f"{stage}: {done.stderr[-2000:]}"
+        assert not (out / "results.json").exists()
+    run(config)
+    assert _checksums(out) == _checksums(finished)
+
+
+def test_a_second_run_does_nothing_over(finished: Path, tiny_world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.suffix in (".safetensors", ".json")}
+    results = run(_config(tiny_world, finished))
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert results["groups"]
+
+
+def test_changed_inputs_are_refused_naming_both_sides(finished: Path, tiny_world: Any) -> None:
+    config = _config(tiny_world, finished)
+    with pytest.raises(MismatchError, match="top_k: 4 there, 5 here"):
+        run(config, ["extract.top_k=5"])
+    with pytest.raises(MismatchError, match=r"hard_weight: 0\.5 there, 0\.7 here"):
+        run(config, ["train.hard_weight=0.7"])
+    with pytest.raises(MismatchError, match="dataset_fingerprint"):
+        run(config, ["data.limit=10"])
+
+
+def test_a_missing_model_or_file_is_named_before_anything_is_written(tiny_world: Any, tmp_path: Path) -> None:
+    config = _config(tiny_world, tmp_path / "x")
+    with pytest.raises(DataError, match="does not exist"):
+        run(config, ["data.train=./nothing.jsonl"])
+    with pytest.raises(DataError, match=r"model .*nowhere.* does not exist"):
+        run(config, ["pivot=./nowhere"])
+    with pytest.raises(ConfigError, match="did you mean `select_topk`"):
+        run(config, ["merge.select_top_k=1"])
+    assert not (tmp_path / "x" / "extract").exists()
+
+
+def test_stores_show_a_readable_sample(finished: Path) -> None:
+    for name, kind in (("extract/source", TOPK_FORMAT), ("align/source", ALIGNED_FORMAT)):
+        assert describe(finished / name)[0] == kind
+        rows = sample_rows(Store(finished / name, kind), limit=5)
+        assert len(rows) == 5
+        assert all(len(row) == 5 for row in rows)
+
+
+def test_an_aligned_store_of_another_pivot_store_is_refused(finished: Path, tiny_world: Any, tmp_path: Path) -> None:
+    from fusechat.train import train
+
+    shutil.copytree(finished / "extract" / "pivot", tmp_path / "pivot")
+    manifest = json.loads((tmp_path / "pivot" / "manifest.json").read_text())
+    (tmp_path / "pivot" / "manifest.json").write_text(json.dumps(manifest | {"top_k": 3}))
+    with pytest.raises(MismatchError, match="another pivot store"):
+        train(str(tiny_world.pivot), tmp_path / "pivot", finished / "align" / "source", tmp_path / "t")

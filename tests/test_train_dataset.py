@@ -1,0 +1,142 @@
+"""What training is given: which distribution is taught where, and how it is batched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fusechat.align import RowKind
+
+from fusechat.artifact import ShardedWriter, sha256_file
+from fusechat.store import ALIGNED_FORMAT, TOPK_FORMAT, make_block, open_aligned, open_topk, write_block
+from fusechat.train.dataset import FusionDataset, collate
+
+K = 2
+INF = np.inf
+
+
+def _pivot(folder: Path) -> Path:
+    """Two dialogues of 5 tokens; tokens 2, 3 and 4 are the assistant's, so that rows 1, 2 and 3 are taught."""
+    mask = np.array([0, 0, 1, 1, 1], dtype=bool)
+    records = [
+        {
+            "dialogue.index": np.array([index]),
+            "token.input_ids": np.arange(5, dtype=np.int32) + 10 * index,
+            "token.loss_mask": mask,
+            "row.ids": np.full((3, K), index, dtype=np.uint16),
+            "row.logprobs": np.log(np.full((3, K), 0.25)).astype(np.float16),
+        }
+        for index in (0, 1)
+    ]
+    writer = ShardedWriter(folder / "pivot", {"format": TOPK_FORMAT, "version": 1})
+    writer.add("shard-00000.safetensors", lambda path: write_block(path, make_block(records)))
+    writer.finish()
+    return folder / "pivot"
+
+
+def _aligned(folder: Path, pivot: Path, *, unaligned: str, source_nll: float = 1.0) -> Path:
+    """In dialogue 0 the source is better per byte and worse per token; it lacks dialogue 1."""
+    kinds = np.array([RowKind.SAME, RowKind.FINER, RowKind.NONE], dtype=np.uint8)
+    logprobs = np.array([[-0.5, -1.0], [-0.7, -INF], [-INF, -INF]], dtype=np.float16)
+    lacking = np.full((3, K), -INF, dtype=np.float16)
+    records = [
+        {
+            "dialogue.index": np.array([index]),
+            "dialogue.source_nll": np.array([nll], dtype=np.float32),
+            "dialogue.pivot_nll": np.array([2.0], dtype=np.float32),
+            "dialogue.source_tokens": np.array([2], dtype=np.int32),
+            "dialogue.pivot_tokens": np.array([8], dtype=np.int32),
+            "dialogue.content_bytes": np.array([9], dtype=np.int32),
+            "row.ids": np.array([[7, 8], [3, 0], [0, 0]], dtype=np.uint16),
+            "row.logprobs": rows,
+            "row.kind": kind,
+        }
+        for index, nll, rows, kind in (
+            (0, source_nll, logprobs, kinds),
+            (1, np.nan, lacking, np.full(3, RowKind.NONE, dtype=np.uint8)),
+        )
+    ]
+    request = {
+        "format": ALIGNED_FORMAT,
+        "version": 1,
+        "unaligned": unaligned,
+        "pivot_store_sha256": sha256_file(pivot / "manifest.json"),
+    }
+    writer = ShardedWriter(folder / f"aligned-{unaligned}", request)
+    writer.add("shard-00000.safetensors", lambda path: write_block(path, make_block(records)))
+    writer.finish()
+    return folder / f"aligned-{unaligned}"
+
+
+def _dataset(folder: Path, unaligned: str = "skip", **options: Any) -> FusionDataset:
+    pivot = _pivot(folder)
+    aligned = open_aligned(_aligned(folder, pivot, unaligned=unaligned))
+    return FusionDataset(open_topk(pivot), aligned, hard_weight=0.9, **options)
+
+
+def test_source_rows_are_taught_where_the_source_wins(tmp_path: Path) -> None:
+    example = _dataset(tmp_path)[0]
+    assert example.rows.tolist() == [1, 2, 3]
+    assert example.labels.tolist() == [-100, -100, 2, 3, 4]
+    assert example.ids.tolist() == [[7, 8], [3, -1], [-1, -1]]
+    assert example.partition.tolist() == [False, True, False]
+    np.testing.assert_allclose(example.hard_weight, [0.9, 0.9, 1.0])
+
+
+def test_a_dialogue_the_source_lacks_is_taught_by_the_pivot(tmp_path: Path) -> None:
+    dataset = _dataset(tmp_path, select="source")
+    assert dataset.from_source == {0: True, 1: False}
+    assert dataset[1].ids.tolist() == [[1, 1]] * 3
+    assert dataset.source_share == 0.5
+
+
+def test_min_ce_compares_per_byte_or_per_token_and_ties_go_to_the_pivot(tmp_path: Path) -> None:
+    assert _dataset(tmp_path / "a", ce_unit="byte").from_source[0]
+    assert not _dataset(tmp_path / "b", ce_unit="token").from_source[0]
+    pivot = _pivot(tmp_path / "c")
+    tied = open_aligned(_aligned(tmp_path / "c", pivot, unaligned="skip", source_nll=2.0))
+    assert not FusionDataset(open_topk(pivot), tied, hard_weight=0.9).from_source[0]
+
+
+def test_unaligned_rows_can_take_the_pivots_own_distribution(tmp_path: Path) -> None:
+    example = _dataset(tmp_path, "pivot")[0]
+    assert example.ids[2].tolist() == [0, 0]
+    np.testing.assert_allclose(np.exp(example.logprobs[2]), 0.25, rtol=1e-3)
+    np.testing.assert_allclose(example.hard_weight, 0.9)
+
+
+def test_the_control_is_taught_nothing_but_its_labels(tmp_path: Path) -> None:
+    example = FusionDataset(open_topk(_pivot(tmp_path)), None, hard_weight=0.9)[0]
+    assert example.ids.shape == (3, 0)
+    assert (example.hard_weight == 1).all()
+
+
+def test_batches_are_padded_and_rows_point_at_the_right_positions(tmp_path: Path) -> None:
+    dataset = _dataset(tmp_path)
+    control = FusionDataset(dataset.pivot, None, hard_weight=1.0)
+    batch = collate([dataset[0], control[1]], pad_token_id=99)
+    flat_labels = batch["labels"].flatten()
+    assert flat_labels[batch["rows"] + 1].tolist() == [2, 3, 4, 12, 13, 14]
+    assert batch["target_ids"].tolist() == [[7, 8], [3, -1], [-1, -1], [-1, -1], [-1, -1], [-1, -1]]
+    assert bool(np.isneginf(batch["target_logprobs"][3:].numpy()).all())
+
+
+@pytest.mark.parametrize("lengths", [(3, 5), (5, 3, 4)])
+def test_padding_goes_to_the_right_and_is_masked(lengths: tuple[int, ...]) -> None:
+    from fusechat.train.dataset import Example
+
+    examples = [
+        Example(
+            input_ids=np.arange(n), labels=np.full(n, -100), rows=np.array([n - 2]),
+            ids=np.zeros((1, n), dtype=np.int64),
+            logprobs=np.zeros((1, n), dtype=np.float32), partition=np.zeros(1, dtype=bool), hard_weight=np.ones(1),
+        )
+        for n in lengths
+    ]  # fmt: skip
+    batch = collate(examples, pad_token_id=99)
+    assert batch["attention_mask"].sum(dim=1).tolist() == list(lengths)
+    assert (batch["input_ids"][batch["attention_mask"] == 0] == 99).all()
+    assert batch["target_ids"].shape == (len(lengths), max(lengths))
+    assert (batch["target_ids"] == 0).sum().item() == sum(lengths)
