@@ -11,8 +11,10 @@ import numpy.typing as npt
 
 from fusechat.align.coverage import EXAMPLES_PER_SHARD, Tally, example
 from fusechat.align.rows import Choices, Matches, Remapped, RowKind, RowView, match_rows, remap_rows
+from fusechat.align.statistics import PairCounts, no_counts
 from fusechat.align.tokenizer import Vocabulary
-from fusechat.align.vocabulary import Encode, VocabMap, vocab_map
+from fusechat.align.vocabulary import Encode, VocabMap, stack_maps, vocab_map
+from fusechat.align.warper import Warper
 from fusechat.store import Array, Block, Store
 
 
@@ -22,53 +24,75 @@ class Aligner:
 
     pivot: Vocabulary
     source: Vocabulary
+    tokens: str
     vocab: str
     choices: Choices
     threads: int
+    counts: PairCounts | None = None
     _encode: Encode | None = None
     _index: dict[tuple[str, bytes, bytes], int] = field(default_factory=dict)
-    _target: npt.NDArray[np.int32] = field(init=False)
-    _quality: npt.NDArray[np.uint8] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._target = np.empty((0, len(self.source.table)), np.int32)
-        self._quality = np.empty((0, len(self.source.table)), np.uint8)
+    _maps: list[VocabMap] = field(default_factory=list)
+    _stacked: VocabMap | None = None
+    _warper: Warper | None = None
 
     def map_index(self, method: str, source_lead: bytes, pivot_lead: bytes) -> int:
         """Return the number of a map, making it if it is new."""
         key = (method, source_lead, pivot_lead)
         if key not in self._index:
-            if self._encode is None:
+            if self._encode is None and method not in ("exact", "mined", "ms-upstream"):
                 self._encode = self.pivot.continuation_encoder()
+            upstream = method == "ms-upstream"
             made = vocab_map(
                 self.source.table,
                 self.pivot.table,
                 method,
+                counts=self.counts,
                 pivot_encode=self._encode,
+                source_spelling=self.source.spelling() if upstream else None,
+                pivot_spelling=self.pivot.spelling() if upstream else None,
                 source_lead=source_lead,
                 pivot_lead=pivot_lead,
+                threads=self.threads,
             )
-            self._index[key] = len(self._index)
-            self._target = np.concatenate([self._target, made.target[None]])
-            self._quality = np.concatenate([self._quality, made.quality[None]])
+            self._index[key] = len(self._maps)
+            self._maps.append(made)
+            self._stacked = None
         return self._index[key]
 
     @property
     def maps(self) -> VocabMap:
-        """All maps made so far, [M,Vs]."""
-        return VocabMap(target=self._target, quality=self._quality)
+        """All maps made so far, stacked."""
+        if self._stacked is None:
+            self._stacked = stack_maps(self._maps)
+        return self._stacked
+
+    @property
+    def warper(self) -> Warper:
+        """What warps this pair of vocabularies."""
+        if self._warper is None:
+            self._warper = Warper.of(self.source, self.pivot)
+        return self._warper
+
+    def count(self, pivot: RowView, source: RowView, partner: npt.NDArray[np.int64]) -> PairCounts:
+        """Count which tokens stand against each other: on a warping path, or behind the same bytes."""
+        if self.tokens == "dtw":
+            return self.warper.count(pivot, source, partner)
+        matches = match_rows(pivot, source, partner, self.threads)
+        rows = np.flatnonzero((matches.source_row >= 0) & ~pivot.at_end)
+        return PairCounts.of(source.gold[matches.source_row[rows]].astype(np.int64), pivot.gold[rows].astype(np.int64))
 
     def align(self, pivot: RowView, source: RowView, partner: npt.NDArray[np.int64]) -> tuple[Matches, Remapped]:
         """Match and remap one block of rows."""
+        if self.tokens == "dtw":
+            index = self.map_index(self.vocab, b"", b"")
+            return self.warper.align(pivot, source, partner, index, self.maps, self.choices, self.threads)
         matches = match_rows(pivot, source, partner, self.threads)
-        index = np.full(len(matches.kind), self.map_index(self.vocab, b"", b""), np.int16)
+        row_maps = np.full(len(matches.kind), self.map_index(self.vocab, b"", b""), np.int16)
         coarser = matches.kind == RowKind.COARSER
         # A token that spans several of the pivot's has no twin that would do: its mass goes to the first of them.
-        index[coarser] = self.map_index("prefix", b"", b"")
-        self._index_leads(matches, pivot, source, index)
-        maps = self.maps
-        remapped = remap_rows(matches, pivot, source, index, maps.target, maps.quality, self.choices, self.threads)
-        return matches, remapped
+        row_maps[coarser] = self.map_index("prefix", b"", b"")
+        self._index_leads(matches, pivot, source, row_maps)
+        return matches, remap_rows(matches, pivot, source, row_maps, self.maps, self.choices, self.threads)
 
     def _index_leads(self, matches: Matches, pivot: RowView, source: RowView, index: npt.NDArray[np.int16]) -> None:
         """Choose other maps where a turn's first token carries white space in one tokenizer and not in the other."""
@@ -80,6 +104,15 @@ class Aligner:
             if leads[0] != leads[1]:
                 method = "prefix" if matches.kind[row] == RowKind.COARSER else self.vocab
                 index[row] = self.map_index(method, *leads)
+
+
+def count_shard(aligner: Aligner, pivot_block: Block, source: Store) -> PairCounts:
+    """Count the pairs of tokens of one shard of the pivot's."""
+    counts = no_counts()
+    for begin, end, shard, partner in _runs(pivot_block["dialogue.index"], source):
+        pivot_rows = RowView.of(pivot_block.part(begin, end), aligner.pivot.table)
+        counts += aligner.count(pivot_rows, RowView.of(source.shard(shard), aligner.source.table), partner)
+    return counts
 
 
 def align_shard(aligner: Aligner, pivot_block: Block, source: Store) -> tuple[Block, Tally]:
