@@ -106,6 +106,6 @@ def _load_light(directory: Path) -> Any:
 
 
 def _load_transformers(directory: Path) -> Any:
-    from fusechat.model import load_tokenizer
+    from fusechat.tokenizer import load_tokenizer
 
     return load_tokenizer(directory)

@@ -155,7 +155,7 @@ def _fit(
             save_strategy="steps",
             save_steps=config.save_steps,
             save_total_limit=2,
-            logging_steps=10,
+            logging_steps=50,
             logging_nan_inf_filter=False,
             seed=seed,
             data_seed=seed,
