@@ -241,3 +241,23 @@ def checkpoint_sha256(directory: Path) -> str:
     with ThreadPoolExecutor(max_workers=min(len(files), len(os.sched_getaffinity(0)))) as pool:
         hashes = list(pool.map(sha256_file, files))
     return sha256_json({path.name: digest for path, digest in zip(files, hashes)})
+
+
+def resolve_model(model: str) -> Path:
+    """Return the directory of a local model or of a hub id, downloading the latter.
+
+    Raises DataError when there is no such directory and the hub has, or can be asked for, no such id.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_absolute() or model.startswith("."):
+        raise DataError(f"model {model} does not exist: give a directory with config.json and safetensors, or a hub id")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
+    except (OSError, ValueError, RuntimeError, HFValidationError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"model {model} is neither a directory nor a hub id that can be had ({reason})") from error

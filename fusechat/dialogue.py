@@ -7,6 +7,7 @@ and from data sets of the Hugging Face hub. Nothing is dropped silently: the rep
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ def load_dialogues(
     path_or_hub_id: str | Path,
     *,
     format: Format = "auto",
-    separator: str | None = None,
+    separator: str | Sequence[str] | None = None,
     max_bytes: int | None = None,
     split: str = "train",
     limit: int | None = None,
@@ -58,14 +59,14 @@ def read_dialogues(
     path_or_hub_id: str | Path,
     *,
     format: Format = "auto",
-    separator: str | None = None,
+    separator: str | Sequence[str] | None = None,
     max_bytes: int | None = None,
     split: str = "train",
     limit: int | None = None,
 ) -> tuple[list[Dialogue], LoadReport]:
     """Read a data set and return its dialogues, cleaned (`clean_messages`), with the report.
 
-    A text file is running text: one document, or several between `separator`s. Running text longer than `max_bytes`
+    A text file is running text: one document, or several between separators. Running text longer than `max_bytes`
     UTF-8 bytes becomes several dialogues, cut at white space. `split` matters to hub ids only. `limit` stops after so
     many dialogues. Raises DataError when the data cannot be read, naming the place and the mend.
     """
@@ -105,17 +106,19 @@ def read_dialogues(
     return dialogues, report
 
 
-def _items(path_or_hub_id: str | Path, *, separator: str | None, split: str) -> Iterator[Located]:
+def _items(path_or_hub_id: str | Path, *, separator: str | Sequence[str] | None, split: str) -> Iterator[Located]:
     path = Path(path_or_hub_id)
     if not (path.is_file() and is_text_file(path)):
         if separator is not None:
             raise ConfigError(f"a separator is for text files, {path_or_hub_id} is none: remove it")
         yield from read_items(path_or_hub_id, split=split)
         return
-    if separator == "":
+    separators = [separator] if isinstance(separator, str) else list(separator or [])
+    if "" in separators:
         raise ConfigError("the separator is empty: give the text that stands between documents, or none")
     text = read_text(path)
-    for number, document in enumerate([text] if separator is None else text.split(separator), 1):
+    documents = re.split("|".join(map(re.escape, separators)), text) if separators else [text]
+    for number, document in enumerate(documents, 1):
         yield f"{path} document {number}", {"text": document}
 
 

@@ -9,9 +9,10 @@ import numpy as np
 
 from fusechat.artifact import MANIFEST, REQUEST, Json, read_json
 from fusechat.bytetable import ByteTable
+from fusechat.checkpoint import resolve_model
 from fusechat.errors import FormatError
-from fusechat.model import load_tokenizer, resolve_model
 from fusechat.store import ALIGNED_FORMAT, TOPK_FORMAT, Store, row_positions
+from fusechat.tokenizer import load_tokenizer
 
 
 def describe(path: Path) -> tuple[str, Json]:
@@ -83,7 +84,7 @@ def _table(model: str, vocab_size: int) -> ByteTable:
 def _kind_name(kind: int) -> str:
     from fusechat.align import RowKind
 
-    return RowKind(kind).name.lower()
+    return str(RowKind(kind).name.lower())
 
 
 def summary(kind: str, manifest: Json) -> dict[str, Any]:

@@ -192,9 +192,8 @@ def _merge(config: RunConfig, layout: Layout, names: list[str], report: Reporter
 
 
 def _evaluate(config: RunConfig, layout: Layout, names: list[str], held_out: list[Dialogue], report: Reporter) -> Json:
-    from fusechat.checkpoint import checkpoint_sha256
+    from fusechat.checkpoint import checkpoint_sha256, resolve_model
     from fusechat.evaluate.bpb import results_table, score_models
-    from fusechat.model import resolve_model
 
     targets = names + [SFT] * config.train.sft_control
     models: dict[str, Any] = {"pivot": config.pivot}

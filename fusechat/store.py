@@ -63,6 +63,15 @@ class Block:
         """Return dialogue i's part of every column, as views."""
         return {key: values[self._range(key, i)] for key, values in self.columns.items()}
 
+    def part(self, begin: int, end: int) -> Block:
+        """Return dialogues begin..end as a block of views."""
+        offsets = {axis: ends[begin : end + 1] - ends[begin] for axis, ends in self.offsets.items()}
+        columns = {
+            key: values[self._range(key, begin).start : self._range(key, end - 1).stop] if end > begin else values[:0]
+            for key, values in self.columns.items()
+        }
+        return Block(columns=columns, offsets=offsets)
+
     def _range(self, key: str, i: int) -> slice:
         axis = key.partition(".")[0]
         if axis == "dialogue":
@@ -140,6 +149,10 @@ class Store:
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._place)
+
+    def place(self, dialogue: int) -> tuple[int, int]:
+        """Return the shard that holds a dialogue and its place there; raises KeyError when this store skipped it."""
+        return self._place[dialogue]
 
     def __getitem__(self, dialogue: int) -> dict[str, Array]:
         """Return the columns of one dialogue as views of the file; raises KeyError when this store skipped it."""

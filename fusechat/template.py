@@ -10,8 +10,10 @@ from typing import Any
 import jinja2
 
 from fusechat.artifact import sha256_bytes
+from fusechat.checkpoint import resolve_model
 from fusechat.errors import DataError
 from fusechat.records import Message
+from fusechat.tokenizer import load_tokenizer
 
 OWN = "own"
 PLAIN = "plain"
@@ -54,19 +56,10 @@ def load_template(tokenizer: Any, spec: str = OWN) -> Template:
         if not path.is_file():
             raise DataError(f"template {spec} does not exist: give a .jinja file, a tokenizer's folder, own or plain")
         return _checked(Template(name=spec, jinja=path.read_text(encoding="utf-8")), tokenizer)
-    jinja = _template_of(_load_tokenizer(spec))
+    jinja = _template_of(load_tokenizer(resolve_model(spec)))
     if jinja is None:
         raise DataError(f"the tokenizer of {spec} has no chat template: name one that has, or a .jinja file")
     return _checked(Template(name=spec, jinja=jinja), tokenizer)
-
-
-def _load_tokenizer(spec: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(spec)
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot load a tokenizer from {spec}: {str(error).splitlines()[0]}") from error
 
 
 def _template_of(tokenizer: Any) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,19 +13,20 @@ def evaluate(
         list[str], typer.Argument(help="directories or hub ids; the first is compared with", show_default=False)
     ],
     data: Annotated[str, typer.Option(help="file or hub id of held-out dialogues", show_default=False)],
-    format: Annotated[str, typer.Option(help="auto, sharegpt, messages, alpaca or text")] = "auto",
-    separator: Annotated[str | None, typer.Option(help="what separates documents in a text file")] = None,
+    format: Annotated[
+        Literal["auto", "sharegpt", "openai", "alpaca", "text"], typer.Option(help="layout of the data")
+    ] = "auto",
+    separator: Annotated[list[str] | None, typer.Option(help="what separates documents in a text file")] = None,
     max_bytes: Annotated[int | None, typer.Option(help="cut running text into pieces of so many bytes")] = None,
     max_length: Annotated[int, typer.Option(help="tokens", min=2)] = 2048,
     seed: Annotated[int, typer.Option(help="of the bootstrap")] = 0,
     json_out: Annotated[Path | None, typer.Option("--json", help="also write the table here")] = None,
 ) -> None:
     """Bits per byte of models on held-out dialogues, by category, with paired bootstrap intervals."""
-    from fusechat.dialogue import load_dialogues
-
     from fusechat.artifact import write_json
     from fusechat.commands.progress import terminal_reporter
     from fusechat.commands.results import print_results
+    from fusechat.dialogue import load_dialogues
     from fusechat.errors import ConfigError
     from fusechat.evaluate.bpb import results_table, score_models
 

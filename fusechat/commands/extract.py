@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -16,15 +16,17 @@ def extract(
     template: Annotated[str, typer.Option(help="own, or a tokenizer directory or .jinja file")] = "own",
     max_length: Annotated[int, typer.Option(help="tokens; longer dialogues are cut at a turn", min=2)] = 2048,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
-    format: Annotated[str, typer.Option(help="auto, sharegpt, messages, alpaca or text")] = "auto",
-    separator: Annotated[str | None, typer.Option(help="what separates documents in a text file")] = None,
+    format: Annotated[
+        Literal["auto", "sharegpt", "openai", "alpaca", "text"], typer.Option(help="layout of the data")
+    ] = "auto",
+    separator: Annotated[list[str] | None, typer.Option(help="what separates documents in a text file")] = None,
     max_bytes: Annotated[int | None, typer.Option(help="cut running text into pieces of so many bytes")] = None,
 ) -> None:
     """Write a model's top-k next-token log-probabilities over a dialogue set."""
     import torch
-    from fusechat.dialogue import load_dialogues
 
     from fusechat.commands.progress import terminal_reporter
+    from fusechat.dialogue import load_dialogues
     from fusechat.extract import extract as extract_store
 
     dialogues = load_dialogues(data, format=format, separator=separator, max_bytes=max_bytes)

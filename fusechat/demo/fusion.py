@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from fusechat.demo.world import World, build_world
-from fusechat.dialogue import load_dialogues
 
 from fusechat.artifact import Json, atomic_write
 from fusechat.config import load_config
-from fusechat.model import load_model, load_tokenizer
+from fusechat.demo.world import World, build_world
+from fusechat.dialogue import load_dialogues
+from fusechat.model import load_model
 from fusechat.records import Dialogue
 from fusechat.run import Layout, Reporter, run
+from fusechat.tokenizer import load_tokenizer
 
 # Chosen for this scale from how the pieces work, before any held-out figure was seen, and stated in the YAML:
 SETTINGS: Json = {

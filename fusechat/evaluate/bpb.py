@@ -15,12 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from fusechat.bytetable import ByteTable
+from fusechat.checkpoint import resolve_model
 from fusechat.encode import encode_all
 from fusechat.errors import DataError
 from fusechat.extract.hf import score_rows
-from fusechat.model import check_head, context_tokens, embedding_rows, load_model, load_tokenizer, resolve_model
+from fusechat.model import check_head, context_tokens, embedding_rows, load_model
 from fusechat.records import Dialogue
 from fusechat.template import load_template
+from fusechat.tokenizer import load_tokenizer
 
 NATS_PER_BIT = float(np.log(2.0))
 

@@ -15,15 +15,16 @@ import numpy as np
 from fusechat.artifact import Json, ShardedWriter
 from fusechat.bytetable import ByteTable
 from fusechat.callable_module import make_callable
-from fusechat.checkpoint import checkpoint_sha256
+from fusechat.checkpoint import checkpoint_sha256, resolve_model
 from fusechat.dialogue import dataset_fingerprint
 from fusechat.encode import encode_all
 from fusechat.errors import DataError
 from fusechat.extract.hf import RowScores, score_rows
-from fusechat.model import check_head, context_tokens, embedding_rows, load_model, load_tokenizer, resolve_model
+from fusechat.model import check_head, context_tokens, embedding_rows, load_model
 from fusechat.records import Dialogue, Encoded
 from fusechat.store import TOPK_FORMAT, id_dtype, make_block, write_block
 from fusechat.template import load_template
+from fusechat.tokenizer import load_tokenizer
 
 __all__ = ["extract"]
 make_callable(__name__)

@@ -15,11 +15,12 @@ from typing import Any
 
 from fusechat.artifact import PARTIAL_SUFFIX, Json, differences, read_json, sha256_file, write_json
 from fusechat.callable_module import make_callable
-from fusechat.checkpoint import checkpoint_sha256
+from fusechat.checkpoint import checkpoint_sha256, resolve_model
 from fusechat.config import TrainConfig
 from fusechat.errors import DataError, MismatchError
-from fusechat.model import load_model, load_tokenizer, resolve_model
+from fusechat.model import load_model
 from fusechat.store import open_aligned, open_topk
+from fusechat.tokenizer import load_tokenizer
 from fusechat.train.dataset import FusionDataset, collate
 
 __all__ = ["train"]

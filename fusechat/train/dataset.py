@@ -122,7 +122,7 @@ class FusionDataset:
         ids, logprobs = record["row.ids"], record["row.logprobs"]
         none = kind == RowKind.NONE
         partition = kind == RowKind.FINER
-        taught = ~np.isneginf(logprobs).all(axis=1)
+        taught: Array = ~np.isneginf(logprobs).all(axis=1)
         if self.unaligned == "pivot" and none.any():
             ids, logprobs = _widen(ids, logprobs, pivot_ids.shape[1])
             pivot_ids, pivot_logprobs = _widen(pivot_ids, pivot_logprobs, ids.shape[1])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from fusechat.loss import linear_sparse_soft_ce
+from fusechat.loss import Missing, linear_sparse_soft_ce
 from fusechat.model import head, hidden_states
 
 COMPLETE = "complete"
@@ -18,7 +18,7 @@ COMPLETE = "complete"
 class FusionTrainer(Trainer):  # type: ignore[misc]
     """Trains on batches of fusechat.train.dataset.collate; the loss is the mean over all rows of the optimiser step."""
 
-    def __init__(self, *args: Any, missing: str, loss_budget_bytes: int | None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, missing: Missing, loss_budget_bytes: int | None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.missing = missing
         self.loss_budget_bytes = loss_budget_bytes

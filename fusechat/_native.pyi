@@ -1,0 +1,36 @@
+"""The compiled engine (csrc/). Arrays must be C-contiguous and of exactly the dtypes named in each room's module."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+# csrc/align, used through fusechat/align/rows.py
+def match_rows(
+    pivot: tuple[npt.NDArray[Any], ...],
+    source: tuple[npt.NDArray[Any], ...],
+    partner: npt.NDArray[np.int64],
+    threads: int,
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int32]]: ...
+def remap_rows(
+    matched: tuple[npt.NDArray[Any], ...],
+    ids: npt.NDArray[Any],
+    logprobs: npt.NDArray[np.uint16],
+    gold_logprob: npt.NDArray[np.float32],
+    gold: npt.NDArray[np.int32],
+    source_bytes: tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]],
+    source_ends_turn: npt.NDArray[np.uint8],
+    pivot_bytes: tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]],
+    map_target: npt.NDArray[np.int32],
+    map_quality: npt.NDArray[np.uint8],
+    probability: npt.NDArray[np.float32],
+    choices: tuple[int, int, int],
+    id_like: npt.NDArray[Any],
+    threads: int,
+) -> tuple[
+    npt.NDArray[Any],
+    npt.NDArray[np.uint16],
+    npt.NDArray[np.float32],
+    npt.NDArray[np.uint64],
+    npt.NDArray[np.uint64],
+]: ...

@@ -1,0 +1,130 @@
+"""The stage: one source's TopKStore, carried over to the pivot's positions and vocabulary, shard by shard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from fusechat.align.aligner import Aligner, align_shard
+from fusechat.align.coverage import coverage
+from fusechat.align.rows import Choices, n_threads
+from fusechat.align.tokenizer import store_vocabulary
+from fusechat.artifact import MANIFEST, Json, ShardedWriter, read_json, read_manifest, sha256_file, write_json
+from fusechat.bytetable import ByteTable
+from fusechat.errors import ConfigError, FormatError, MismatchError
+from fusechat.store import ALIGNED_FORMAT, Store, open_topk, write_block
+
+Progress = Callable[[int, int], None]
+COVERAGE = "coverage.json"
+
+_CHOICES = {
+    "tokens": ("bytes",),
+    "vocab": ("exact", "prefix"),
+    "granularity": ("chain", "first", "gold"),
+    "unaligned": ("gold", "pivot", "skip"),
+    "collisions": ("sum", "first"),
+}
+
+
+def align(
+    pivot_store: Path | str,
+    source_store: Path | str,
+    out: Path | str,
+    *,
+    tokens: str = "bytes",
+    vocab: str = "prefix",
+    granularity: str = "chain",
+    unaligned: str = "gold",
+    collisions: str = "sum",
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Json:
+    """Write the AlignedStore of one source and return its manifest; resumes at the first missing shard.
+
+    Shards follow the pivot's. `workers` is the number of threads (all of this process when None); the output is the
+    same for any. `progress(done_rows, all_rows)` is called after every shard. The manifest's `coverage` says what
+    became of rows and probability. Raises ConfigError for an unknown choice, FormatError for a store that is
+    incomplete or corrupt, MismatchError for stores of different dialogues, for a tokenizer that is not the store's, and
+    when `out` was made from other inputs.
+    """
+    chosen = {
+        "tokens": tokens,
+        "vocab": vocab,
+        "granularity": granularity,
+        "unaligned": unaligned,
+        "collisions": collisions,
+    }
+    for key, value in chosen.items():
+        if value not in _CHOICES[key]:
+            raise ConfigError(f"align.{key}: {value!r} is not one of {', '.join(_CHOICES[key])}")
+    pivot, source = open_topk(Path(pivot_store)), open_topk(Path(source_store))
+    _want_same_dialogues(pivot, source)
+    writer = ShardedWriter(Path(out), _request(pivot, source, chosen))
+    if writer.complete:
+        return read_manifest(writer.directory, ALIGNED_FORMAT)
+    aligner = Aligner(
+        pivot=store_vocabulary(pivot.directory, pivot.manifest),
+        source=store_vocabulary(source.directory, source.manifest),
+        vocab=vocab,
+        choices=Choices(granularity=granularity, unaligned=unaligned, collisions=collisions),
+        threads=workers or n_threads(),
+    )
+    all_rows = sum(shard["n_rows"] for shard in pivot.manifest["shards"])
+    done_rows = 0
+    for number, shard in enumerate(pivot.manifest["shards"]):
+        name = f"shard-{number:05d}.safetensors"
+        if name not in writer.done:
+            block, tally = align_shard(aligner, pivot.shard(number), source)
+            writer.add(
+                name,
+                lambda path, block=block: write_block(path, block),
+                n_dialogues=len(block),
+                n_rows=len(block["row.ids"]),
+                tally=tally.to_json(),
+            )
+        done_rows += shard["n_rows"]
+        if progress is not None:
+            progress(done_rows, all_rows)
+    return _finish(writer, pivot, source, aligner.source.table)
+
+
+def _want_same_dialogues(pivot: Store, source: Store) -> None:
+    key = "dataset_fingerprint"
+    if pivot.manifest[key] != source.manifest[key]:
+        raise MismatchError(
+            f"{pivot.directory} and {source.directory} hold different dialogues (dataset {pivot.manifest[key]} and "
+            f"{source.manifest[key]}): extract both from the same data"
+        )
+
+
+def _request(pivot: Store, source: Store, chosen: dict[str, str]) -> Json:
+    return {
+        "format": ALIGNED_FORMAT,
+        "version": 1,
+        "dataset_fingerprint": pivot.manifest["dataset_fingerprint"],
+        "pivot_store_sha256": sha256_file(pivot.directory / MANIFEST),
+        "source_store_sha256": sha256_file(source.directory / MANIFEST),
+        "pivot_tokenizer_sha256": pivot.manifest["tokenizer_sha256"],
+        "source_tokenizer_sha256": source.manifest["tokenizer_sha256"],
+        "vocab_size": pivot.manifest["vocab_size"],
+        **chosen,
+    }
+
+
+def _finish(writer: ShardedWriter, pivot: Store, source: Store, source_table: ByteTable) -> Json:
+    tallies = [writer.done[name].pop("tally") for name in sorted(writer.done)]
+    report = coverage(tallies, source_table)
+    write_json(writer.directory / COVERAGE, report)
+    return writer.finish(
+        pivot_store=str(pivot.directory.resolve()),
+        source_store=str(source.directory.resolve()),
+        coverage={key: report[key] for key in ("rows", "n_rows", "mass", "mass_by_kind")},
+    )
+
+
+def read_coverage(directory: Path) -> Json:
+    """Return an AlignedStore's whole coverage report; raises FormatError when it is not there."""
+    report = read_json(directory / COVERAGE)
+    if not isinstance(report, dict):
+        raise FormatError(f"{directory / COVERAGE} is not a coverage report")
+    return report

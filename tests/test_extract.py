@@ -1,0 +1,184 @@
+"""The extracted rows against the model's own full log-softmax, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import fusechat
+from fusechat.dialogue import load_dialogues
+from fusechat.errors import DataError, MismatchError
+from fusechat.extract.hf import length_batches
+from fusechat.model import check_head, load_model
+from fusechat.records import Dialogue
+from fusechat.store import open_topk, row_positions
+
+
+@pytest.fixture(scope="module")
+def dialogues(tiny_world: Any) -> list[Dialogue]:
+    return load_dialogues(tiny_world.dialogues)
+
+
+@pytest.mark.parametrize("side", ["pivot", "source"])
+def test_rows_are_the_models_own_full_softmax(
+    tiny_world: Any, dialogues: list[Dialogue], tmp_path: Path, side: str
+) -> None:
+    """Position by position, without padding or batching: an off-by-one, a padding leak or a wrong gold shows here."""
+    directory = getattr(tiny_world, side)
+    fusechat.extract(str(directory), dialogues, tmp_path / "s", top_k=7, batch_tokens=200, shard_dialogues=5)
+    store = open_topk(tmp_path / "s")
+    assert len(store) == len(dialogues)
+    model = load_model(directory)
+    for index in store:
+        record = store[index]
+        ids = torch.from_numpy(record["token.input_ids"].astype(np.int64))
+        with torch.no_grad():
+            full = torch.log_softmax(model(input_ids=ids[None]).logits[0].double(), dim=-1)
+        rows = row_positions(record["token.loss_mask"])
+        assert len(rows) == len(record["row.ids"]) > 0
+        expected = full[torch.from_numpy(rows)]
+        got = expected.gather(1, torch.from_numpy(record["row.ids"].astype(np.int64)))
+        np.testing.assert_allclose(record["row.logprobs"], got.numpy(), rtol=1e-3, atol=1e-4)
+        assert np.allclose(np.sort(got.numpy())[:, ::-1], expected.topk(7).values.numpy(), atol=1e-5)
+        gold = expected.gather(1, ids[torch.from_numpy(rows) + 1][:, None])[:, 0]
+        np.testing.assert_allclose(record["row.gold_logprob"], gold.numpy(), atol=1e-5)
+
+
+def test_batch_size_and_shard_size_change_nothing_but_the_last_bits(
+    tiny_world: Any, dialogues: list[Dialogue], tmp_path: Path
+) -> None:
+    options = {"top_k": 3}
+    for name, batch, shard in (("one", 1, 512), ("many", 8192, 512)):
+        fusechat.extract(
+            str(tiny_world.source), dialogues, tmp_path / name, batch_tokens=batch, shard_dialogues=shard, **options
+        )
+    one, many = open_topk(tmp_path / "one"), open_topk(tmp_path / "many")
+    for index in one:
+        np.testing.assert_allclose(one[index]["row.gold_logprob"], many[index]["row.gold_logprob"], atol=1e-5)
+
+
+def test_batches_hold_all_sequences_once_and_keep_to_their_budget() -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 300, 57).tolist()
+    batches = list(length_batches(lengths, 600))
+    assert sorted(i for batch in batches for i in batch) == list(range(57))
+    assert all(max(lengths[i] for i in batch) * len(batch) <= 600 for batch in batches)
+    assert list(length_batches([900], 600)) == [[0]]
+
+
+def _broken_copy(directory: Path, to: Path, change: Any) -> Path:
+    shutil.copytree(directory, to)
+    weights = load_file(to / "model.safetensors")
+    change(weights)
+    save_file(weights, to / "model.safetensors", metadata={"format": "pt"})
+    return to
+
+
+def test_nan_in_the_logits_is_refused_naming_the_dialogue(
+    tiny_world: Any, dialogues: list[Dialogue], tmp_path: Path
+) -> None:
+    def poison(weights: dict[str, torch.Tensor]) -> None:
+        weights["model.norm.weight"][:] = float("nan")
+
+    broken = _broken_copy(tiny_world.pivot, tmp_path / "nan", poison)
+    with pytest.raises(DataError, match="NaN or infinite logits"):
+        fusechat.extract(str(broken), dialogues, tmp_path / "s")
+    assert not (tmp_path / "s" / "manifest.json").exists()
+    assert not list((tmp_path / "s").glob("*.safetensors"))
+
+
+def test_a_vocabulary_larger_than_the_embedding_is_refused_naming_both(
+    tiny_world: Any, dialogues: list[Dialogue], tmp_path: Path
+) -> None:
+    small = tmp_path / "small"
+    shutil.copytree(tiny_world.source, small)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_world.source / file, small / file)
+    config = json.loads((small / "config.json").read_text())
+    weights = load_file(small / "model.safetensors")
+    for key in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[key] = weights[key][:100].clone()
+    save_file(weights, small / "model.safetensors", metadata={"format": "pt"})
+    (small / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
+    with pytest.raises(DataError, match="100"):
+        fusechat.extract(str(small), dialogues, tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: (d / "config.json").unlink(), r"no config\.json"),
+        (lambda d: (d / "model.safetensors").unlink(), "no safetensors weights"),
+        (lambda d: (d / "model.safetensors").write_bytes(b"\xff" * 999), "truncated or foreign|does not load"),
+        (lambda d: [f.unlink() for f in d.glob("token*")], "no tokenizer that loads"),
+    ],
+)
+def test_broken_model_directories_are_refused_in_one_line(
+    tiny_world: Any, dialogues: list[Dialogue], tmp_path: Path, damage: Any, message: str
+) -> None:
+    shutil.copytree(tiny_world.pivot, tmp_path / "m")
+    damage(tmp_path / "m")
+    with pytest.raises(fusechat.errors.FusechatError, match=message) as error:
+        fusechat.extract(str(tmp_path / "m"), dialogues, tmp_path / "s")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "s").exists()
+
+
+def test_more_log_probabilities_than_tokens_are_refused(
+    tiny_world: Any, dialogues: list[Dialogue], tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="top_k 5000"):
+        fusechat.extract(str(tiny_world.pivot), dialogues, tmp_path / "s", top_k=5000)
+
+
+def test_a_store_of_other_data_is_refused(tiny_world: Any, dialogues: list[Dialogue], tmp_path: Path) -> None:
+    fusechat.extract(str(tiny_world.pivot), dialogues[:4], tmp_path / "s")
+    with pytest.raises(MismatchError, match="dataset_fingerprint"):
+        fusechat.extract(str(tiny_world.pivot), dialogues[:5], tmp_path / "s")
+
+
+@pytest.mark.parametrize("family", ["Gemma2", "Cohere", "Granite", "Phi3", "GPTNeoX", "Mixtral", "Qwen3"])
+def test_heads_with_scales_caps_and_routers_give_the_models_own_logits(family: str) -> None:
+    import transformers
+
+    sizes = {
+        "vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "max_position_embeddings": 64, "head_dim": 16, "pad_token_id": 0,
+        "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    if family == "GPTNeoX":
+        del sizes["num_key_value_heads"], sizes["head_dim"]
+    if family == "Granite":
+        sizes["logits_scaling"] = 4.0
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**sizes)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    check_head(model, np.arange(20, dtype=np.int32))
+
+
+def test_an_unknown_change_of_the_logits_is_detected() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    class Odd(LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits * 1.5
+            return output
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    model = Odd(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(50)
+    with pytest.raises(DataError, match="Odd changes its logits"):
+        check_head(model, np.arange(20, dtype=np.int32))
