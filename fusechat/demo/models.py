@@ -18,8 +18,14 @@ CONTEXT_TOKENS = 256
 def build_model(architecture: str, tokenizer: Any, *, hidden: int, layers: int, heads: int, seed: int) -> Any:
     """Return an untrained model of an architecture with as many embedding rows as the tokenizer has tokens."""
     import torch
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
-    from transformers import Qwen2Config, Qwen2ForCausalLM  # fmt: skip
+    from transformers import (  # fmt: skip
+        GPTNeoXConfig,
+        GPTNeoXForCausalLM,
+        LlamaConfig,
+        LlamaForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+    )
 
     shape = {
         "vocab_size": len(tokenizer),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fusechat.errors import ConfigError
-from fusechat.loss.logits import forward_rows
+from fusechat.loss.backend import forward_rows
 from fusechat.loss.options import Divergence, LossOptions, Missing
 from fusechat.loss.rows import IGNORE_LABEL, LossOutput, Rows, check_rows
 

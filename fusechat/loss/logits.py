@@ -6,40 +6,9 @@ import torch
 from torch import Tensor
 
 from fusechat.errors import ConfigError
-from fusechat.kernels import reference
+from fusechat.loss.backend import forward_rows
 from fusechat.loss.options import Divergence, LossOptions, Missing
 from fusechat.loss.rows import LossOutput, Rows, check_rows
-
-# Elements of a chunk in the torch fallback: its few fp32 copies of a chunk stay in the last-level cache of a
-# CPU.
-_CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
-
-
-def forward_rows(logits: Tensor, rows: Rows, options: LossOptions, grad: Tensor | None) -> tuple[Tensor, ...]:
-    """Compute loss, hard, soft, lse and correct of each row, and write row_scale · ∂loss/∂logits to `grad` if
-    given."""
-    n_rows, vocabulary = logits.shape
-    step = max(1, _CHUNK_ELEMENTS.get(logits.device.type, 1 << 20) // max(vocabulary, 1))
-    chunks = [
-        reference.sparse_soft_ce_chunk(
-            logits[start : start + step],
-            *(column[start : start + step] for column in rows),
-            divergence=options.divergence,
-            missing=options.missing,
-            temperature=options.temperature,
-            student_temperature=options.student_temperature,
-            beta=options.beta,
-            label_smoothing=options.label_smoothing,
-            z_loss=options.z_loss,
-            softcap=options.softcap or 0.0,
-            grad=None if grad is None else grad[start : start + step],
-        )
-        for start in range(0, n_rows, step)
-    ]
-    if not chunks:
-        empty = logits.new_zeros(0, dtype=torch.float32)
-        return empty, empty, empty, empty, empty.bool()
-    return tuple(torch.cat(column) for column in zip(*chunks))
 
 
 class _SparseSoftCE(torch.autograd.Function):
