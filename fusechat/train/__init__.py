@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fusechat.artifact import PARTIAL_SUFFIX, Json, differences, read_json, sha256_file, write_json
+from fusechat.artifact import PARTIAL_SUFFIX, Json, differences, full_disk_is_named, read_json, sha256_file, write_json
 from fusechat.callable_module import make_callable
 from fusechat.checkpoint import checkpoint_sha256, resolve_model
 from fusechat.config import TrainConfig
@@ -74,7 +74,8 @@ def train(
         select=config.select,
         ce_unit=config.ce_unit,
     )
-    losses = _fit(directory, dataset, work, config, seed, progress)
+    with full_disk_is_named(work):
+        losses = _fit(directory, dataset, work, config, seed, progress)
     provenance: Json = {
         "format": "fusechat.target",
         "version": 1,
