@@ -25,7 +25,7 @@ _NATIVE_FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.f
 
 
 def backend_for(device: torch.device) -> str:
-    """Return `native` or `torch`; FUSECHAT_LOSS forces one, FUSECHAT_NATIVE=require forbids going without."""
+    """Return `native` or `torch`; FUSECHAT_LOSS forces one, FUSECHAT_NATIVE=require forbids to do without."""
     forced = os.environ.get("FUSECHAT_LOSS", "")
     if forced not in ("", "native", "torch"):
         raise ConfigError(f"FUSECHAT_LOSS is {forced!r}: use native or torch")

@@ -112,7 +112,7 @@ def _fit(
 ) -> list[float]:
     """Run the Trainer to the end and leave the model in work/model; return the logged losses."""
     import torch
-    from transformers import TrainerCallback, TrainingArguments, set_seed
+    from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
     from fusechat.train.trainer import FusionTrainer, MarkComplete, last_whole_checkpoint
 
@@ -133,6 +133,8 @@ def _fit(
     model = load_model(directory).train()
     own_dtype = model.dtype
     model = model.float()  # master weights; half precision is the Trainer's autocast
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
     if config.lora is not None:
         model = _with_lora(model, config)
     trainer = FusionTrainer(
@@ -151,11 +153,10 @@ def _fit(
             max_grad_norm=config.max_grad_norm,
             bf16=config.dtype == "bfloat16",
             fp16=config.dtype == "float16",
-            gradient_checkpointing=config.gradient_checkpointing,
             save_strategy="steps",
             save_steps=config.save_steps,
             save_total_limit=2,
-            logging_steps=10,
+            logging_steps=50,
             logging_nan_inf_filter=False,
             seed=seed,
             data_seed=seed,
@@ -170,6 +171,7 @@ def _fit(
         missing=config.missing,
         loss_budget_bytes=config.loss_budget_bytes,
     )
+    trainer.remove_callback(PrinterCallback)
     checkpoint = last_whole_checkpoint(work)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     shutil.rmtree(work / "model", ignore_errors=True)
