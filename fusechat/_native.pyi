@@ -89,6 +89,7 @@ def sparse_soft_ce(
     softcap: float,
     threads: int,
 ) -> tuple[npt.NDArray[Any], ...]: ...
+
 # fusechat/align/timewarp.py and vocabulary.py
 def dtw(
     source_tokens: list[str], pivot_tokens: list[str], source_mark: str, pivot_mark: str
