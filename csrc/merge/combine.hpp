@@ -1,0 +1,45 @@
+// The elementwise half of every method: mask the deltas, elect a sign, sum, divide, add to the base.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "merge/inputs.hpp"
+#include "merge/select.hpp"
+
+namespace fusechat::merge {
+
+enum class Mask { none, shared, each, random };      // shared: by variance; each: by a target's own magnitude
+enum class Elect { none, plain, weighted };          // whose sum's sign survives: the deltas' or the weighted deltas'
+enum class Divide { none, surviving, clamped };      // by the weights that survive: 0 counts as 1, or at least 1e-6
+
+struct Rule {
+    Mask mask = Mask::none;
+    bool mask_weights_only = false;  // the mask chose the weights and does not apply to what is merged (FuseAI's code)
+    Elect elect = Elect::none;
+    Divide divide = Divide::none;
+    bool per_parameter = false;  // weights are delta² / Σ delta², element by element (VaRM)
+    double scale = 1;            // of the update
+    std::vector<double> weights;
+    std::vector<double> keep_share;         // random: the probability to keep, per target; kept deltas are divided by it
+    std::vector<std::uint64_t> random_key;  // random: per target
+    Dtype out_dtype = Dtype::f32;
+};
+
+// What a merge did, summed over a tensor.
+struct Outcome {
+    std::vector<double> kept_energy;  // per target: Σ delta² over what reached the sum
+    double update_energy = 0;         // Σ (merged − base)²
+    std::int64_t n_moved = 0;         // (element, target) pairs with a non-zero delta after the mask
+    std::int64_t n_erased = 0;        // of these, dropped for their sign
+    std::int64_t n_touched = 0;       // elements whose update is not zero
+    std::int64_t n_overflow = 0;      // finite inputs, infinite in the output's dtype
+
+    void add(const Outcome &other);
+};
+
+// Merges one tile, n <= kTile items from flat index `begin` on, of an opened scratch; writes n items to `out`.
+void combine_tile(const Rule &rule, const std::vector<Selection> &selections, std::int64_t begin, int n, Scratch &scratch,
+                  unsigned char *out, Outcome &outcome);
+
+}  // namespace fusechat::merge

@@ -1,0 +1,60 @@
+// Fixed-width lanes. A sum over lanes is added in an order that depends on nothing but the data's place, so that every
+// instruction set, thread count and block size gives the same bits (the build forbids contraction to FMA).
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>  // defines __GLIBC__
+#include <cstring>
+
+// Function multiversioning needs IFUNC (glibc) and a compiler that clones by architecture level.
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__) && \
+    ((defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12) || (defined(__clang__) && __clang_major__ >= 17))
+#define FUSECHAT_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
+#define FUSECHAT_CLONES
+#endif
+#define FUSECHAT_INLINE inline __attribute__((always_inline))
+#pragma GCC diagnostic ignored "-Wpsabi"  // lanes cross no boundary that is not inlined
+
+namespace fusechat::merge {
+
+constexpr int kLanes = 8;
+
+using Floats = float __attribute__((vector_size(4 * kLanes)));
+using Doubles = double __attribute__((vector_size(8 * kLanes)));
+using Signed = std::int32_t __attribute__((vector_size(4 * kLanes)));
+using Longs = std::int64_t __attribute__((vector_size(8 * kLanes)));
+
+template <class Vector, class T>
+FUSECHAT_INLINE void load(Vector &v, const T *from) {
+    std::memcpy(&v, from, sizeof v);
+}
+
+template <class Vector, class T>
+FUSECHAT_INLINE void store(T *to, const Vector &v) {
+    std::memcpy(to, &v, sizeof v);
+}
+
+FUSECHAT_INLINE Doubles widened(const float *from) {
+    Floats narrow;
+    load(narrow, from);
+    return __builtin_convertvector(narrow, Doubles);
+}
+
+// Rounds a count up to whole lanes.
+FUSECHAT_INLINE int pad(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+// Adds the lanes of `v` from first to last.
+FUSECHAT_INLINE double add_lanes(const Doubles &v) {
+    double sum = 0;
+    for (int lane = 0; lane < kLanes; ++lane) sum += v[lane];
+    return sum;
+}
+
+FUSECHAT_INLINE std::int64_t add_lanes(const Longs &v) {
+    std::int64_t sum = 0;
+    for (int lane = 0; lane < kLanes; ++lane) sum += v[lane];
+    return sum;
+}
+
+}  // namespace fusechat::merge

@@ -1,0 +1,128 @@
+#include "merge/merge_tensor.hpp"
+
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "merge/keys.hpp"
+#include "merge/lanes.hpp"
+
+namespace fusechat::merge {
+namespace {
+
+void write_exactly(int fd, const unsigned char *from, std::int64_t size_bytes, std::int64_t offset) {
+    while (size_bytes > 0) {
+        const ssize_t put = pwrite(fd, from, static_cast<std::size_t>(size_bytes), offset);
+        if (put < 0 && errno == EINTR) continue;
+        if (put <= 0) throw std::runtime_error(std::string("cannot write the output: ") + std::strerror(errno));
+        from += put;
+        offset += put;
+        size_bytes -= put;
+    }
+}
+
+bool any(const std::vector<NonFinite> &bad) {
+    for (const NonFinite &source : bad) {
+        if (source.count > 0) return true;
+    }
+    return false;
+}
+
+// eta_j = Σ delta_j² / Σ_j Σ delta_j² over what was selected (eq. 7).
+std::vector<double> weights_from_energy(const Selection &selection, const EnergyWeights &how, std::int64_t n) {
+    double total = 0;
+    for (const double energy : selection.energy) total += energy;
+    const auto count = static_cast<double>(selection.energy.size());
+    if (total == 0 || total / static_cast<double>(n) < how.uniform_below) {
+        return std::vector<double>(selection.energy.size(), 1 / count);
+    }
+    std::vector<double> weights;
+    for (const double energy : selection.energy) weights.push_back(energy / total);
+    return weights;
+}
+
+std::vector<Selection> choose(const Task &task, ScratchPool &pool, int threads, std::vector<NonFinite> &bad) {
+    std::vector<Selection> selections;
+    if (task.select && task.rule.mask == Mask::shared) {
+        selections.push_back(select(task.inputs, pool, Key::variance, task.quotas[0], threads, bad));
+    } else if (task.select && task.rule.mask == Mask::each) {
+        for (int j = 0; j < task.inputs.n_targets(); ++j) {
+            // One target at a time: only its bytes and the base's are read.
+            const Inputs pair{task.inputs.base, {task.inputs.targets[j]}, task.inputs.n};
+            std::vector<NonFinite> pair_bad(2);
+            selections.push_back(select(pair, pool, Key::magnitude, task.quotas[j], threads, pair_bad));
+            bad.resize(task.inputs.targets.size() + 1);
+            bad[0] = pair_bad[0];
+            bad[j + 1] = pair_bad[1];
+        }
+    } else if (task.energy_weights.use) {
+        selections.push_back(select_all(task.inputs, pool, threads, bad));
+    }
+    return selections;
+}
+
+}  // namespace
+
+Report merge_tensor(Task task, int threads) {
+    ScratchPool pool(task.inputs.n_targets());
+    Report report;
+    report.selections = choose(task, pool, threads, report.nonfinite);
+    if (any(report.nonfinite) && !task.allow_nonfinite) return report;
+    if (task.energy_weights.use) {
+        task.rule.weights = weights_from_energy(report.selections[0], task.energy_weights, task.inputs.n);
+    }
+    report.weights = task.rule.weights;
+    const int width = item_bytes(task.rule.out_dtype);
+    std::vector<Outcome> outcomes(static_cast<std::size_t>(n_segments(task.inputs.n)));
+    for (Outcome &outcome : outcomes) outcome.kept_energy.assign(task.inputs.targets.size(), 0.0);
+    report.nonfinite = for_each_tile(
+        task.inputs, pool, threads,
+        [&](std::int64_t segment, std::int64_t begin, int n, Scratch &scratch) {
+            unsigned char *out = scratch.out() + begin % kChunk * width;
+            combine_tile(task.rule, report.selections, begin, n, scratch, out, outcomes[segment]);
+        },
+        [&](std::int64_t begin, int n, Scratch &scratch) {
+            write_exactly(task.out_fd, scratch.out(), static_cast<std::int64_t>(n) * width,
+                          task.out_offset + begin * width);
+        });
+    report.outcome.kept_energy.assign(task.inputs.targets.size(), 0.0);
+    for (const Outcome &outcome : outcomes) report.outcome.add(outcome);
+    report.written = task.allow_nonfinite || !any(report.nonfinite);
+    return report;
+}
+
+Moments measure(const Inputs &inputs, int threads) {
+    ScratchPool pool(inputs.n_targets());
+    const int width = inputs.n_targets();
+    std::vector<Moments> segments(static_cast<std::size_t>(n_segments(inputs.n)));
+    Moments all;
+    all.nonfinite = for_each_tile(
+        inputs, pool, threads,
+        [&](std::int64_t segment, std::int64_t, int n, Scratch &scratch) {
+            Moments &sums = segments[static_cast<std::size_t>(segment)];
+            sums.energy.resize(width, 0.0);
+            sums.dot.resize(width, 0.0);
+            const int padded = pad(n);
+            sums.base_energy += energy(scratch.base(), padded);
+            for (int j = 0; j < width; ++j) {
+                sums.energy[j] += energy(scratch.delta(j), padded);
+                sums.dot[j] += dot(scratch.base(), scratch.delta(j), padded);
+            }
+        },
+        [](std::int64_t, int, Scratch &) {});
+    all.energy.assign(width, 0.0);
+    all.dot.assign(width, 0.0);
+    for (const Moments &sums : segments) {
+        all.base_energy += sums.base_energy;
+        for (int j = 0; j < width; ++j) {
+            all.energy[j] += sums.energy[j];
+            all.dot[j] += sums.dot[j];
+        }
+    }
+    return all;
+}
+
+}  // namespace fusechat::merge

@@ -1,0 +1,46 @@
+// Exact selection of the k elements with the largest keys, for tensors of any size in fixed memory.
+//
+// A sample brackets the threshold; one pass over the tensor counts and sums what lies above the bracket and keeps what
+// lies inside. A missed or overfull bracket is narrowed with a histogram of its keys' bits until it fits or is one
+// single key. Exact ties go to the lowest flat index. Nothing here depends on threads.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "merge/inputs.hpp"
+
+namespace fusechat::merge {
+
+// What orders the elements: the population variance of the targets' deltas, or a single target's |delta|.
+enum class Key { variance, magnitude };
+
+// How many elements to take: k of all, or floor(numerator / denominator · those with a non-zero key), or the same with
+// the product rounded to fp32, which is what torch computes.
+struct Quota {
+    std::int64_t k = -1;
+    std::int64_t numerator = 0, denominator = 1;
+    bool in_fp32 = false;
+
+    std::int64_t resolve(std::int64_t n_nonzero) const;
+};
+
+struct Selection {
+    std::int64_t k = 0;
+    std::int64_t n_nonzero = 0;        // elements with a non-zero key
+    double threshold = 0;              // selected: key > threshold, or key == threshold and index < tie_stop
+    std::int64_t tie_stop = 0;
+    std::vector<double> energy;          // per target: sum of delta² over the selected
+    std::vector<double> total_energy;    // per target: sum of delta² over all
+
+    bool none() const { return k == 0; }
+};
+
+// Selects by `key`; magnitude needs exactly one target. Sets `bad` to what is not finite.
+Selection select(const Inputs &inputs, ScratchPool &pool, Key key, const Quota &quota, int threads,
+                 std::vector<NonFinite> &bad);
+
+// The sums of delta² alone, as a Selection of everything.
+Selection select_all(const Inputs &inputs, ScratchPool &pool, int threads, std::vector<NonFinite> &bad);
+
+}  // namespace fusechat::merge

@@ -1,0 +1,315 @@
+"""A merge's configuration: mergekit's YAML form, read strictly. What is unknown, or in the wrong place, is refused."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from fusechat.errors import ConfigError
+from fusechat.merge.methods import METHODS, REQUIRED, Method, Parameter, TensorValues
+from fusechat.merge.settings import Setting, depth_of, parse_setting
+
+Vocab = Literal["error", "base", "pad"]
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_TOP_KEYS = (
+    "models", "base_model", "merge_method", "parameters", "granularity", "vocab", "dtype", "out_dtype",
+    "tokenizer", "tokenizer_source", "chat_template", "seed", "name",
+)  # fmt: skip
+_UNSUPPORTED = {
+    "slices": "merges by layer ranges are not offered here: list whole models under `models`",
+    "modules": "merges by module are not offered here: list whole models under `models`",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelRef:
+    """A model and, perhaps, a LoRA adapter on it: directories or hub ids."""
+
+    model: str
+    adapter: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.model}+{self.adapter}" if self.adapter else self.model
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TargetConfig:
+    """One model that is merged, with the parameters that are its own."""
+
+    ref: ModelRef
+    parameters: Mapping[str, Setting]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MergeConfig:
+    """A whole merge. `out_dtype` is safetensors' name, None: each tensor keeps the base's."""
+
+    method_name: str
+    base: ModelRef
+    targets: tuple[TargetConfig, ...]
+    parameters: Mapping[str, Setting]
+    out_dtype: str | None
+    vocab: Vocab
+    tokenizer: str  # "base", or a directory or hub id
+    seed: int
+
+    @property
+    def method(self) -> Method:
+        """The method of that name."""
+        return METHODS[self.method_name]
+
+    def values_for(self, tensor: str, n: int, n_layers: int) -> TensorValues:
+        """Resolve every parameter for one tensor of n elements; raises ConfigError when a required one is missing."""
+        depth = depth_of(tensor, n_layers)
+        shared = {}
+        per_model: list[dict[str, Any]] = [{} for _ in self.targets]
+        for name, parameter in self.method.parameters.items():
+            if not parameter.per_model:
+                shared[name] = _resolve(name, parameter, [self.parameters], tensor, depth, "")
+                continue
+            for values, target in zip(per_model, self.targets):
+                scopes = [target.parameters, self.parameters]
+                values[name] = _resolve(name, parameter, scopes, tensor, depth, f" of {target.ref}")
+        return TensorValues(name=tensor, n=n, shared=shared, per_model=per_model, seed=self.seed)
+
+    def filters(self) -> set[str]:
+        """Return every filter, to be checked against the tensors' names."""
+        scopes = [self.parameters, *(target.parameters for target in self.targets)]
+        return {pattern for scope in scopes for setting in scope.values() for pattern in setting.patterns()}
+
+
+def load_merge_config(config: Mapping[str, Any] | Path) -> tuple[MergeConfig, str]:
+    """Read a merge's configuration from a mapping or a YAML file; return it with its text.
+
+    Paths of models are taken from the current folder, as mergekit takes them. Raises ConfigError in one line.
+    """
+    if isinstance(config, Mapping):
+        text = yaml.safe_dump(_plain(config), sort_keys=False)
+        return parse_merge_config(config, "merge configuration"), text
+    try:
+        text = config.read_text(encoding="utf-8")
+        raw = yaml.load(text, Loader=_StrictLoader)
+    except OSError as error:
+        raise ConfigError(f"cannot read {config}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{config} is not valid YAML: {' '.join(str(error).split())}") from error
+    return parse_merge_config(raw, str(config)), text
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that is given twice, which YAML's reader would let win silently."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """Build a mapping, checking its keys."""
+        merge_tag = "tag:yaml.org,2002:merge"
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merge_tag]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} appears twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def parse_merge_config(raw: Any, where: str) -> MergeConfig:
+    """Validate a mapping in mergekit's form; raises ConfigError that starts with `where`."""
+    try:
+        return _parse(raw)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _parse(raw: Any) -> MergeConfig:
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"expected a mapping with the keys models, base_model, merge_method, found {raw!r}")
+    for key, reason in _UNSUPPORTED.items():
+        if key in raw:
+            raise ConfigError(f"`{key}`: {reason}")
+    _refuse_unknown(raw, _TOP_KEYS, "key")
+    name = str(raw.get("merge_method"))
+    if name not in METHODS:
+        raise ConfigError(f"merge_method {name!r} is not known{_nearest(name, METHODS)}")
+    method = METHODS[name]
+    targets = _targets(raw.get("models"), method)
+    base = _base(raw, targets, method)
+    if method.from_base or name == "slerp":
+        targets = tuple(target for target in targets if target.ref != base)
+    if not method.least_targets <= len(targets) <= method.most_targets:
+        raise ConfigError(f"{name} takes {_count(method)} besides the base, found {len(targets)}")
+    shared = raw.get("parameters")
+    if "granularity" in raw and (shared is None or isinstance(shared, Mapping)):
+        shared = {"granularity": raw["granularity"]} | dict(shared or {})
+    parameters = _settings(shared, method, "parameters", per_model_only=False)
+    if name == "linear" and raw.get("base_model") and base not in [t.ref for t in targets] and "weight" in parameters:
+        raise ConfigError("a weight for all with a base_model outside `models` is ambiguous: list the base, or not")
+    out_dtype = _dtype(raw, "out_dtype") or _dtype(raw, "dtype")
+    seed = raw.get("seed", 0)
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise ConfigError(f"seed must be a whole number, found {seed!r}")
+    config = MergeConfig(
+        method_name=name, base=base, targets=targets, parameters=parameters, out_dtype=out_dtype,
+        vocab=_choice(raw.get("vocab", "error"), ("error", "base", "pad"), "vocab"),
+        tokenizer=_tokenizer(raw), seed=seed,
+    )  # fmt: skip
+    _check_sense(config)
+    return config
+
+
+def _check_sense(config: MergeConfig) -> None:
+    values = config.values_for("", 1, 1) if not config.filters() else None
+    if values is None:
+        return
+    config.method.options(values)
+    if config.method_name != "sce" or len(config.targets) > 1:
+        return
+    if values.shared["select_topk"] < 1 and values.shared["variant"] != "fuseai":
+        raise ConfigError("sce with select_topk below 1 needs two targets: over one, every variance is zero")
+
+
+def _targets(raw: Any, method: Method) -> tuple[TargetConfig, ...]:
+    if not isinstance(raw, list) or not raw:
+        raise ConfigError("`models` must be a list of the models to merge")
+    targets = []
+    for i, item in enumerate(raw):
+        where = f"models[{i}]"
+        entry = {"model": item} if isinstance(item, str) else item
+        if not isinstance(entry, Mapping):
+            raise ConfigError(f"{where} must have a `model`, found {entry!r}")
+        _refuse_unknown(entry, ("model", "adapter", "parameters"), f"key in {where}")
+        ref = _ref(entry.get("model"), where, entry.get("adapter"))
+        parameters = _settings(entry.get("parameters"), method, f"{where}.parameters", per_model_only=True)
+        targets.append(TargetConfig(ref=ref, parameters=parameters))
+    refs = [target.ref for target in targets]
+    for ref in refs:
+        if refs.count(ref) > 1:
+            raise ConfigError(f"the model {ref} is listed twice")
+    return tuple(targets)
+
+
+def _base(raw: Mapping[str, Any], targets: tuple[TargetConfig, ...], method: Method) -> ModelRef:
+    if raw.get("base_model") is None:
+        if raw["merge_method"] == "linear":
+            return targets[0].ref
+        raise ConfigError(f"{raw['merge_method']} needs `base_model`: the model all others were tuned from")
+    return _ref(raw["base_model"], "base_model", None)
+
+
+def _ref(raw: Any, where: str, adapter: Any) -> ModelRef:
+    # mergekit's long form: {model: {model: {path: X}, lora: {model: {path: Y}}}}; its short form is X+Y.
+    if not isinstance(raw, str) or not raw:
+        raise ConfigError(f"{where}: `model` must be a directory or hub id, found {raw!r}")
+    model, plus, inline = raw.partition("+")
+    if plus and Path(raw).expanduser().is_dir():
+        model, inline = raw, ""
+    if adapter is not None and (not isinstance(adapter, str) or inline):
+        raise ConfigError(f"{where}: `adapter` must be one directory or hub id, given once, found {adapter!r}")
+    if not model:
+        raise ConfigError(f"{where}: {raw!r} names an adapter without its model")
+    return ModelRef(model=model, adapter=adapter or inline or None)
+
+
+def _settings(raw: Any, method: Method, where: str, *, per_model_only: bool) -> dict[str, Setting]:
+    if raw is None:
+        return {}
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"`{where}` must be a mapping, found {raw!r}")
+    _refuse_unknown(raw, method.parameters, f"parameter in {where}")
+    settings = {}
+    for name, value in raw.items():
+        if per_model_only and not method.parameters[name].per_model:
+            raise ConfigError(
+                f"{where}.{name}: {name} is one value for the whole merge, give it in top-level `parameters`"
+            )
+        setting = parse_setting(value, f"{where}.{name}")
+        for rule in setting.rules:
+            for scalar in rule.values:
+                _check(name, method.parameters[name], scalar, f"{where}.{name}")
+        settings[name] = setting
+    return settings
+
+
+def _check(name: str, parameter: Parameter, value: Any, where: str) -> None:
+    if parameter.choices:
+        _choice(value, parameter.choices, where)
+    elif isinstance(parameter.default, bool):
+        if not isinstance(value, bool):
+            raise ConfigError(f"{where} must be true or false, found {value!r}")
+    elif isinstance(value, bool) or not isinstance(value, int | float) or not abs(float(value)) < float("inf"):
+        raise ConfigError(f"{where} must be a number, found {value!r}")
+    elif not parameter.least <= value <= parameter.most:
+        raise ConfigError(f"{where} must lie between {parameter.least:g} and {parameter.most:g}, found {value!r}")
+
+
+def _resolve(
+    name: str, parameter: Parameter, scopes: Iterable[Mapping[str, Setting]], tensor: str, depth: float, whose: str
+) -> Any:
+    for scope in scopes:
+        value = scope[name].resolve(tensor, depth) if name in scope else None
+        if value is not None:
+            return value
+    if parameter.default is REQUIRED:
+        raise ConfigError(f"the parameter {name}{whose} has no value for {tensor}: give it under `parameters`")
+    return parameter.default
+
+
+def _dtype(raw: Mapping[str, Any], key: str) -> str | None:
+    value = raw.get(key)
+    return None if value is None else DTYPES[_choice(value, tuple(DTYPES), key)]
+
+
+def _tokenizer(raw: Mapping[str, Any]) -> str:
+    if raw.get("chat_template", "auto") not in ("auto", None):
+        raise ConfigError("chat_template: only auto (the tokenizer's own) is offered; edit the output's chat template")
+    nested = raw.get("tokenizer")
+    if nested is not None and raw.get("tokenizer_source") is not None:
+        raise ConfigError("give tokenizer or tokenizer_source, not both")
+    source = raw.get("tokenizer_source") or "base"
+    if nested is not None:
+        if not isinstance(nested, Mapping):
+            raise ConfigError(f"tokenizer must be a mapping with `source`, found {nested!r}")
+        if "tokens" in nested or "pad_to_multiple_of" in nested:
+            raise ConfigError(
+                "tokenizer.tokens and pad_to_multiple_of would rebuild the vocabulary, which is not offered"
+            )
+        _refuse_unknown(nested, ("source",), "key in tokenizer")
+        source = nested.get("source", "base")
+    if source == "union":
+        raise ConfigError("tokenizer source `union` would renumber the vocabulary: use base or the path of a tokenizer")
+    if not isinstance(source, str):
+        raise ConfigError(f"tokenizer source must be base or a path, found {source!r}")
+    return source
+
+
+def _count(method: Method) -> str:
+    if method.least_targets == method.most_targets:
+        return f"{method.least_targets} model" + "s" * (method.least_targets > 1)
+    return f"{method.least_targets} to {method.most_targets} models"
+
+
+def _choice(value: Any, choices: tuple[str, ...], where: str) -> Any:
+    if value not in choices:
+        raise ConfigError(f"{where} must be one of {', '.join(choices)}, found {value!r}")
+    return value
+
+
+def _refuse_unknown(raw: Mapping[Any, Any], known: Iterable[str], what: str) -> None:
+    for key in raw:
+        if key not in (known := list(known)):
+            raise ConfigError(f"unknown {what}: `{key}`{_nearest(str(key), known)}")
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    names = list(known)
+    near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    return f", did you mean `{near[0]}`?" if near else f"; known here: {', '.join(names)}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,138 @@
+"""The output directory while it grows: pre-sized shards, a journal of finished tensors, and what makes it a model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from fusechat import __version__
+from fusechat.artifact import PARTIAL_SUFFIX, REQUEST, Json, differences, read_json, sha256_file, write_json
+from fusechat.errors import FusechatError, MismatchError
+from fusechat.merge.layout import Shard, index_json
+
+PROVENANCE = "provenance.json"
+STATISTICS = "merge_stats.json"
+JOURNAL = "journal.jsonl"
+FORMAT = "fusechat.merge"
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json", "*.tiktoken",
+)  # fmt: skip
+_BASE_FILES = ("generation_config.json", "*.py")
+
+
+def existing(out: Path, request: Json) -> Json | None:
+    """Return the provenance of a finished merge at `out` made from the same request, None when nothing is there.
+
+    Raises MismatchError when `out` holds anything else.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    if not (out / PROVENANCE).exists():
+        raise MismatchError(f"{out} exists and is no merge of ours: choose another place")
+    provenance: Json = read_json(out / PROVENANCE)
+    if provenance.get("request") != request:
+        what = "; ".join(differences(request, provenance.get("request") or {}))
+        raise MismatchError(f"{out} was merged from other inputs ({what}): remove it or choose another place")
+    return provenance
+
+
+class Workplace:
+    """OUT.partial: becomes OUT by a rename when everything in it is whole."""
+
+    def __init__(self, out: Path, request: Json, shards: Sequence[Shard], *, resume: bool) -> None:
+        self.out = out
+        self.directory = out.with_name(out.name + PARTIAL_SUFFIX)
+        self.request = request
+        self.shards = shards
+        self.finished: dict[str, Json] = {}
+        if self.directory.exists():
+            self._take_over(resume)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        write_json(self.directory / REQUEST, request)
+
+    def _take_over(self, resume: bool) -> None:
+        ours = (self.directory / REQUEST, self.directory / PROVENANCE)
+        if any(self.directory.iterdir()) and not any(path.exists() for path in ours):
+            raise MismatchError(f"{self.directory} exists and is not a merge of ours: remove it")
+        if not resume:
+            shutil.rmtree(self.directory)
+            return
+        found = read_json(ours[0]) if ours[0].exists() else read_json(ours[1])["request"]
+        if found != self.request:
+            what = "; ".join(differences(self.request, found))
+            raise MismatchError(
+                f"{self.directory} was begun from other inputs ({what}): run without --resume to begin anew"
+            )
+        journal = self.directory / JOURNAL
+        if not journal.exists():
+            return
+        for line in journal.read_text(encoding="utf-8").splitlines():
+            # A kill may leave half a line, a power failure what never reached the disk: only this boot's words count.
+            try:
+                note = json.loads(line)
+            except json.JSONDecodeError:
+                break
+            if note["boot"] == _boot():
+                self.finished[note["tensor"]] = note["statistics"]
+
+    def open_shard(self, shard: Shard) -> int:
+        """Open a shard for writing, reserving its whole size and writing its header; returns its descriptor."""
+        path = self.directory / shard.name
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            if os.fstat(fd).st_size != shard.size_bytes:
+                os.ftruncate(fd, 0)
+                os.posix_fallocate(fd, 0, shard.size_bytes)
+                for slot in shard.slots:
+                    self.finished.pop(slot.plan.name, None)
+            os.pwrite(fd, shard.header, 0)
+        except OSError as error:
+            raise FusechatError(
+                f"cannot write {path} ({shard.size_bytes} bytes): {error.strerror}; free space or choose another place"
+            ) from error
+        return fd
+
+    def note(self, tensor: str, statistics: Json) -> None:
+        """Note in the journal that a tensor is written."""
+        self.finished[tensor] = statistics
+        line = json.dumps({"tensor": tensor, "boot": _boot(), "statistics": statistics})
+        with (self.directory / JOURNAL).open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def finish(self, config: Json, base: Path, tokenizer: Path, recipe: str, card: str, facts: Json) -> Json:
+        """Write everything besides the weights, then make OUT.partial OUT; returns the provenance."""
+        directory = self.directory
+        if len(self.shards) > 1:
+            write_json(directory / "model.safetensors.index.json", index_json(self.shards))
+        for folder, patterns in ((base, _BASE_FILES), (tokenizer, _TOKENIZER_FILES)):
+            for pattern in patterns:
+                for path in folder.glob(pattern):
+                    shutil.copyfile(path, directory / path.name)
+        write_json(directory / "config.json", config)
+        write_json(directory / STATISTICS, self.finished)
+        (directory / "merge.yaml").write_text(recipe, encoding="utf-8")
+        (directory / "README.md").write_text(card, encoding="utf-8")
+        files = []
+        for path in sorted(directory.iterdir()):
+            if path.name not in (REQUEST, JOURNAL, PROVENANCE):
+                files.append({"file": path.name, "size_bytes": path.stat().st_size, "sha256": sha256_file(path)})
+        provenance: Json = {
+            "format": FORMAT, "version": 1, "fusechat_version": __version__, **facts, "files": files,
+            "request": self.request,
+        }  # fmt: skip
+        write_json(directory / PROVENANCE, provenance)
+        for name in (REQUEST, JOURNAL):
+            (directory / name).unlink(missing_ok=True)
+        self.directory.replace(self.out)
+        return provenance
+
+
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return "unknown"

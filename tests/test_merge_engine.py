@@ -1,0 +1,258 @@
+"""The compiled merge of one tensor against the plain definition, and against itself cut up differently."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fusechat import _native
+from fusechat.merge import reference
+
+F32 = npt.NDArray[np.float32]
+ONE_SEGMENT = 65536
+
+
+def to_bf16(values: F32) -> F32:
+    """Round to the nearest bf16, ties to even; finite values only."""
+    bits = values.view(np.uint32).astype(np.uint64)
+    return ((((bits + 0x7FFF + (bits >> 16 & 1)) >> 16) << 16).astype(np.uint32)).view(np.float32)
+
+
+def encode(values: F32, dtype: str) -> bytes:
+    """Return little-endian bytes of values that the dtype represents exactly."""
+    if dtype == "BF16":
+        return (values.view(np.uint32) >> 16).astype(np.uint16).tobytes()
+    return values.astype({"F16": np.float16, "F32": np.float32}[dtype]).tobytes()
+
+
+def decode(data: bytes, dtype: str) -> F32:
+    """Undo `encode`."""
+    if dtype == "BF16":
+        return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return np.frombuffer(data, {"F16": np.float16, "F32": np.float32}[dtype]).astype(np.float32)
+
+
+def run(
+    tmp: Path,
+    base: F32 | None,
+    targets: F32,
+    *,
+    dtypes: str | list[str] = "F32",
+    out_dtype: str = "F32",
+    **options: Any,
+) -> tuple[F32, dict[str, Any]]:
+    """Write the inputs to files, merge, and read the result back."""
+    n = targets.shape[1]
+    names = [dtypes] * (len(targets) + 1) if isinstance(dtypes, str) else dtypes
+    sources: list[Any] = []
+    handles = []
+    for i, values in enumerate([base, *targets]):
+        if values is None:
+            sources.append((-1, 0, "F32", n, None))
+            continue
+        path = tmp / f"input{i}"
+        path.write_bytes(b"header" + encode(values, names[i]))
+        handles.append(os.open(path, os.O_RDONLY))
+        sources.append((handles[-1], 6, names[i], n, None))
+    handles.append(os.open(tmp / "out", os.O_RDWR | os.O_CREAT | os.O_TRUNC))
+    options.setdefault("weights", [1.0] * len(targets))
+    try:
+        report = _native.merge_tensor(sources, n, out_dtype=out_dtype, out_fd=handles[-1], out_offset=4, **options)
+    finally:
+        for handle in handles:
+            os.close(handle)
+    return decode((tmp / "out").read_bytes()[4:], out_dtype), report
+
+
+def sce_options(select_topk: float, variant: str) -> dict[str, Any]:
+    """The engine's words for an SCE merge."""
+    millionths = round(select_topk * 10**6)
+    selecting = {"mask": "shared", "quota_share": (millionths, 10**6, variant != "paper")} if select_topk < 1 else {}
+    return {
+        **selecting,
+        "elect": "plain",
+        "energy_weights": True,
+        "mask_weights_only": variant == "fuseai",
+        "uniform_below": 1e-6 if variant == "mergekit" else 0.0,
+        "divide": {"paper": "none", "fuseai": "surviving", "mergekit": "clamped"}[variant],
+    }
+
+
+def random_model(seed: int, n: int, n_targets: int, *, scale: float = 1e-3) -> tuple[F32, F32]:
+    """A bf16 base and targets that moved a little, a quarter of the elements not at all."""
+    rng = np.random.default_rng(seed)
+    base = to_bf16(rng.normal(0, 0.02, n).astype(np.float32))
+    moved = rng.normal(0, scale, (n_targets, n)) * (rng.random((n_targets, n)) > 0.25)
+    return base, np.stack([to_bf16((base + row).astype(np.float32)) for row in moved])
+
+
+def assert_close(found: F32, expected: npt.NDArray[np.float64], out_dtype: str) -> None:
+    """Allow one element in ten thousand to differ, by one unit in the last place."""
+    rounded = expected.astype(np.float32)
+    rounded = (
+        to_bf16(rounded) if out_dtype == "BF16" else rounded.astype({"F16": "f2", "F32": "f4"}[out_dtype]).astype("f4")
+    )
+    step = {"BF16": 2.0**-7, "F16": 2.0**-10, "F32": 2.0**-23}[out_dtype]
+    least = {"BF16": 1e-38, "F16": 2.0**-24, "F32": 2.0**-149}[out_dtype]
+    differ = found != rounded
+    assert differ.mean() <= 1e-4 or differ.sum() <= 1, f"{differ.sum()} of {differ.size} differ"
+    np.testing.assert_allclose(found, rounded, rtol=step * 1.01, atol=least)
+
+
+@pytest.mark.parametrize("variant", ["paper", "fuseai", "mergekit"])
+@pytest.mark.parametrize("select_topk", [0.1, 0.5, 0.999, 1.0])
+@pytest.mark.parametrize("n_targets", [2, 5])
+@pytest.mark.parametrize("out_dtype", ["BF16", "F16", "F32"])
+def test_sce_is_its_definition(
+    tmp_path: Path, variant: Any, select_topk: float, n_targets: int, out_dtype: str
+) -> None:
+    """Catches any departure from eqs 5–9 or from the two released readings, on updates with thousands of exact ties."""
+    base, targets = random_model(n_targets, 20_011, n_targets)
+    expected = reference.sce(base, targets, select_topk=select_topk, variant=variant)
+    found, report = run(
+        tmp_path, base, targets, dtypes="BF16", out_dtype=out_dtype, **sce_options(select_topk, variant)
+    )
+    assert_close(found, expected, out_dtype)
+    assert abs(sum(report["weights"]) - 1) < 1e-12
+
+
+GRID = st.one_of(st.integers(-6, 6).map(lambda i: i / 8), st.just(-0.0))
+
+
+@given(
+    n_targets=st.integers(1, 5),
+    rows=st.lists(st.lists(GRID, min_size=6, max_size=6), max_size=40),
+    scale=st.sampled_from([1.0, 2.0**-146, 2.0**-130, 2.0**100]),
+    select_topk=st.sampled_from([0.05, 0.1, 0.3, 0.5, 0.7, 1.0]),
+    variant=st.sampled_from(["paper", "fuseai", "mergekit"]),
+)
+@settings(max_examples=300, deadline=None)
+def test_sce_on_hard_values(
+    tmp_path_factory: pytest.TempPathFactory,
+    n_targets: int,
+    rows: list[list[float]],
+    scale: float,
+    select_topk: float,
+    variant: Any,
+) -> None:
+    """Catches wrong ties, all-agree elements that count as variance, zero sums, subnormals, ±0, empty and odd sizes."""
+    values = (np.array(rows).reshape(-1, 6).T * scale).astype(np.float32)
+    base, targets = values[0].copy(), values[1 : n_targets + 1].copy()
+    found, _ = run(tmp_path_factory.mktemp("hard"), base, targets, **sce_options(select_topk, variant))
+    if len(rows) == 0:
+        assert found.size == 0
+        return
+    expected = reference.sce(base, targets, select_topk=select_topk, variant=variant)
+    np.testing.assert_allclose(found, expected.astype(np.float32), rtol=3e-7, atol=1e-44)
+
+
+@pytest.mark.parametrize("kind", ["spread", "grid", "constant", "clustered"])
+def test_threads_and_fallbacks_do_not_change_a_bit(tmp_path: Path, kind: str) -> None:
+    """Catches order-dependent sums and wrong narrowing: big tensors whose thresholds are unique, tied a thousandfold,
+    all one tie, or nowhere near where a sample says."""
+    rng = np.random.default_rng(7)
+    n, n_targets = 6 * ONE_SEGMENT + 1234, 3
+    base = np.zeros(n, np.float32)
+    moved = rng.normal(0, 1, (n_targets, n))
+    if kind == "grid":
+        moved = np.round(moved * 2) / 2
+    elif kind == "constant":
+        moved = np.array([1.0, 2.0, -1.0])[:, None] * np.ones(n)
+    elif kind == "clustered":
+        moved *= np.where(np.arange(n) // 64 % 7 == 3, 1000.0, 1.0)
+    targets = moved.astype(np.float32)
+    options = sce_options(0.1, "paper")
+    one, report = run(tmp_path, base, targets, threads=1, **options)
+    two, again = run(tmp_path, base, targets, threads=3, **options)
+    assert one.tobytes() == two.tobytes()
+    assert report == again
+    keys = (
+        n_targets * (moved.astype(np.float32).astype(np.float64) ** 2).sum(0)
+        - moved.astype(np.float32).sum(0, dtype=np.float64) ** 2
+    )
+    order = np.lexsort((np.arange(n), -np.round(keys, 9)))
+    (selection,) = report["selections"]
+    assert selection["k"] == int(selection["n_nonzero"] / 10)
+    chosen = order[: selection["k"]]
+    assert not one[np.setdiff1d(np.arange(n), chosen)].any()
+    np.testing.assert_allclose(selection["energy"], (targets[:, chosen].astype(np.float64) ** 2).sum(1), rtol=1e-12)
+
+
+def test_nonfinite_is_counted_and_named(tmp_path: Path) -> None:
+    """Catches a NaN that spreads, or is blamed on the wrong model or element."""
+    base, targets = random_model(1, 5000, 3)
+    targets[1, 4321] = np.nan
+    targets[1, 4800] = np.inf
+    for options in (sce_options(0.1, "paper"), {}):
+        _, report = run(tmp_path, base, targets, **options)
+        assert not report["written"]
+        assert report["nonfinite"] == [(0, -1), (0, -1), (2, 4321), (0, -1)]
+    found, report = run(tmp_path, base, targets, allow_nonfinite=True, **sce_options(1.0, "paper"))
+    assert report["written"]
+    assert found[4321] == base[4321]
+    assert np.isfinite(found).all()
+
+
+def test_overflow_of_the_output_dtype_is_counted(tmp_path: Path) -> None:
+    """Catches a silent infinity in a float16 output."""
+    _, report = run(tmp_path, np.zeros(3, np.float32), np.array([[1.0, 65520.0, 7e4]], np.float32), out_dtype="F16")
+    assert report["n_overflow"] == 2
+    found, report = run(tmp_path, np.zeros(1, np.float32), np.array([[65519.0]], np.float32), out_dtype="F16")
+    assert report["n_overflow"] == 0
+    assert found[0] == 65504
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+def test_every_pattern_survives(tmp_path: Path, dtype: str) -> None:
+    """Catches errors in the conversions: all finite 16-bit patterns go in and come out unchanged."""
+    patterns = np.arange(65536, dtype=np.uint16)
+    values = decode(patterns.tobytes(), dtype)
+    values = values[np.isfinite(values)]
+    found, _ = run(tmp_path, None, values[None], dtypes=dtype, out_dtype=dtype)
+    np.testing.assert_array_equal(found, values)
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+def test_rounding_is_to_nearest_even(tmp_path: Path, dtype: str) -> None:
+    """Catches truncation and wrong ties, subnormals included."""
+    rng = np.random.default_rng(3)
+    bits = rng.integers(0, 2**31, 100_000, dtype=np.uint32) & np.uint32(0xFFFF_F000)
+    values = bits.view(np.float32)
+    values = values[np.isfinite(values) & (np.abs(values) < (6e4 if dtype == "F16" else 3e38))]
+    found, _ = run(tmp_path, None, values[None], out_dtype=dtype)
+    expected = to_bf16(values) if dtype == "BF16" else values.astype(np.float16).astype(np.float32)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_what_comes_from_python_is_checked(tmp_path: Path) -> None:
+    """Catches reads and writes outside the data."""
+    good: dict[str, Any] = {"weights": [1.0], "out_dtype": "F32", "out_fd": 1, "out_offset": 0}
+    zeros = (-1, 0, "F32", 4, None)
+    for sources, n, options in [
+        ([zeros], 4, {}),
+        ([zeros, (-1, -1, "F32", 4, None)], 4, {}),
+        ([zeros, (-1, 0, "F32", 5, None)], 4, {}),
+        ([zeros, (-1, 0, "F8", 4, None)], 4, {}),
+        ([zeros, zeros], -1, {}),
+        ([zeros, zeros], 2**60, {}),
+        ([zeros, zeros], 4, {"weights": [1.0, 2.0]}),
+        ([zeros, zeros], 4, {"mask": "each", "quota": [5]}),
+        ([zeros, zeros], 4, {"mask": "shared"}),
+        ([zeros, zeros], 4, {"mask": "shared", "quota_share": (2, 1, False)}),
+        ([zeros, zeros], 4, {"mask": "random", "keep_share": [0.0], "random_key": [1]}),
+        ([zeros, zeros], 4, {"out_fd": -1}),
+        ([zeros, (-1, 0, "F32", 4, (np.ones((1, 3), np.float32), np.ones((1, 1), np.float32), 1.0))], 4, {}),
+    ]:
+        with pytest.raises(ValueError):
+            _native.merge_tensor(sources, n, **(good | options))
+    path = tmp_path / "short"
+    path.write_bytes(b"1234")
+    with path.open("rb") as file, pytest.raises(RuntimeError, match="shorter"):
+        _native.merge_tensor([zeros, (file.fileno(), 0, "F32", 4, None)], 4, **good)
