@@ -13,7 +13,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 import fusechat
-from fusechat.align import RowKind, distribute, dtw, read_coverage, vocab_map
+from fusechat.align import RowKind, distribute, dtw, read_byte_order, read_coverage, vocab_map
 from fusechat.align.paper import branches
 from fusechat.align.statistics import PairCounts
 from fusechat.align.tokenizer import store_vocabulary
@@ -242,6 +242,51 @@ def test_coverage_adds_up(tmp_path: Path, stores: tuple[Path, Path]) -> None:
     assert manifest["coverage"]["mass"] == report["mass"]
     softer = fusechat.align(*stores, tmp_path / "prefix")["coverage"]["mass"]
     assert softer["lost"] < report["mass"]["lost"]
+
+
+def test_cells_partition_what_the_source_says(tmp_path: Path, stores: tuple[Path, Path]) -> None:
+    """Catches cells of other rows, a gold token counted twice, mass that grows, and ranges of other prefixes."""
+    fusechat.align(stores[1], stores[0], tmp_path / "out", granularity="cells")
+    chain = fusechat.align(stores[1], stores[0], tmp_path / "chain")
+    pivot, source, aligned = open_topk(stores[1]), open_topk(stores[0]), open_aligned(tmp_path / "out")
+    plain = open_aligned(tmp_path / "chain")
+    order = read_byte_order(tmp_path / "out")
+    sides = [store_vocabulary(store.directory, store.manifest).table for store in (source, pivot)]
+    seen = 0
+    for index in pivot:
+        got, p, s = aligned[index], pivot[index], source[index]
+        for key in ("row.ids", "row.logprobs", "row.kind"):
+            assert (got[key] == plain[index][key]).all()
+        finer = np.flatnonzero(got["row.kind"] == RowKind.FINER)
+        assert len(got["cell.ids"]) == len(finer)
+        for f, r in enumerate(finer.tolist()):
+            gold = int(p["token.input_ids"][r + 1])
+            mass = np.exp(got["cell.logprobs"][f].astype(float))
+            start = max(int(p["token.byte_end"][r]), 0)
+            row = int(np.flatnonzero(np.maximum(s["token.byte_end"][:-1], 0) == start)[-1])
+            piece = sides[0].token(int(s["token.input_ids"][row + 1]))
+            lead = b" " if sides[1].token(gold).startswith(b" ") and not piece.startswith(b" ") and start == 0 else b""
+            assert got["cell.ids"][f, 0] == gold
+            assert np.log(mass[0]) == pytest.approx(got["row.gold_logprob"][r], abs=2e-2)
+            assert mass.sum() <= 1.01
+            of_piece = [
+                k
+                for k in range(1, len(mass))
+                if got["cell.high"][f, k] > got["cell.low"][f, k]
+                and gold in order[got["cell.low"][f, k] : got["cell.high"][f, k]]
+                and all(
+                    sides[1].token(int(t)).startswith(lead + piece)
+                    for t in order[got["cell.low"][f, k] : got["cell.high"][f, k]]
+                )
+            ]
+            p_piece = float(np.exp(s["row.gold_logprob"][row]))
+            held = mass[0] + (mass[of_piece].max() if of_piece else 0)
+            assert held == pytest.approx(p_piece, abs=5e-3)
+            seen += 1
+    assert seen > 20
+    assert chain["coverage"] == aligned.manifest["coverage"]
+    with pytest.raises(FormatError, match="granularity: cells"):
+        read_byte_order(tmp_path / "chain")
 
 
 @pytest.mark.parametrize("vocab", ["mined", "ms", "ms-soft", "ms-upstream"])

@@ -150,7 +150,7 @@ class Choices:
     def codes(self) -> tuple[int, int, int]:
         """Return the engine's codes."""
         return (
-            {"chain": 0, "first": 1, "gold": 2}[self.granularity],
+            {"cells": 0, "chain": 0, "first": 1, "gold": 2}[self.granularity],
             {"gold": 0, "pivot": 1, "skip": 1}[self.unaligned],
             {"sum": 0, "first": 1}[self.collisions],
         )

@@ -5,24 +5,38 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
 from fusechat.align.aligner import Aligner, align_shard, count_shard
 from fusechat.align.coverage import coverage
 from fusechat.align.rows import Choices, n_threads
 from fusechat.align.statistics import no_counts
 from fusechat.align.tokenizer import store_vocabulary
 from fusechat.align.vocabulary import METHODS
-from fusechat.artifact import MANIFEST, Json, ShardedWriter, read_json, read_manifest, sha256_file, write_json
-from fusechat.bytetable import ByteTable
+from fusechat.artifact import (
+    MANIFEST,
+    Json,
+    ShardedWriter,
+    atomic_write,
+    read_json,
+    read_manifest,
+    sha256_file,
+    write_json,
+)
 from fusechat.errors import ConfigError, FormatError, MismatchError
 from fusechat.store import ALIGNED_FORMAT, Store, open_topk, write_block
 
 Progress = Callable[[int, int], None]
 COVERAGE = "coverage.json"
+BYTE_ORDER = "byte_order.safetensors"
 
 _CHOICES = {
     "tokens": ("bytes", "dtw"),
     "vocab": METHODS,
-    "granularity": ("chain", "first", "gold"),
+    "granularity": ("cells", "chain", "first", "gold"),
     "unaligned": ("gold", "pivot", "skip"),
     "collisions": ("sum", "first"),
 }
@@ -97,7 +111,7 @@ def align(
         done_rows += shard["n_rows"]
         if progress is not None:
             progress(done_rows, all_rows)
-    return _finish(writer, pivot, source, aligner.source.table)
+    return _finish(writer, pivot, source, aligner)
 
 
 def _choose(
@@ -143,15 +157,30 @@ def _request(pivot: Store, source: Store, chosen: dict[str, str]) -> Json:
     }
 
 
-def _finish(writer: ShardedWriter, pivot: Store, source: Store, source_table: ByteTable) -> Json:
+def _finish(writer: ShardedWriter, pivot: Store, source: Store, aligner: Aligner) -> Json:
     tallies = [writer.done[name].pop("tally") for name in sorted(writer.done)]
-    report = coverage(tallies, source_table)
+    report = coverage(tallies, aligner.source.table)
     write_json(writer.directory / COVERAGE, report)
+    if aligner.choices.granularity == "cells":
+        with atomic_write(writer.directory / BYTE_ORDER) as partial:
+            save_file({"byte_order": aligner.byte_order}, partial)
     return writer.finish(
         pivot_store=str(pivot.directory.resolve()),
         source_store=str(source.directory.resolve()),
         coverage={key: report[key] for key in ("rows", "n_rows", "mass", "mass_by_kind")},
     )
+
+
+def read_byte_order(directory: Path) -> npt.NDArray[np.int32]:
+    """Return the pivot's ids in the order of their bytes, int32[V], which the ranges of `granularity: cells` refer to.
+
+    Raises FormatError when the store has none.
+    """
+    try:
+        order: npt.NDArray[np.int32] = load_file(directory / BYTE_ORDER)["byte_order"]
+    except (OSError, KeyError, SafetensorError) as error:
+        raise FormatError(f"{directory / BYTE_ORDER} cannot be read: align again with granularity: cells") from error
+    return order
 
 
 def read_coverage(directory: Path) -> Json:
