@@ -11,13 +11,13 @@ void Cells::collect(const Rows &rows, std::int64_t row, const Options &options, 
     ranges_.clear();
     const std::int64_t first = row * rows.n_entries;
     for (std::int64_t entry = first; entry < first + rows.n_entries; ++entry) {
-        const bool is_range = rows.order != nullptr && rows.high[entry] > rows.low[entry];
-        if (!is_range && rows.ids[entry] < 0) continue;
+        const std::int32_t width = rows.order == nullptr ? 0 : std::max(rows.high[entry] - rows.low[entry], 0);
+        if (width == 0 && rows.ids[entry] < 0) continue;
         const double p = std::exp(static_cast<double>(rows.logprobs[entry]));
-        if (is_range) {
+        if (width > 1) {
             ranges_.push_back({rows.low[entry], rows.high[entry], p});
         } else {
-            add_token(rows.ids[entry], p, scratch);
+            add_token(width == 1 ? rows.order[rows.low[entry]] : rows.ids[entry], p, scratch);
         }
     }
     // Smaller ranges first: a token belongs to the smallest that holds it.

@@ -18,7 +18,8 @@ try:
 except ImportError:
     _native = None  # type: ignore[assignment]
 
-# Elements of a chunk in torch's own form: its few fp32 copies of a chunk stay in the last-level cache of a CPU.
+# Elements of a chunk in torch's own form: its few fp32 copies of a chunk stay in the last-level cache of a
+# CPU.
 _CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 _NATIVE_FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -38,7 +39,8 @@ def backend_for(device: torch.device) -> str:
 
 
 def forward_rows(logits: Tensor, rows: Rows, options: LossOptions, grad: Tensor | None) -> tuple[Tensor, ...]:
-    """Compute loss, hard, soft, lse and correct of each row, and write row_scale · ∂loss/∂logits to `grad` if given.
+    """Compute loss, hard, soft, lse and correct of each row, and write row_scale · ∂loss/∂logits to `grad` if
+    given.
 
     Raises ConfigError when, on the CPU, a label or an id lies outside the vocabulary.
     """
@@ -53,14 +55,15 @@ def _native_rows(logits: Tensor, rows: Rows, options: LossOptions, grad: Tensor 
         tensor = tensor.detach()
         return (tensor if tensor.dtype == torch.float32 else tensor.view(torch.int16)).numpy()
 
-    columns = {name: column.contiguous().numpy() for name, column in rows._asdict().items()}
+    columns = {name: column.contiguous().numpy() for name, column in rows._asdict().items() if column is not None}
+    ranges = [columns.pop(name) for name in ("order", "low", "high")] if rows.order is not None else None
     try:
         values = _native.sparse_soft_ce(
             logits=plain(logits),
             gradient=None if grad is None else plain(grad),
             format=_NATIVE_FORMATS[logits.dtype],
             **columns,
-            ranges=None,
+            ranges=None if ranges is None else tuple(ranges),
             **options.scalars(),
             threads=torch.get_num_threads(),
         )
@@ -77,7 +80,7 @@ def _torch_rows(logits: Tensor, rows: Rows, options: LossOptions, grad: Tensor |
     chunks = [
         reference.sparse_soft_ce_chunk(
             logits[start : start + step],
-            *(column[start : start + step] for column in rows),
+            *rows.take(slice(start, start + step)),
             **options.scalars(),
             grad=None if grad is None else grad[start : start + step],
         )
@@ -90,11 +93,15 @@ def _torch_rows(logits: Tensor, rows: Rows, options: LossOptions, grad: Tensor |
 
 
 def _check_indices(rows: Rows, vocabulary: int) -> None:
-    for name, wrong in (
-        ("label", (rows.labels >= vocabulary) | ((rows.labels < 0) & (rows.labels != reference.IGNORE_LABEL))),
-        ("id", rows.ids >= vocabulary),
-    ):
-        if wrong.any():
-            at = tuple(wrong.nonzero()[0].tolist())
-            value = (rows.labels if name == "label" else rows.ids)[at]
-            raise ConfigError(f"{name} {int(value)} of row {at[0]} lies outside the vocabulary of {vocabulary}")
+    outside = rows.labels >= vocabulary
+    _refuse("label", rows.labels, outside | ((rows.labels < 0) & (rows.labels != reference.IGNORE_LABEL)), vocabulary)
+    _refuse("id", rows.ids, rows.ids >= vocabulary, vocabulary)
+    if rows.low is not None and rows.high is not None:
+        _refuse("range start", rows.low, rows.low < 0, vocabulary)
+        _refuse("range end", rows.high, rows.high > vocabulary, vocabulary)
+
+
+def _refuse(name: str, column: Tensor, wrong: Tensor, vocabulary: int) -> None:
+    if wrong.any():
+        at = tuple(wrong.nonzero()[0].tolist())
+        raise ConfigError(f"{name} {int(column[at])} of row {at[0]} lies outside the vocabulary of {vocabulary}")
