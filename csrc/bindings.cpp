@@ -5,4 +5,5 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
     m.doc() = "fusechat's compiled engine";
     fusechat::bind_align(m);
     fusechat::bind_merge(m);
+    fusechat::bind_loss(m);
 }

@@ -14,5 +14,6 @@ using Array = py::array_t<T, py::array::c_style>;
 
 void bind_align(py::module_ &m);
 void bind_merge(py::module_ &m);
+void bind_loss(py::module_ &m);
 
 }  // namespace fusechat

@@ -65,3 +65,36 @@ def merge_tensor(
     threads: int = ...,
 ) -> dict[str, Any]: ...
 def measure_tensor(sources: Sequence[_Source], n: int, *, threads: int = ...) -> dict[str, Any]: ...
+
+# csrc/loss, used through fusechat/loss/backend.py
+def sparse_soft_ce(
+    *,
+    logits: npt.NDArray[Any],
+    gradient: npt.NDArray[Any] | None,
+    format: str,
+    labels: npt.NDArray[np.int64],
+    ids: npt.NDArray[np.int64],
+    logprobs: npt.NDArray[np.float32],
+    hard_weight: npt.NDArray[np.float32],
+    row_scale: npt.NDArray[np.float32],
+    partition: npt.NDArray[np.bool_],
+    ranges: tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int32]] | None,
+    divergence: str,
+    missing: str,
+    temperature: float,
+    student_temperature: float,
+    beta: float,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    threads: int,
+) -> tuple[npt.NDArray[Any], ...]: ...
+
+# fusechat/align/timewarp.py and vocabulary.py
+def dtw(
+    source_tokens: list[str], pivot_tokens: list[str], source_mark: str, pivot_mark: str
+) -> tuple[int, npt.NDArray[np.int32]]: ...
+def nearest(
+    patterns: list[str], texts: list[str], threads: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]: ...
+def edit_distances(a: list[str], b: list[str]) -> npt.NDArray[np.int32]: ...

@@ -28,7 +28,7 @@ class DataConfig(_Section):
         None, description="file of dialogues only the evaluation sees; else a split of `train`"
     )
     held_out_fraction: float = Field(0.1, gt=0, lt=1, description="share of `train` held out when `held_out` is absent")
-    format: Literal["auto", "sharegpt", "openai", "alpaca", "text"] = Field("auto", description="layout of the file")
+    format: Literal["auto", "sharegpt", "messages", "alpaca", "text"] = Field("auto", description="layout of the file")
     separator: str | list[str] | None = Field(None, description="what separates documents in a text file")
     max_bytes: int | None = Field(None, gt=0, description="running text is cut into pieces of at most this many bytes")
     limit: int | None = Field(None, gt=0, description="use only the first so many dialogues")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,8 @@ def sample_rows(store: Store, dialogue: int | None = None, limit: int = 12) -> l
         lines.append(
             [
                 str(t),
-                readable(table.token(int(input_ids[t]))),
-                readable(table.token(int(input_ids[t + 1]))),
+                repr(readable(table.token(int(input_ids[t])))),
+                repr(readable(table.token(int(input_ids[t + 1])))),
                 _kind_name(int(kinds[r])) if kinds is not None else "",
                 top,
             ]
@@ -87,8 +88,8 @@ def _kind_name(kind: int) -> str:
     return str(RowKind(kind).name.lower())
 
 
-def summary(kind: str, manifest: Json) -> dict[str, Any]:
-    """Return the facts of a manifest worth a line each, without lists of shards and requests."""
+def summary(kind: str, manifest: Json) -> dict[str, str]:
+    """Return the facts of a manifest worth a line each, as text, without lists of shards and requests."""
     facts = {k: v for k, v in manifest.items() if k not in ("request", "shards", "skipped", "losses", "groups")}
     if kind in (TOPK_FORMAT, ALIGNED_FORMAT):
         shards = manifest["shards"]
@@ -98,5 +99,16 @@ def summary(kind: str, manifest: Json) -> dict[str, Any]:
             if shards and count in shards[0]:
                 facts[count] = sum(shard[count] for shard in shards)
     if "skipped" in manifest:
-        facts["skipped"] = f"{len(manifest['skipped'])} dialogues"
-    return facts
+        reasons = Counter(manifest["skipped"].values())
+        facts["skipped"] = "; ".join(f"{n} × {reason}" for reason, n in reasons.most_common(5)) or "no dialogue"
+    return {name: _as_text(name, value) for name, value in facts.items()}
+
+
+def _as_text(name: str, value: Any) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{key} {_as_text(key, part)}" for key, part in value.items()) or "none"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return value[:16] + "…" if name.endswith(("sha256", "fingerprint")) and value else str(value)

@@ -21,42 +21,58 @@ MISSING = ("renormalise", "tail", "zero", "uniform")
 MASS_FLOOR = 1e-6
 
 
-def merge_duplicates(ids: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Add the mass of equal ids into their first occurrence.
+def merge_duplicates(keys: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Add the mass of entries with equal keys into the first of them; a key of −1 is absent.
 
     Returns p [C, K], which entries are cells [C, K], and for every entry the index of a cell [C, K]: its own,
     or the row's first where the entry is absent, so that a scatter over all K entries needs no mask.
     """
-    present = ids >= 0
-    equal = (ids.unsqueeze(2) == ids.unsqueeze(1)) & present.unsqueeze(2)  # [C, K, K]
+    present = keys >= 0
+    equal = (keys.unsqueeze(2) == keys.unsqueeze(1)) & present.unsqueeze(2)  # [C, K, K]
     first = equal.to(torch.uint8).argmax(2)
     merged = torch.zeros_like(p).scatter_add_(1, first, torch.where(present, p, 0.0))
-    is_cell = present & (first == torch.arange(ids.shape[1], device=ids.device))
+    is_cell = present & (first == torch.arange(keys.shape[1], device=keys.device))
     owner = torch.where(present, first, is_cell.to(torch.uint8).argmax(1, keepdim=True))
     return torch.where(is_cell, merged, 0.0), is_cell, owner
 
 
-def teacher_cells(
-    ids: Tensor, logprobs: Tensor, partition: Tensor, vocabulary: int, missing: str, temperature: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the teacher's p [C, K], which entries are cells and whose [C, K] twice, and the tail's p [C].
+def teacher_masses(p: Tensor, tail_counts: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return the teacher's mass of each cell [C, K] and of the tail [C], brought to a sum of one.
 
-    Duplicates add up. The temperature acts on cells: p_c^(1/T) / Σ p^(1/T), the tail counting as one. A sum
-    above one, the rounding of stored log-probabilities, is scaled back to one, and so is what is left when
-    the cells are the whole vocabulary.
+    The temperature acts on cells: p_c^(1/T) / Σ p^(1/T), the tail counting as one. A sum above one, the
+        rounding of stored log-probabilities, is scaled back to one, and so is what is left where the tail
+        does not count.
     """
-    p, is_cell, owner = merge_duplicates(ids, torch.where(ids >= 0, logprobs.float(), float("-inf")).exp())
-    p_tail = (1.0 - p.sum(1)).clamp(min=0.0)
-    has_tail = is_cell.sum(1) < vocabulary
-    if missing == "renormalise":
-        has_tail = has_tail & partition
-    p_tail = torch.where(has_tail, p_tail, 0.0)
+    p_tail = torch.where(tail_counts, (1.0 - p.sum(1)).clamp(min=0.0), 0.0)
     tiny = torch.finfo(torch.float32).tiny
     for power in (1.0,) if temperature == 1.0 else (1.0, 1.0 / temperature):
         p, p_tail = p**power, p_tail**power
         total = (p.sum(1) + p_tail).clamp(min=tiny)
         p, p_tail = p / total.unsqueeze(1), p_tail / total
-    return p, is_cell, owner, p_tail
+    return p, p_tail
+
+
+def cell_of_tokens(ids: Tensor, low: Tensor, high: Tensor, is_cell: Tensor, order: Tensor) -> Tensor:
+    """Return the cell of every token int64[C, V]: a single id, else the smallest range around it, else K, the
+    tail."""
+    n_rows, n_entries = ids.shape
+    ranks = torch.arange(order.shape[0], device=ids.device)
+    by_rank = torch.full((n_rows, order.shape[0]), n_entries, device=ids.device)
+    width = torch.where(is_cell, high - low, 0)
+    # Wide ranges first, so that the smaller ones inside overwrite them.
+    for entry in width.argsort(1, descending=True).unbind(1):
+        inside = (ranks >= low.gather(1, entry.unsqueeze(1))) & (ranks < high.gather(1, entry.unsqueeze(1)))
+        counts = inside & (width.gather(1, entry.unsqueeze(1)) > 0)
+        by_rank = torch.where(counts, entry.unsqueeze(1), by_rank)
+    cell = torch.empty_like(by_rank).scatter_(1, order.long().expand(n_rows, -1), by_rank)
+    single = is_cell & (width == 0)
+    # Entries that are no single id write the cell of token 0 to itself.
+    slot = torch.where(single, ids, 0)
+    entries = torch.arange(n_entries, device=ids.device).expand(n_rows, -1)
+    for k in range(n_entries):
+        at = slot[:, k : k + 1]
+        cell.scatter_(1, at, torch.where(single[:, k : k + 1], entries[:, k : k + 1], cell.gather(1, at)))
+    return cell
 
 
 def divergence_terms(divergence: str, p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
@@ -98,6 +114,9 @@ def sparse_soft_ce_chunk(
     hard_weight: Tensor,
     row_scale: Tensor,
     partition: Tensor,
+    order: Tensor | None,
+    low: Tensor | None,
+    high: Tensor | None,
     *,
     divergence: str,
     missing: str,
@@ -109,8 +128,8 @@ def sparse_soft_ce_chunk(
     softcap: float,
     grad: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Compute a chunk of rows, and write row_scale · ∂loss/∂logits to `grad` ([C, V], may be `logits`) if it
-    is given.
+    """Compute a chunk of rows, and write row_scale · ∂loss/∂logits to `grad` ([C, V], may be `logits`) if
+    given.
 
     Equal, for divergence ce and missing zero, to
 
@@ -118,15 +137,17 @@ def sparse_soft_ce_chunk(
         loss = −(t · log q); grad = row_scale · (Σt · q − t)
 
     logits [C, V] of any floating dtype, labels int64[C], ids int64[C, K], logprobs [C, K], hard_weight and
-    row_scale float32[C], partition bool[C]; softcap 0 means none. Returns loss, hard, soft, lse float32[C]
-    and correct bool[C], 0 and False where the label is −100.
+    row_scale float32[C], partition bool[C]; order int32[V], low and high int32[C, K] or None: an entry with
+    high > low is the cell of tokens order[low:high] that lie in no smaller cell. softcap 0 means none.
+    Returns loss, hard, soft, lse float32[C] and correct bool[C], 0 and False where the label is −100.
     """
     vocabulary = logits.shape[1]
-    tau, n_entries = student_temperature, ids.shape[1]
+    tau = student_temperature
     z = logits.float()
     if softcap:
         z = softcap * torch.tanh(z / softcap)
-    # Exponents are differences to a maximum, never to lse: with |lse| near 500 its rounding alone would cost 3e-5.
+    # Exponents are differences to a maximum, never to lse: with |lse| near 500 its rounding alone would cost
+    # 3e-5.
     top = z.amax(1, keepdim=True)
     valid = labels != IGNORE_LABEL
     label = torch.where(valid, labels, 0).unsqueeze(1)
@@ -140,63 +161,119 @@ def sparse_soft_ce_chunk(
         hard = hard + label_smoothing * (z_label - (z - top).mean(1))
     soft = torch.zeros_like(hard)
     soft_weight = torch.zeros_like(hard)
+    soft_grad = None
 
-    if n_entries:
-        p, is_cell, owner, p_tail = teacher_cells(ids, logprobs, partition, vocabulary, missing, temperature)
-        active = is_cell.any(1)
+    if ids.shape[1]:
+        soft, active, soft_grad = _soft_term(
+            z / tau, top / tau, ids, logprobs, partition, order, low, high,
+            divergence=divergence, missing=missing, temperature=temperature, beta=beta, want_grad=grad is not
+            None,
+        )  # fmt: skip
         soft_weight = torch.where(active, 1.0 - hard_weight, 0.0)
-        x = z / tau
-        slot = torch.where(active.unsqueeze(1), ids.gather(1, owner), 0)
-        x_slot = x.gather(1, slot)
-        x_k = torch.where(is_cell, x_slot - top / tau, float("-inf"))
-        # Summing the tail without the cells' tokens keeps it exact: 1 − Σ Q_k would cancel.
-        rest = x.scatter(1, slot, torch.where(active.unsqueeze(1), float("-inf"), x_slot))
-        top_tail = rest.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
-        sum_tail = torch.exp(rest - top_tail).sum(1)
-        lse_tail = (top_tail - top / tau).squeeze(1) + sum_tail.log()
-        lse_x = torch.logaddexp(lse_tail, torch.logsumexp(x_k, 1))
-        log_q = torch.cat([x_k, lse_tail.unsqueeze(1)], 1) - lse_x.unsqueeze(1)  # [C, K + 1], the tail last
-        cells = torch.cat([is_cell, torch.ones_like(valid).unsqueeze(1)], 1)
-        f, g = divergence_terms(divergence, torch.cat([p, p_tail.unsqueeze(1)], 1), log_q, beta)
-        f, g = torch.where(cells, f, 0.0), torch.where(cells, g, 0.0)
-        spread = torch.zeros_like(hard)
-        if missing == "zero":
-            f[:, -1], g[:, -1] = torch.where(partition, f[:, -1], 0.0), torch.where(partition, g[:, -1], 0.0)
-        sum_g = g.sum(1)
-        if missing == "uniform":
-            n_rest = (vocabulary - is_cell.sum(1)).clamp(min=1)
-            mean_rest = torch.where(rest == float("-inf"), 0.0, rest - top / tau).sum(1) / n_rest
-            f_spread = p_tail * (lse_x - mean_rest)
-            if divergence == "kl":
-                f_spread = f_spread + torch.where(p_tail > 0, p_tail * (p_tail / n_rest).log(), 0.0)
-            f[:, -1] = torch.where(partition, f[:, -1], f_spread)
-            # The tail's gradient is flat, −p_tail / n_rest a token, instead of following the student inside
-            # the tail.
-            spread = torch.where(partition, 0.0, p_tail / n_rest)
-            g[:, -1] = torch.where(partition, g[:, -1], 0.0)
-        alpha = g - torch.where(cells, log_q.exp(), 0.0) * sum_g.unsqueeze(1)
-        soft = torch.where(active, f.sum(1) * tau * tau, 0.0)
+        soft = torch.where(active, soft * tau * tau, 0.0)
 
-    hard_part = torch.where(valid, hard_weight, 0.0)
     loss = hard_weight * hard + soft_weight * soft + z_loss * lse * lse
 
     if grad is not None:
-        dense = hard_part + 2.0 * z_loss * lse
-        g_z = torch.exp(z - top).mul_((dense / sum_z).unsqueeze(1))
+        g_z = torch.exp(z - top).mul_(((hard_weight + 2.0 * z_loss * lse) / sum_z).unsqueeze(1))
         if label_smoothing:
-            g_z -= (hard_part * label_smoothing / vocabulary).unsqueeze(1)
-        if n_entries:
-            per_tail = alpha[:, -1] / sum_tail.clamp(min=torch.finfo(torch.float32).tiny)
-            g_x = torch.exp(rest - top_tail).mul_(per_tail.unsqueeze(1))
-            g_x -= spread.unsqueeze(1)
-            g_x.scatter_(1, slot, torch.where(active.unsqueeze(1), alpha.gather(1, owner), 0.0))
-            g_z += g_x.mul_((soft_weight * tau).unsqueeze(1))
-        g_z.scatter_add_(1, label, (-(1.0 - label_smoothing) * hard_part).unsqueeze(1))
+            g_z -= (hard_weight * label_smoothing / vocabulary).unsqueeze(1)
+        if soft_grad is not None:
+            g_z += soft_grad.mul_((soft_weight * tau).unsqueeze(1))
+        g_z.scatter_add_(1, label, (-(1.0 - label_smoothing) * hard_weight).unsqueeze(1))
         if softcap:
             g_z *= 1.0 - (z / softcap).square()
-        g_z *= torch.where(valid, row_scale, 0.0).unsqueeze(1)
+        g_z *= row_scale.unsqueeze(1)
         # A row that does not count must be zero whatever its logits hold: 0 · NaN would not be.
         grad.copy_(g_z.masked_fill_(~valid.unsqueeze(1), 0.0))
 
     loss, hard, soft, lse = (torch.where(valid, value, 0.0) for value in (loss, hard, soft, lse))
     return loss, hard, soft, lse, correct
+
+
+def _soft_term(
+    x: Tensor,
+    top: Tensor,
+    ids: Tensor,
+    logprobs: Tensor,
+    partition: Tensor,
+    order: Tensor | None,
+    low: Tensor | None,
+    high: Tensor | None,
+    *,
+    divergence: str,
+    missing: str,
+    temperature: float,
+    beta: float,
+    want_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the divergence [C], the rows that have cells [C], and ∂divergence/∂x [C, V], x the logits over
+    τ, top their maxima."""
+    vocabulary, n_entries = x.shape[1], ids.shape[1]
+    keys = torch.where(ids >= 0, ids, -1)
+    if order is not None:
+        assert low is not None
+        assert high is not None
+        one = high - low == 1
+        ids = torch.where(one, order[torch.where(one, low, 0)].long(), ids)
+        low, high = torch.where(one, 0, low), torch.where(one, 0, high)
+        is_range = high > low
+        keys = torch.where(is_range, (1 + low.long()) * (vocabulary + 1) + high, torch.where(ids >= 0, ids, -1))
+    p, is_cell, owner = merge_duplicates(keys, torch.where(keys >= 0, logprobs.float(), float("-inf")).exp())
+
+    # Sums over the cells, the tail last, each relative to its own maximum: 1 − Σ Q_k for the tail would
+    # cancel.
+    if order is None:
+        active = is_cell.any(1, keepdim=True)
+        slot = torch.where(active, ids.gather(1, owner), 0)
+        x_slot = x.gather(1, slot)
+        rest = x.scatter(1, slot, torch.where(active, float("-inf"), x_slot))
+        shift = torch.cat([x_slot, rest.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)], 1)
+        sums = torch.cat([is_cell.float(), torch.exp(rest - shift[:, -1:]).sum(1, keepdim=True)], 1)
+        n_rest = vocabulary - is_cell.sum(1)
+    else:
+        cell = cell_of_tokens(ids, low, high, is_cell, order)
+        shift = x.new_full((len(x), n_entries + 1), torch.finfo(torch.float32).min).scatter_reduce_(1, cell, x, "amax")
+        e = torch.exp(x - shift.gather(1, cell))
+        sums = torch.zeros_like(shift).scatter_add_(1, cell, e)
+        n_tokens = torch.zeros_like(shift).scatter_add_(1, cell, torch.ones_like(x))
+        # A range whose every token lies in smaller cells can hold no mass: the teacher's counts as missing.
+        is_cell = is_cell & (n_tokens[:, :-1] > 0)
+        p = torch.where(is_cell, p, 0.0)
+        active, n_rest = is_cell.any(1, keepdim=True), n_tokens[:, -1]
+        rest = torch.where(cell == n_entries, x, float("-inf"))
+    tail_counts = (n_rest > 0) & (partition if missing == "renormalise" else torch.ones_like(partition))
+    p, p_tail = teacher_masses(p, tail_counts, temperature)
+
+    log_sums = torch.where(sums > 0, shift - top + sums.log(), float("-inf"))
+    lse = torch.logsumexp(log_sums, 1)
+    log_q = log_sums - lse.unsqueeze(1)  # [C, K + 1]
+    cells = torch.cat([is_cell, torch.ones_like(active)], 1)
+    f, g = divergence_terms(divergence, torch.cat([p, p_tail.unsqueeze(1)], 1), log_q, beta)
+    f, g = torch.where(cells, f, 0.0), torch.where(cells, g, 0.0)
+    if missing == "zero":
+        f[:, -1], g[:, -1] = torch.where(partition, f[:, -1], 0.0), torch.where(partition, g[:, -1], 0.0)
+    sum_g = g.sum(1)
+    spread = torch.zeros_like(lse)
+    if missing == "uniform":
+        n_rest = n_rest.clamp(min=1)
+        mean_rest = torch.where(rest == float("-inf"), 0.0, rest - top).sum(1) / n_rest
+        f_spread = p_tail * (lse - mean_rest)
+        if divergence == "kl":
+            f_spread = f_spread + torch.where(p_tail > 0, p_tail * (p_tail / n_rest).log(), 0.0)
+        f[:, -1] = torch.where(partition, f[:, -1], f_spread)
+        # The tail's gradient is flat, −p_tail / n_rest a token, instead of following the student inside the
+        # tail.
+        spread = torch.where(partition, 0.0, p_tail / n_rest)
+        g[:, -1] = torch.where(partition, g[:, -1], 0.0)
+    if not want_grad:
+        return f.sum(1), active.squeeze(1), None
+
+    alpha = g - torch.where(cells, log_q.exp(), 0.0) * sum_g.unsqueeze(1)
+    per_e = alpha / sums.clamp(min=torch.finfo(torch.float32).tiny)
+    if order is None:
+        grad = torch.exp(rest - shift[:, -1:]).mul_(per_e[:, -1:]).sub_(spread.unsqueeze(1))
+        grad.scatter_(1, slot, torch.where(active, alpha.gather(1, owner), 0.0))
+    else:
+        grad = e.mul_(per_e.gather(1, cell)).sub_(torch.where(cell == n_entries, spread.unsqueeze(1), 0.0))
+    return f.sum(1), active.squeeze(1), grad

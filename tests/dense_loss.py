@@ -53,20 +53,33 @@ def published(divergence: str, p: Tensor, q: Tensor, beta: float) -> Tensor:
     raise AssertionError(divergence)
 
 
-def teacher(ids: list[int], logprobs: list[float], vocabulary: int, missing: str, temperature: float):
+def partition_of(entries: list[frozenset[int]], masses: list[float]) -> dict[frozenset[int], float]:
+    """Return disjoint cells and their masses: a token belongs to the smallest set that holds it, equal sets add up."""
+    mass: dict[frozenset[int], float] = {}
+    for entry, p in zip(entries, masses):
+        mass[entry] = mass.get(entry, 0.0) + p
+    cells: dict[frozenset[int], float] = {}
+    taken: frozenset[int] = frozenset()
+    for entry in sorted(mass, key=len):
+        if entry - taken:
+            cells[entry - taken] = mass[entry]
+        taken |= entry
+    return cells
+
+
+def teacher(entries: list[frozenset[int]], logprobs: list[float], vocabulary: int, missing: str, temperature: float):
     """Return the row's cells as lists of tokens and their masses; the last cell is the tail."""
-    mass: dict[int, float] = {}
-    for token, logprob in zip(ids, logprobs):
-        if token >= 0:
-            mass[token] = mass.get(token, 0.0) + float(torch.tensor(logprob, dtype=torch.float64).exp())
-    rest = [token for token in range(vocabulary) if token not in mass]
+    masses = [float(torch.tensor(logprob, dtype=torch.float64).exp()) for logprob in logprobs]
+    mass = partition_of(entries, masses)
+    covered = frozenset().union(*mass)
+    rest = [token for token in range(vocabulary) if token not in covered]
     p = torch.tensor([*mass.values(), max(0.0, 1.0 - sum(mass.values()))], dtype=torch.float64)
     if missing == "renormalise" or not rest:
         p[-1] = 0.0
     p = p / p.sum() if p.sum() > 0 else p
     p = p ** (1 / temperature)
     p = p / p.sum() if p.sum() > 0 else p
-    return [[token] for token in mass] + [rest], p
+    return [sorted(cell) for cell in mass] + [rest], p
 
 
 def row_loss(z: Tensor, label: int, ids, logprobs, hard_weight: float, partition: bool, options: dict) -> tuple:
@@ -79,22 +92,19 @@ def row_loss(z: Tensor, label: int, ids, logprobs, hard_weight: float, partition
     hard = -(1 - smoothing) * log_q[label] - smoothing * log_q.mean()
     loss = hard_weight * hard + options.get("z_loss", 0.0) * torch.logsumexp(z, 0) ** 2
     soft = torch.zeros((), dtype=torch.float64)
-    if any(token >= 0 for token in ids):
+    if ids:
         missing = "tail" if partition else options.get("missing", "renormalise")
         divergence, tau = options.get("divergence", "ce"), options.get("student_temperature", 1.0)
         cells, p = teacher(ids, logprobs, vocabulary, missing, options.get("temperature", 1.0))
         log_q = torch.log_softmax(z / tau, 0)
-        if missing == "uniform":
-            target = torch.zeros(vocabulary, dtype=torch.float64)
-            for cell, mass in zip(cells, p):
-                target[cell] = mass / max(len(cell), 1)
-            soft = -(target * log_q).sum()
-            if divergence == "kl":
-                soft = soft + torch.where(target > 0, target * target.clamp(min=1e-300).log(), 0.0).sum()
-        else:
-            q = torch.stack([log_q[cell].exp().sum() for cell in cells])
-            keep = slice(None, -1) if missing == "zero" or not cells[-1] else slice(None)
-            soft = published(divergence, p[keep], q[keep], options.get("beta", 0.5))
+        q = torch.stack([log_q[cell].exp().sum() for cell in cells])
+        keep = slice(None, -1) if missing in ("zero", "uniform") or not cells[-1] else slice(None)
+        soft = published(divergence, p[keep], q[keep], options.get("beta", 0.5))
+        if missing == "uniform" and cells[-1]:
+            share = p[-1] / len(cells[-1])
+            soft = soft - share * log_q[cells[-1]].sum()
+            if divergence == "kl" and share > 0:
+                soft = soft + p[-1] * share.log()
         soft = soft * tau**2
         loss = loss + (1 - hard_weight) * soft
     return loss, hard, soft
@@ -109,13 +119,27 @@ def magnitudes(z: Tensor, label: int, ids, options: dict) -> Tensor:
     size = torch.softmax(z, 0) + tau * torch.softmax(z / tau, 0) + options.get("label_smoothing", 0.0) / vocabulary
     size += 1.0 / vocabulary if options.get("missing") == "uniform" else 0.0
     size += 2 * options.get("z_loss", 0.0) * torch.logsumexp(z, 0).abs() * torch.softmax(z, 0)
-    size[[label, *(token for token in ids if token >= 0)]] += tau
+    size[[label, *(token for entry in ids if len(entry) == 1 for token in entry)]] += tau
     return size
 
 
-def dense_loss(logits, labels, ids, logprobs, *, hard_weight, row_weight=None, partition=None, **options):
-    """Return the loss, its gradient [N, V], the size of the gradient's terms [N, V], and hard and soft per
-    row, all fp64."""
+def entries_of(ids, logprobs, cells, row: int) -> tuple[list[frozenset[int]], list[float]]:
+    """Return the row's present entries as sets of tokens, and their log-probabilities."""
+    entries, kept = [], []
+    for k, token in enumerate(ids[row].tolist()):
+        low, high = (int(cells.low[row, k]), int(cells.high[row, k])) if cells is not None else (0, 0)
+        if high > low:
+            entries.append(frozenset(cells.order[low:high].tolist()))
+        elif token >= 0:
+            entries.append(frozenset([token]))
+        else:
+            continue
+        kept.append(float(logprobs[row, k].double()))
+    return entries, kept
+
+
+def dense_loss(logits, labels, ids, logprobs, *, hard_weight, row_weight=None, partition=None, cells=None, **options):
+    """Return the loss, its gradient and the size of the gradient's terms [N, V], hard and soft per row, all fp64."""
     z = logits.detach().double().requires_grad_(True)
     n_rows = z.shape[0]
     valid = [row for row in range(n_rows) if labels[row] != -100]
@@ -126,11 +150,11 @@ def dense_loss(logits, labels, ids, logprobs, *, hard_weight, row_weight=None, p
         weight = 1.0 / len(valid) if row_weight is None else float(row_weight[row])
         share = float(hard_weight[row]) if isinstance(hard_weight, Tensor) else hard_weight
         in_cells = bool(partition[row]) if partition is not None else False
-        one, hard[row], soft[row] = row_loss(
-            z[row], int(labels[row]), ids[row].tolist(), logprobs[row].double().tolist(), share, in_cells, options
-        )
+        label = int(labels[row])
+        entries, kept = entries_of(ids, logprobs, cells, row)
+        one, hard[row], soft[row] = row_loss(z[row], label, entries, kept, share, in_cells, options)
         total = total + weight * one
-        size[row] = weight * magnitudes(z[row].detach(), int(labels[row]), ids[row].tolist(), options)
+        size[row] = weight * magnitudes(z[row].detach(), label, entries, options)
         if options.get("divergence") == "alpha":
             size[row] *= 1.0 + float(soft[row].detach())  # p^β Q^(1−β) has no bound for β > 1
     (gradient,) = torch.autograd.grad(total, z)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from fusechat.align import RowKind
 from fusechat.align.rows import Choices, Matches, Remapped, RowView, match_rows, remap_rows
-from fusechat.bytetable import ByteTable, Role
+from fusechat.bytetable import ByteTable, Role, token_byte_ends
 from fusechat.errors import FormatError
 from fusechat.store import Block, make_block
 
@@ -403,3 +404,32 @@ def test_token_ids_outside_the_vocabulary_are_refused() -> None:
     pivot, _, _ = views(3)
     with pytest.raises(FormatError, match="outside its vocabulary of 1"):
         RowView.of(pivot.block, ByteTable.from_tokens([b"a"]))
+
+
+@pytest.mark.parametrize("pair", [("openchat-3.5-exact", "gpt2"), ("openchat-3.5", "openchat-3.5-exact")])
+def test_real_tokenizers_match_where_their_bytes_do(shared_data: Path, pair: tuple[str, str]) -> None:
+    """Catches a match between two real tokenizations whose texts so far differ, and a match that is missed."""
+    from transformers import AutoTokenizer
+
+    chapters = [shared_data / "text" / "parallel_hf_course" / lang / "chapter1" / "3.mdx" for lang in ("en", "zh-CN")]
+    text = "\n".join(path.read_text(encoding="utf-8")[:3000] for path in chapters if path.exists())
+    sides = []
+    for name in pair:
+        tokenizer = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / name)
+        table = ByteTable.from_tokenizer(tokenizer)
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        ends = token_byte_ends(table, ids, text.encode())
+        n = len(ids)
+        record = {
+            "dialogue.index": np.array([0]),
+            "token.input_ids": np.array(ids, np.int32),
+            "token.loss_mask": np.ones(n, bool),
+            "token.turn": np.zeros(n, np.int32),
+            "token.byte_end": ends.astype(np.int32),
+            "row.ids": np.zeros((n - 1, 1), np.int32),
+        }
+        sides.append((RowView.of(make_block([record]), table), ends))
+    (pivot, pivot_ends), (source, source_ends) = sides
+    kinds = match_rows(pivot, source, np.array([0])).kind
+    assert ((kinds != RowKind.NONE) == np.isin(pivot_ends[:-1], source_ends[:-1])).all()
+    assert 0.5 < (kinds != RowKind.NONE).mean() < 1

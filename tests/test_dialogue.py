@@ -173,8 +173,8 @@ def test_bad_files_are_refused_with_the_mend(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("a,b")
     with pytest.raises(DataError, match=r"unknown ending '.csv'"):
         load_dialogues(tmp_path / "x.csv")
-    with pytest.raises(DataError, match="openai needs"):
-        load_dialogues(write(tmp_path / "s.jsonl", [SHAREGPT]), format="openai")
+    with pytest.raises(DataError, match="messages needs"):
+        load_dialogues(write(tmp_path / "s.jsonl", [SHAREGPT]), format="messages")
     with pytest.raises(ConfigError, match="unknown data format 'chatml'"):
         load_dialogues(tmp_path / "s.jsonl", format="chatml")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="separator is for text files"):
@@ -230,7 +230,7 @@ def test_real_data(shared_data: Path) -> None:
         "torchtune/alpaca_tiny.json": ("alpaca", None),
         "torchtune/chat_tiny.json": ("sharegpt", None),
         "llama_factory/identity.json": ("alpaca", None),
-        "llama_factory/v1_sft_demo.jsonl": ("openai", None),
+        "llama_factory/v1_sft_demo.jsonl": ("messages", None),
         "llama_factory/c4_demo.jsonl": ("text", None),
     }
     for name, (format, count) in expected.items():

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from dense_loss import dense_loss, make_rows
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fusechat.errors import ConfigError
 from fusechat.loss import linear_sparse_soft_ce, sparse_soft_ce
+from fusechat.loss.backend import _native
 
 FORMS = [
     *({"divergence": d, "missing": "tail"} for d in ("ce", "kl", "reverse_kl", "jsd", "tvd", "skew_kl")),
@@ -28,6 +29,15 @@ FORMS = [
     {"softcap": 5.0, "missing": "tail"},
     {"softcap": 5.0, "z_loss": 0.1, "label_smoothing": 0.2, "student_temperature": 2.0, "missing": "uniform"},
 ]
+
+
+@pytest.fixture(autouse=True, params=["native", "torch"])
+def backend(request, monkeypatch):
+    """Run every test on the compiled engine and on torch's own form."""
+    if request.param == "native" and _native is None:
+        pytest.skip("the compiled engine is not built")
+    monkeypatch.setenv("FUSECHAT_LOSS", request.param)
+    return request.param
 
 
 def run_ours(logits, labels, ids, logprobs, *, upstream=1.0, **options):
@@ -196,7 +206,7 @@ def test_correct_says_whether_the_label_wins():
     torch.testing.assert_close(out.lse, torch.where(labels != -100, logits.logsumexp(1), 0.0))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 10_000),
     n_rows=st.integers(1, 5),
@@ -253,3 +263,27 @@ def test_wrong_shapes_are_refused():
     ):
         with pytest.raises(ConfigError):
             sparse_soft_ce(*wrong, hard_weight=0.5)
+
+
+def test_indices_outside_the_vocabulary_are_named():
+    """Catches a write outside the row, and an error that does not say which row is wrong."""
+    logits, labels, ids, logprobs = make_rows(15, 4, 9, 3)
+    labels[2], ids[1, 2] = 4, 9
+    with pytest.raises(ConfigError, match="id 9 of row 1 lies outside the vocabulary of 9"):
+        sparse_soft_ce(logits, labels, ids, logprobs, hard_weight=0.5)
+    ids[1, 2] = 8
+    for label in (9, -1):
+        labels[2] = label
+        with pytest.raises(ConfigError, match=f"label {label} of row 2 lies outside the vocabulary of 9"):
+            sparse_soft_ce(logits, labels, ids, logprobs, hard_weight=0.5)
+
+
+def test_an_infinite_or_absent_number_is_not_hidden():
+    """Catches a NaN that a maximum skips: the loss must be NaN, not a number without that token."""
+    logits, labels, ids, logprobs = make_rows(16, 3, 5000, 3)
+    labels[:], ids[:] = 7, 8
+    logits[1, :3000] = float("nan")
+    out, gradient = run_ours(logits, labels, ids, logprobs, hard_weight=0.5, missing="tail")
+    assert out.hard[1].isnan()
+    assert out.hard[[0, 2]].isfinite().all()
+    assert gradient[[0, 2]].isfinite().all()

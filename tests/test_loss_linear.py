@@ -8,7 +8,7 @@ from dense_loss import dense_loss, make_rows
 
 from fusechat.errors import ConfigError
 from fusechat.loss import linear_sparse_soft_ce, sparse_soft_ce
-from fusechat.loss.linear import plan_chunk_rows
+from fusechat.loss.plan import plan_chunk_rows
 
 
 def make_linear(seed: int, n_rows: int, vocabulary: int, width: int, n_entries: int, dtype=torch.float32):

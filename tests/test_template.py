@@ -161,7 +161,7 @@ def test_broken_and_missing_templates_are_errors_with_the_mend(tmp_path: Path) -
         load_template(tokenizer(), str(broken))
     with pytest.raises(DataError, match="does not exist"):
         load_template(tokenizer(), str(tmp_path / "none.jinja"))
-    with pytest.raises(DataError, match="cannot load a tokenizer"):
+    with pytest.raises(DataError, match="no tokenizer that loads"):
         load_template(tokenizer(), str(tmp_path))
     with pytest.raises(DataError, match="plain has no chat template, and the dialogues have turns: set `template`"):
         render_dialogue(load_template(tokenizer(), "plain"), tokenizer(), chat("q", "a"))

@@ -28,8 +28,9 @@ from __future__ import annotations
 
 from fusechat.align.rows import RowKind
 from fusechat.align.stage import align, read_coverage
+from fusechat.align.timewarp import dtw
 from fusechat.align.vocabulary import vocab_map
 from fusechat.callable_module import make_callable
 
-__all__ = ["RowKind", "align", "read_coverage", "vocab_map"]
+__all__ = ["RowKind", "align", "dtw", "read_coverage", "vocab_map"]
 make_callable(__name__)

@@ -52,10 +52,11 @@ def coverage(tallies: list[Json], source: ByteTable) -> Json:
     whose candidates were mapped, in all and by kind. `lost_tokens`: the source tokens that lost most, with their share
     of all lost mass. `examples`: some messages in both tokenizations.
     """
-    rows = np.sum([t["rows"] for t in tallies], axis=0, dtype=np.int64) if tallies else np.zeros(len(RowKind), np.int64)
+    rows = np.zeros(len(RowKind), np.int64)
     mass = np.zeros((len(RowKind), 3))
     lost: dict[int, int] = {}
     for tally in tallies:
+        rows += np.asarray(tally["rows"], np.int64)
         mass += np.asarray(tally["mass"], np.float64) / _UNIT
         for token_id, units in tally["lost"].items():
             lost[int(token_id)] = lost.get(int(token_id), 0) + units

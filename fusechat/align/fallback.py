@@ -8,6 +8,10 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from fusechat.align.fallback_dtw import dtw, edit_distances, nearest
+
+__all__ = ["dtw", "edit_distances", "match_rows", "nearest", "remap_rows"]
+
 Array = npt.NDArray[Any]
 
 _SAME, _COARSER, _FINER, _NONE = 0, 1, 2, 3

@@ -82,7 +82,7 @@ def store_vocabulary(store: Path, manifest: Json) -> Vocabulary:
     if not directory.is_dir():
         raise DataError(f"{directory}, the model of {store}, is not there: its tokenizer is needed to align")
     found: ByteTable | None = None
-    for load in (_load_light, _load_transformers):
+    for load in (_load_light, _load_hub_class):
         tokenizer = load(directory)
         if tokenizer is None:
             continue
@@ -105,7 +105,7 @@ def _load_light(directory: Path) -> Any:
         raise DataError(f"{directory}/tokenizer.json does not load: {str(error).splitlines()[0]}") from error
 
 
-def _load_transformers(directory: Path) -> Any:
-    from fusechat.model import load_tokenizer
+def _load_hub_class(directory: Path) -> Any:
+    from fusechat.tokenizer import load_tokenizer
 
     return load_tokenizer(directory)

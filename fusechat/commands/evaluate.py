@@ -14,7 +14,7 @@ def evaluate(
     ],
     data: Annotated[str, typer.Option(help="file or hub id of held-out dialogues", show_default=False)],
     format: Annotated[
-        Literal["auto", "sharegpt", "openai", "alpaca", "text"], typer.Option(help="layout of the data")
+        Literal["auto", "sharegpt", "messages", "alpaca", "text"], typer.Option(help="layout of the data")
     ] = "auto",
     separator: Annotated[list[str] | None, typer.Option(help="what separates documents in a text file")] = None,
     max_bytes: Annotated[int | None, typer.Option(help="cut running text into pieces of so many bytes")] = None,

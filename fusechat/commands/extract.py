@@ -17,7 +17,7 @@ def extract(
     max_length: Annotated[int, typer.Option(help="tokens; longer dialogues are cut at a turn", min=2)] = 2048,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
     format: Annotated[
-        Literal["auto", "sharegpt", "openai", "alpaca", "text"], typer.Option(help="layout of the data")
+        Literal["auto", "sharegpt", "messages", "alpaca", "text"], typer.Option(help="layout of the data")
     ] = "auto",
     separator: Annotated[list[str] | None, typer.Option(help="what separates documents in a text file")] = None,
     max_bytes: Annotated[int | None, typer.Option(help="cut running text into pieces of so many bytes")] = None,

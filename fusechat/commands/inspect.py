@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -27,8 +26,7 @@ def inspect(
     console = Console()
     console.print(f"[bold]{kind}[/bold]  {path}", highlight=False)
     facts = Table(box=None, show_header=False, pad_edge=False)
-    for name, value in summary(kind, manifest).items():
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    for name, text in summary(kind, manifest).items():
         facts.add_row(name, text if len(text) <= 400 else text[:397] + "…")
     console.print(facts, highlight=False)
     if kind == "fusechat.results":

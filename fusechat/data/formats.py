@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from fusechat.errors import DataError
 from fusechat.records import Message, RoleName
 
-Format = Literal["auto", "sharegpt", "openai", "alpaca", "text"]
+Format = Literal["auto", "sharegpt", "messages", "alpaca", "text"]
 FORMATS: tuple[str, ...] = get_args(Format)
 
 ROLES: dict[str, RoleName] = {
@@ -27,7 +27,7 @@ ROLES: dict[str, RoleName] = {
 }
 
 # The column each format is known by, in the order they are looked for.
-_COLUMN_OF = {"sharegpt": "conversations", "openai": "messages", "alpaca": "instruction", "text": "text"}
+_COLUMN_OF = {"sharegpt": "conversations", "messages": "messages", "alpaca": "instruction", "text": "text"}
 
 
 def detect_format(item: Any, where: str) -> str:
@@ -114,7 +114,7 @@ def _plain(item: Mapping[str, Any], where: str) -> list[Message]:
 
 _READERS: dict[str, Callable[[Mapping[str, Any], str], list[Message]]] = {
     "sharegpt": lambda item, where: _turns(item, "conversations", where),
-    "openai": lambda item, where: _turns(item, "messages", where),
+    "messages": lambda item, where: _turns(item, "messages", where),
     "alpaca": _alpaca,
     "text": _plain,
 }

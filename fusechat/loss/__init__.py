@@ -6,10 +6,11 @@ from __future__ import annotations
 from fusechat.loss.linear import linear_sparse_soft_ce
 from fusechat.loss.logits import sparse_soft_ce
 from fusechat.loss.options import Divergence, LossOptions, Missing
-from fusechat.loss.rows import IGNORE_LABEL, LossOutput
+from fusechat.loss.rows import IGNORE_LABEL, Cells, LossOutput
 
 __all__ = [
     "IGNORE_LABEL",
+    "Cells",
     "Divergence",
     "LossOptions",
     "LossOutput",

@@ -6,40 +6,9 @@ import torch
 from torch import Tensor
 
 from fusechat.errors import ConfigError
-from fusechat.kernels import reference
+from fusechat.loss.ops import logits_loss, scale_, sparse_soft_ce_op
 from fusechat.loss.options import Divergence, LossOptions, Missing
-from fusechat.loss.rows import LossOutput, Rows, check_rows
-
-# Elements of a chunk in the torch fallback: its few fp32 copies of a chunk stay in the last-level cache of a
-# CPU.
-_CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
-
-
-def forward_rows(logits: Tensor, rows: Rows, options: LossOptions, grad: Tensor | None) -> tuple[Tensor, ...]:
-    """Compute loss, hard, soft, lse and correct of each row, and write row_scale · ∂loss/∂logits to `grad` if
-    given."""
-    n_rows, vocabulary = logits.shape
-    step = max(1, _CHUNK_ELEMENTS.get(logits.device.type, 1 << 20) // max(vocabulary, 1))
-    chunks = [
-        reference.sparse_soft_ce_chunk(
-            logits[start : start + step],
-            *(column[start : start + step] for column in rows),
-            divergence=options.divergence,
-            missing=options.missing,
-            temperature=options.temperature,
-            student_temperature=options.student_temperature,
-            beta=options.beta,
-            label_smoothing=options.label_smoothing,
-            z_loss=options.z_loss,
-            softcap=options.softcap or 0.0,
-            grad=None if grad is None else grad[start : start + step],
-        )
-        for start in range(0, n_rows, step)
-    ]
-    if not chunks:
-        empty = logits.new_zeros(0, dtype=torch.float32)
-        return empty, empty, empty, empty, empty.bool()
-    return tuple(torch.cat(column) for column in zip(*chunks))
+from fusechat.loss.rows import Cells, LossOutput, Rows, check_rows
 
 
 class _SparseSoftCE(torch.autograd.Function):
@@ -50,10 +19,10 @@ class _SparseSoftCE(torch.autograd.Function):
         grad = None
         if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
             grad = logits.detach() if inplace else torch.empty_like(logits)
-        row_loss, hard, soft, lse, correct = forward_rows(logits.detach(), rows, options, grad)
+        outputs = logits_loss(logits.detach(), rows, options, grad)
         ctx.grad = grad  # type: ignore[attr-defined]
-        ctx.mark_non_differentiable(hard, soft, lse, correct)
-        return (row_loss * rows.row_scale).sum(), hard, soft, lse, correct
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -61,7 +30,7 @@ class _SparseSoftCE(torch.autograd.Function):
         if grad is None:
             raise RuntimeError("the loss's gradient was taken twice: it lives in the logits' memory and was handed out")
         ctx.grad = None  # type: ignore[attr-defined]
-        return grad.mul_(grad_outputs[0]), None, None, None
+        return scale_(grad, grad_outputs[0]), None, None, None
 
 
 def sparse_soft_ce(
@@ -81,6 +50,7 @@ def sparse_soft_ce(
     softcap: float | None = None,
     row_weight: Tensor | None = None,
     partition: Tensor | None = None,
+    cells: Cells | None = None,
     inplace: bool = True,
 ) -> LossOutput:
     """Return λ · cross-entropy with the label + (1 − λ) · divergence from a sparse teacher, λ = hard_weight.
@@ -113,6 +83,9 @@ def sparse_soft_ce(
             rows whose label is not −100.
         partition: bool[N], rows whose ids are cells of a partition of the vocabulary: their missing mass is
             always the tail's.
+        cells: entries that are ranges of the byte-sorted vocabulary instead of single ids.
+
+    Under torch.compile the gradient takes memory of its own whatever `inplace` says.
 
     Raises ConfigError for shapes, dtypes and options that do not fit.
     """
@@ -128,5 +101,12 @@ def sparse_soft_ce(
         z_loss=z_loss,
         softcap=softcap,
     )
-    rows = check_rows(logits.shape[0], labels, ids, logprobs, hard_weight, row_weight, partition)
+    rows = check_rows(
+        labels, ids, logprobs, hard_weight, row_weight, partition, cells, shape=(logits.shape[0], logits.shape[1])
+    )
+    if torch.compiler.is_compiling():
+        # The compiler owns the memory: it may not be told to overwrite an input of which it wants the
+        # gradient.
+        want_grad = torch.is_grad_enabled() and logits.requires_grad
+        return LossOutput(*sparse_soft_ce_op(logits, *rows, *options.scalars().values(), want_grad)[:5])
     return LossOutput(*_SparseSoftCE.apply(logits, rows, options, inplace))  # type: ignore[no-untyped-call]

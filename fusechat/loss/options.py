@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
 
 from fusechat.errors import ConfigError
 
@@ -65,3 +65,7 @@ class LossOptions:
             raise ConfigError(f"z_loss is {self.z_loss}, expected a finite number, 0 or more")
         if self.softcap is not None and not 0 < self.softcap < float("inf"):
             raise ConfigError(f"softcap is {self.softcap}, expected a finite number above 0, or None")
+
+    def scalars(self) -> dict[str, Any]:
+        """Return the fields as the backends take them: a softcap of 0 means none."""
+        return {**asdict(self), "softcap": self.softcap or 0.0}

@@ -29,6 +29,23 @@ class LossOutput(NamedTuple):
     """bool[N], whether no logit exceeds the label's."""
 
 
+class Cells(NamedTuple):
+    """Cells of more than one token, for rows whose source token ends before the pivot's: ranges of the
+    byte-sorted vocabulary.
+
+    The entry (n, k) with high > low is the cell of tokens order[low], …, order[high − 1] that lie in no
+    smaller range and are no single id of the row; its mass is exp(logprobs[n, k]), and ids[n, k] is not read.
+    Other entries are single ids as ever.
+    """
+
+    order: Tensor
+    """int32[V], the tokens in lexicographic order of their bytes."""
+    low: Tensor
+    """int32[N, K]."""
+    high: Tensor
+    """int32[N, K], one past the last."""
+
+
 class Rows(NamedTuple):
     """The row-wise inputs in the one form that every backend takes."""
 
@@ -44,18 +61,40 @@ class Rows(NamedTuple):
     """float32[N], the factor of each row in the loss, 0 where the label is −100."""
     partition: Tensor
     """bool[N]."""
+    order: Tensor | None = None
+    """int32[V], of `Cells`; None where no row has ranges."""
+    low: Tensor | None = None
+    """int32[N, K]."""
+    high: Tensor | None = None
+    """int32[N, K]."""
+
+    def counting(self) -> Tensor:
+        """Return the indices of the rows whose label counts; on a GPU this waits for the device."""
+        return (self.labels != IGNORE_LABEL).nonzero().squeeze(1)
+
+    def take(self, index: Tensor | slice) -> Rows:
+        """Return the rows at `index`."""
+        low, high = (None if column is None else column[index] for column in (self.low, self.high))
+        labels, ids, logprobs, hard_weight, row_scale, partition = (column[index] for column in self[:6])
+        return Rows(labels, ids, logprobs, hard_weight, row_scale, partition, self.order, low, high)
 
 
 def check_rows(
-    n_rows: int,
     labels: Tensor,
     ids: Tensor,
     logprobs: Tensor,
     hard_weight: float | Tensor,
     row_weight: Tensor | None,
     partition: Tensor | None,
+    cells: Cells | None,
+    *,
+    shape: tuple[int, int],
 ) -> Rows:
-    """Check shapes and dtypes and bring the row-wise inputs into one form, without a host sync."""
+    """Check shapes and dtypes and bring the row-wise inputs into one form, without a host sync.
+
+    `shape` is that of the logits, [N, V].
+    """
+    n_rows, vocabulary = shape
     integral = (torch.int64, torch.int32, torch.int16, torch.uint8)
     if labels.shape != (n_rows,) or labels.dtype not in integral:
         raise ConfigError(f"labels are {labels.dtype}{list(labels.shape)}, expected int64[{n_rows}]")
@@ -82,4 +121,14 @@ def check_rows(
         partition = torch.zeros(n_rows, dtype=torch.bool, device=labels.device)
     elif partition.shape != (n_rows,) or partition.dtype != torch.bool:
         raise ConfigError(f"partition is {partition.dtype}{list(partition.shape)}, expected bool[{n_rows}]")
-    return Rows(labels.long(), ids.long(), logprobs.float(), hard_weight, row_scale, partition)
+    rows = Rows(labels.long(), ids.long(), logprobs.float(), hard_weight, row_scale, partition)
+    if cells is None:
+        return rows
+    for name, tensor, expected in (
+        ("order", cells.order, (vocabulary,)),
+        ("low", cells.low, ids.shape),
+        ("high", cells.high, ids.shape),
+    ):
+        if tensor.shape != expected or tensor.dtype != torch.int32:
+            raise ConfigError(f"cells.{name} is {tensor.dtype}{list(tensor.shape)}, expected int32{list(expected)}")
+    return rows._replace(order=cells.order, low=cells.low, high=cells.high)

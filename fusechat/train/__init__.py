@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fusechat.artifact import PARTIAL_SUFFIX, Json, differences, read_json, sha256_file, write_json
+from fusechat.artifact import PARTIAL_SUFFIX, Json, differences, full_disk_is_named, read_json, sha256_file, write_json
 from fusechat.callable_module import make_callable
 from fusechat.checkpoint import checkpoint_sha256, resolve_model
 from fusechat.config import TrainConfig
@@ -74,7 +74,8 @@ def train(
         select=config.select,
         ce_unit=config.ce_unit,
     )
-    losses = _fit(directory, dataset, work, config, seed, progress)
+    with full_disk_is_named(work):
+        losses = _fit(directory, dataset, work, config, seed, progress)
     provenance: Json = {
         "format": "fusechat.target",
         "version": 1,
@@ -112,7 +113,7 @@ def _fit(
 ) -> list[float]:
     """Run the Trainer to the end and leave the model in work/model; return the logged losses."""
     import torch
-    from transformers import TrainerCallback, TrainingArguments, set_seed
+    from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
     from fusechat.train.trainer import FusionTrainer, MarkComplete, last_whole_checkpoint
 
@@ -133,6 +134,8 @@ def _fit(
     model = load_model(directory).train()
     own_dtype = model.dtype
     model = model.float()  # master weights; half precision is the Trainer's autocast
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
     if config.lora is not None:
         model = _with_lora(model, config)
     trainer = FusionTrainer(
@@ -151,11 +154,10 @@ def _fit(
             max_grad_norm=config.max_grad_norm,
             bf16=config.dtype == "bfloat16",
             fp16=config.dtype == "float16",
-            gradient_checkpointing=config.gradient_checkpointing,
             save_strategy="steps",
             save_steps=config.save_steps,
             save_total_limit=2,
-            logging_steps=10,
+            logging_steps=50,
             logging_nan_inf_filter=False,
             seed=seed,
             data_seed=seed,
@@ -170,6 +172,7 @@ def _fit(
         missing=config.missing,
         loss_budget_bytes=config.loss_budget_bytes,
     )
+    trainer.remove_callback(PrinterCallback)
     checkpoint = last_whole_checkpoint(work)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     shutil.rmtree(work / "model", ignore_errors=True)

@@ -122,14 +122,14 @@ class FusionDataset:
         ids, logprobs = record["row.ids"], record["row.logprobs"]
         none = kind == RowKind.NONE
         partition = kind == RowKind.FINER
-        taught: Array = ~np.isneginf(logprobs).all(axis=1)
+        taught = np.isfinite(logprobs).any(axis=1)
         if self.unaligned == "pivot" and none.any():
             ids, logprobs = _widen(ids, logprobs, pivot_ids.shape[1])
             pivot_ids, pivot_logprobs = _widen(pivot_ids, pivot_logprobs, ids.shape[1])
             ids = np.where(none[:, None], pivot_ids, ids)
             logprobs = np.where(none[:, None], pivot_logprobs, logprobs)
-            taught = taught | none
-        return ids, logprobs, partition, taught
+            taught |= none
+        return ids, logprobs, partition, np.asarray(taught)
 
 
 def _require_same_pivot(pivot: Store, aligned: Store) -> None:

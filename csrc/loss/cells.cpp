@@ -1,0 +1,108 @@
+#include "cells.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+namespace fusechat::loss {
+
+void Cells::collect(const Rows &rows, std::int64_t row, const Options &options, std::int64_t vocabulary,
+                    RowScratch &scratch) {
+    ranges_.clear();
+    const std::int64_t first = row * rows.n_entries;
+    for (std::int64_t entry = first; entry < first + rows.n_entries; ++entry) {
+        const std::int32_t width = rows.order == nullptr ? 0 : std::max(rows.high[entry] - rows.low[entry], 0);
+        if (width == 0 && rows.ids[entry] < 0) continue;
+        const double p = std::exp(static_cast<double>(rows.logprobs[entry]));
+        if (width > 1) {
+            ranges_.push_back({rows.low[entry], rows.high[entry], p});
+        } else {
+            add_token(width == 1 ? rows.order[rows.low[entry]] : rows.ids[entry], p, scratch);
+        }
+    }
+    // Smaller ranges first: a token belongs to the smallest that holds it.
+    std::sort(ranges_.begin(), ranges_.end(), [](const Range &a, const Range &b) {
+        const std::int32_t width_a = a.high - a.low, width_b = b.high - b.low;
+        return width_a != width_b ? width_a < width_b : a.low < b.low;
+    });
+    for (std::size_t i = 0; i < ranges_.size(); ++i) {
+        Range range = ranges_[i];
+        while (i + 1 < ranges_.size() && ranges_[i + 1].low == range.low && ranges_[i + 1].high == range.high) {
+            range.p += ranges_[++i].p;
+        }
+        add_range(range, rows.order, scratch);
+    }
+    n_rest = vocabulary;
+    for (const Cell &cell : cells) n_rest -= cell.n_tokens;
+    normalise_teacher(n_rest > 0 && (options.missing != Missing::renormalise || rows.partition[row]), options.temperature);
+    z.resize(tokens.size());
+    e.resize(tokens.size());
+}
+
+void Cells::add_token(std::int64_t token, double p, RowScratch &scratch) {
+    if (scratch.is_hole(token)) {
+        for (Cell &cell : cells) {
+            if (tokens[cell.begin] == token) cell.p += p;
+        }
+        return;
+    }
+    scratch.set_hole(token);
+    cells.push_back({.p = p, .begin = static_cast<std::int64_t>(tokens.size()), .n_tokens = 1});
+    tokens.push_back(static_cast<std::int32_t>(token));
+}
+
+void Cells::add_range(const Range &range, const std::int32_t *order, RowScratch &scratch) {
+    const std::size_t begin = tokens.size();
+    for (std::int32_t rank = range.low; rank < range.high; ++rank) {
+        const std::int32_t token = order[rank];
+        if (scratch.is_hole(token)) continue;  // in a smaller cell
+        scratch.set_hole(token);
+        tokens.push_back(token);
+    }
+    const std::int64_t n_tokens = static_cast<std::int64_t>(tokens.size() - begin);
+    if (n_tokens == 0) return;  // no token can have this mass: it counts as missing
+    if (n_tokens > 1) tokens.resize(begin + padded(n_tokens), -1);
+    cells.push_back({.p = range.p, .begin = static_cast<std::int64_t>(begin), .n_tokens = n_tokens});
+}
+
+void Cells::normalise_teacher(bool tail_counts, double temperature) {
+    double total = 0;
+    for (const Cell &cell : cells) total += cell.p;
+    p_tail = tail_counts ? std::max(0.0, 1.0 - total) : 0.0;
+    for (const double power : {1.0, 1.0 / temperature}) {
+        if (power != 1.0) {
+            for (Cell &cell : cells) cell.p = std::pow(cell.p, power);
+            p_tail = std::pow(p_tail, power);
+        }
+        double sum = p_tail;
+        for (const Cell &cell : cells) sum += cell.p;
+        sum = std::max(sum, static_cast<double>(std::numeric_limits<float>::min()));
+        for (Cell &cell : cells) cell.p /= sum;
+        p_tail /= sum;
+    }
+}
+
+void Cells::summarise(float top, double tau) {
+    for (Cell &cell : cells) {
+        float *logits = &z[cell.begin], *exponentials = &e[cell.begin];
+        cell.shift = *std::max_element(logits, logits + cell.n_tokens);
+        if (cell.n_tokens == 1 || cell.shift == kMinusInfinity) {
+            std::fill_n(exponentials, cell.n_tokens, 1.0F);
+            cell.sum = static_cast<double>(cell.n_tokens);
+        } else {
+            const float inverse_tau = static_cast<float>(1.0 / tau);
+            cell.sum = exp_cell(logits, padded(cell.n_tokens), cell.shift, inverse_tau, exponentials);
+        }
+        cell.log_sum = (static_cast<double>(cell.shift) - top) / tau + std::log(cell.sum);
+    }
+}
+
+void Cells::clear(RowScratch &scratch) {
+    for (const std::int32_t token : tokens) {
+        if (token >= 0) scratch.clear_hole(token);
+    }
+    cells.clear();
+    tokens.clear();
+}
+
+}  // namespace fusechat::loss

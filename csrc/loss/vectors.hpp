@@ -1,0 +1,140 @@
+// Sixteen float lanes, their conversions from and to bf16 and fp16, and exp. Results are to tolerance: sums and fused
+// multiply-adds differ between instruction sets in the last bits.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "clones.hpp"
+
+namespace fusechat::loss {
+
+constexpr int kLanes = 16;
+
+using Floats = float __attribute__((vector_size(4 * kLanes)));
+using Words = std::uint32_t __attribute__((vector_size(4 * kLanes)));
+using Halves = std::uint16_t __attribute__((vector_size(2 * kLanes)));
+
+struct BFloat16 {
+    std::uint16_t bits;
+};
+struct Float16 {
+    std::uint16_t bits;
+};
+
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+template <class Vector, class T>
+FUSECHAT_INLINE void load(Vector &v, const T *from) {
+    std::memcpy(&v, from, sizeof v);
+}
+
+template <class Vector, class T>
+FUSECHAT_INLINE void store(T *to, const Vector &v) {
+    std::memcpy(to, &v, sizeof v);
+}
+
+// The conversions are written once for a lane and for sixteen: F is float or Floats, W the words of the same width.
+
+template <class F, class W>
+FUSECHAT_INLINE void from_float16(F &v, const W &half) {
+    const W magnitude = (half & 0x7FFFU) << 13;
+    // Scaling by 2^112 moves the exponent's bias, subnormals included; infinities and NaN keep a full exponent.
+    const W finite = __builtin_bit_cast(W, __builtin_bit_cast(F, magnitude) * 0x1p112F);
+    const W bits = (half & 0x7C00U) == 0x7C00U ? (magnitude | 0x7F800000U) : finite;
+    v = __builtin_bit_cast(F, bits | (half & 0x8000U) << 16);
+}
+
+// Rounds to nearest, ties to even; NaN stays NaN.
+template <class F, class W>
+FUSECHAT_INLINE void to_bfloat16(W &half, const F &v) {
+    const W bits = __builtin_bit_cast(W, v);
+    const W rounded = (bits + 0x7FFFU + (bits >> 16 & 1U)) >> 16;
+    half = (bits & 0x7FFFFFFFU) > 0x7F800000U ? (bits >> 16 | 0x40U) : rounded;
+}
+
+template <class F, class W>
+FUSECHAT_INLINE void to_float16(W &half, const F &v) {
+    const W bits = __builtin_bit_cast(W, v);
+    const W magnitude = bits & 0x7FFFFFFFU, zero = bits & 0U;
+    const W normal = (magnitude + 0xFFFU + (magnitude >> 13 & 1U) - 0x38000000U) >> 13;
+    // Adding 0.5 leaves the rounded multiple of 2^-24 in the low bits.
+    const W subnormal = __builtin_bit_cast(W, __builtin_bit_cast(F, magnitude) + 0.5F) - 0x3F000000U;
+    half = magnitude < 0x38800000U ? subnormal : normal;
+    half = magnitude >= 0x477FF000U ? zero + 0x7C00U : half;  // 65,520 and more
+    half = magnitude > 0x7F800000U ? zero + 0x7E00U : half;
+    half |= bits >> 16 & 0x8000U;
+}
+
+FUSECHAT_INLINE void widen(Floats &v, const float *from) { load(v, from); }
+
+FUSECHAT_INLINE void widen(Floats &v, const BFloat16 *from) {
+    Halves h;
+    load(h, from);
+    v = __builtin_bit_cast(Floats, __builtin_convertvector(h, Words) << 16);
+}
+
+FUSECHAT_INLINE void widen(Floats &v, const Float16 *from) {
+    Halves h;
+    load(h, from);
+    from_float16(v, __builtin_convertvector(h, Words));
+}
+
+FUSECHAT_INLINE void narrow(float *to, const Floats &v) { store(to, v); }
+
+FUSECHAT_INLINE void narrow(BFloat16 *to, const Floats &v) {
+    Words w;
+    to_bfloat16(w, v);
+    store(to, __builtin_convertvector(w, Halves));
+}
+
+FUSECHAT_INLINE void narrow(Float16 *to, const Floats &v) {
+    Words w;
+    to_float16(w, v);
+    store(to, __builtin_convertvector(w, Halves));
+}
+
+inline float widen_one(float value) { return value; }
+inline float widen_one(BFloat16 value) {
+    return __builtin_bit_cast(float, static_cast<std::uint32_t>(value.bits) << 16);
+}
+inline float widen_one(Float16 value) {
+    float v;
+    from_float16(v, static_cast<std::uint32_t>(value.bits));
+    return v;
+}
+
+inline void narrow_one(float &to, float value) { to = value; }
+inline void narrow_one(BFloat16 &to, float value) {
+    std::uint32_t w;
+    to_bfloat16(w, value);
+    to.bits = static_cast<std::uint16_t>(w);
+}
+inline void narrow_one(Float16 &to, float value) {
+    std::uint32_t w;
+    to_float16(w, value);
+    to.bits = static_cast<std::uint16_t>(w);
+}
+
+// x = n ln 2 + r with |r| <= ln 2 / 2: gives 2^n and exp(r) − 1, a minimax polynomial that errs by 4e-9. |x| up to 87.
+FUSECHAT_INLINE void exp_parts(const Floats &x, Floats &power, Floats &rest) {
+    const Floats shifted = x * 1.44269504F + 12582912.0F;  // 1.5 · 2^23: n ends in the low bits of the sum
+    const Floats n = shifted - 12582912.0F;
+    const Floats r = (x - n * 0.693359375F) + n * 2.12194440e-4F;
+    power = __builtin_bit_cast(Floats, (__builtin_bit_cast(Words, shifted) << 23) + 0x3F800000U);
+    Floats poly = r * 1.38146131e-3F + 8.36870983e-3F;
+    poly = poly * r + 4.16683874e-2F;
+    poly = poly * r + 1.66665207e-1F;
+    poly = poly * r + 4.99999935e-1F;
+    rest = poly * (r * r) + r;
+}
+
+// exp(x) for x <= 0; below −87 it is 0, so that −∞ is exact. NaN stays NaN.
+FUSECHAT_INLINE void exp_negative(const Floats &x, Floats &result) {
+    Floats power, rest;
+    exp_parts(x, power, rest);
+    result = x < -87.0F ? Floats{} : power + power * rest;
+}
+
+}  // namespace fusechat::loss

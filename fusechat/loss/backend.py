@@ -1,0 +1,107 @@
+"""Which code computes the rows of the fusion loss: the compiled engine on the CPU, torch elsewhere."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusechat.errors import ConfigError, NativeMissingError
+from fusechat.kernels import reference
+from fusechat.loss.options import LossOptions
+from fusechat.loss.rows import Rows
+
+try:
+    from fusechat import _native
+except ImportError:
+    _native = None  # type: ignore[assignment]
+
+# Elements of a chunk in torch's own form: its few fp32 copies of a chunk stay in the last-level cache of a
+# CPU.
+_CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
+_NATIVE_FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def backend_for(device: torch.device) -> str:
+    """Return `native` or `torch`; FUSECHAT_LOSS forces one, FUSECHAT_NATIVE=require forbids to do without."""
+    forced = os.environ.get("FUSECHAT_LOSS", "")
+    if forced not in ("", "native", "torch"):
+        raise ConfigError(f"FUSECHAT_LOSS is {forced!r}: use native or torch")
+    if forced == "torch" or device.type != "cpu":
+        return "torch"
+    if _native is not None:
+        return "native"
+    if forced == "native" or os.environ.get("FUSECHAT_NATIVE") == "require":
+        raise NativeMissingError("the compiled engine is missing: install fusechat with a C++ compiler at hand")
+    return "torch"
+
+
+def forward_rows(logits: Tensor, rows: Rows, options: LossOptions, grad: Tensor | None) -> tuple[Tensor, ...]:
+    """Compute loss, hard, soft, lse and correct of each row, and write row_scale · ∂loss/∂logits to `grad` if
+    given.
+
+    Raises ConfigError when, on the CPU, a label or an id lies outside the vocabulary.
+    """
+    if backend_for(logits.device) == "native" and logits.dtype in _NATIVE_FORMATS and logits.stride(1) == 1:
+        return _native_rows(logits, rows, options, grad)
+    return _torch_rows(logits, rows, options, grad)
+
+
+def _native_rows(logits: Tensor, rows: Rows, options: LossOptions, grad: Tensor | None) -> tuple[Tensor, ...]:
+    def plain(tensor: Tensor) -> Any:
+        # NumPy has no bfloat16: two-byte floats cross as their bits.
+        tensor = tensor.detach()
+        return (tensor if tensor.dtype == torch.float32 else tensor.view(torch.int16)).numpy()
+
+    columns = {name: column.contiguous().numpy() for name, column in rows._asdict().items() if column is not None}
+    ranges = [columns.pop(name) for name in ("order", "low", "high")] if rows.order is not None else None
+    try:
+        values = _native.sparse_soft_ce(
+            logits=plain(logits),
+            gradient=None if grad is None else plain(grad),
+            format=_NATIVE_FORMATS[logits.dtype],
+            **columns,
+            ranges=None if ranges is None else tuple(ranges),
+            **options.scalars(),
+            threads=torch.get_num_threads(),
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return tuple(torch.from_numpy(value) for value in values)
+
+
+def _torch_rows(logits: Tensor, rows: Rows, options: LossOptions, grad: Tensor | None) -> tuple[Tensor, ...]:
+    n_rows, vocabulary = logits.shape
+    if logits.device.type == "cpu":
+        _check_indices(rows, vocabulary)
+    step = max(1, _CHUNK_ELEMENTS.get(logits.device.type, 1 << 20) // max(vocabulary, 1))
+    chunks = [
+        reference.sparse_soft_ce_chunk(
+            logits[start : start + step],
+            *rows.take(slice(start, start + step)),
+            **options.scalars(),
+            grad=None if grad is None else grad[start : start + step],
+        )
+        for start in range(0, n_rows, step)
+    ]
+    if not chunks:
+        empty = logits.new_zeros(0, dtype=torch.float32)
+        return empty, empty, empty, empty, empty.bool()
+    return tuple(torch.cat(column) for column in zip(*chunks))
+
+
+def _check_indices(rows: Rows, vocabulary: int) -> None:
+    outside = rows.labels >= vocabulary
+    _refuse("label", rows.labels, outside | ((rows.labels < 0) & (rows.labels != reference.IGNORE_LABEL)), vocabulary)
+    _refuse("id", rows.ids, rows.ids >= vocabulary, vocabulary)
+    if rows.low is not None and rows.high is not None:
+        _refuse("range start", rows.low, rows.low < 0, vocabulary)
+        _refuse("range end", rows.high, rows.high > vocabulary, vocabulary)
+
+
+def _refuse(name: str, column: Tensor, wrong: Tensor, vocabulary: int) -> None:
+    if wrong.any():
+        at = tuple(wrong.nonzero()[0].tolist())
+        raise ConfigError(f"{name} {int(column[at])} of row {at[0]} lies outside the vocabulary of {vocabulary}")

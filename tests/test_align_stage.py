@@ -1,0 +1,283 @@
+"""The align stage from store to store: identity, resuming, threads, coverage, and inputs that do not fit together."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+import fusechat
+from fusechat.align import RowKind, read_coverage
+from fusechat.artifact import MANIFEST, Json, ShardedWriter, sha256_file
+from fusechat.bytetable import ByteTable, token_byte_ends
+from fusechat.errors import ConfigError, FormatError, FusechatError, MismatchError
+from fusechat.store import TOPK_FORMAT, id_dtype, make_block, open_aligned, open_topk, write_block
+
+TEXTS = [
+    "Once upon a time there was a little girl named Lily.",
+    "",
+    '  She loved to play outside,\nand 1234 times she said: "é 你好 🦙"!',
+    "Then Lily's mom said hello hello hello to the little dog.",
+    "The end of the story, the little girl was happy.",
+] * 3
+
+
+def byte_level(texts: Sequence[str], size: int) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=["<|endoftext|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def sentencepiece(texts: Sequence[str], size: int) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, limit_alphabet=40, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    tree = json.loads(tokenizer.to_str())
+    tree["added_tokens"] = tree["added_tokens"][:3]
+    return Tokenizer.from_str(json.dumps(tree))
+
+
+def write_store(
+    out: Path,
+    tokenizer: Tokenizer,
+    *,
+    k: int,
+    per_shard: int,
+    seed: int,
+    skip: Sequence[int] = (),
+    data: str = "d" * 64,
+) -> Path:
+    """Write a TopKStore of TEXTS as plain messages, with random rows, as extraction would."""
+    model = out.with_name(out.name + "-model")
+    model.mkdir(parents=True)
+    tokenizer.save(str(model / "tokenizer.json"))
+    table = ByteTable.from_tokenizer(tokenizer, tokenizer.get_vocab_size() + 5)
+    rng = np.random.default_rng(seed)
+    request = {"format": TOPK_FORMAT, "version": 1, "dataset_fingerprint": data, "tokenizer_sha256": table.sha256}
+    writer = ShardedWriter(out, request | {"vocab_size": len(table), "top_k": k, "seed": seed})
+    end = int(np.flatnonzero(np.isin(table.roles, (2, 3)))[0])
+    kept = [i for i in range(len(TEXTS)) if i not in skip]
+    for number, begin in enumerate(range(0, len(kept), per_shard)):
+        records = [_record(i, tokenizer, table, end, k, rng) for i in kept[begin : begin + per_shard]]
+        block = make_block(records)
+        writer.add(
+            f"shard-{number:05d}.safetensors",
+            lambda path, block=block: write_block(path, block),
+            n_dialogues=len(records),
+            n_rows=len(block["row.ids"]),
+        )
+    writer.finish(model=str(model))
+    return out
+
+
+def _record(
+    index: int, tokenizer: Tokenizer, table: ByteTable, end: int, k: int, rng: np.random.Generator
+) -> dict[str, Any]:
+    data = TEXTS[index].encode()
+    ids = tokenizer.encode(TEXTS[index], add_special_tokens=False).ids
+    ends = token_byte_ends(table, ids, data).tolist()
+    ids, ends = [0, *ids, end], [-1, *ends, len(data)]
+    n = len(ids) - 1
+    gold = np.array(ids[1:])
+    top = rng.integers(3, tokenizer.get_vocab_size(), (n, k))
+    top[:, 1] = gold
+    for r in range(n):  # no id twice
+        while len(set(top[r])) < k:
+            top[r] = [gold[r] if j == 1 else rng.integers(3, tokenizer.get_vocab_size()) for j in range(k)]
+    p = np.sort(rng.dirichlet(np.ones(k + 1), n)[:, :k])[:, ::-1]
+    logprobs = np.log(p).astype(np.float16)
+    return {
+        "dialogue.index": np.array([index], np.int64),
+        "token.input_ids": np.array(ids, np.int32),
+        "token.loss_mask": np.array([False] + [True] * n),
+        "token.turn": np.array([-1] + [0] * n, np.int32),
+        "token.byte_end": np.array(ends, np.int32),
+        "row.ids": top.astype(id_dtype(len(table))),
+        "row.logprobs": logprobs,
+        "row.gold_logprob": logprobs[:, 1].astype(np.float32),
+    }
+
+
+@pytest.fixture(scope="module")
+def tokenizers() -> tuple[Tokenizer, Tokenizer]:
+    return byte_level(TEXTS, 330), sentencepiece(TEXTS, 360)
+
+
+@pytest.fixture
+def stores(tmp_path: Path, tokenizers: tuple[Tokenizer, Tokenizer]) -> tuple[Path, Path]:
+    pivot = write_store(tmp_path / "pivot", tokenizers[0], k=4, per_shard=4, seed=1)
+    source = write_store(tmp_path / "source", tokenizers[1], k=6, per_shard=3, seed=2, skip=(3, 8))
+    return pivot, source
+
+
+def checksums(directory: Path) -> dict[str, str]:
+    return {p.name: sha256_file(p) for p in sorted(directory.iterdir())}
+
+
+def test_a_store_aligned_to_itself_is_itself(tmp_path: Path, stores: tuple[Path, Path]) -> None:
+    """Catches any change to rows that need none."""
+    manifest = fusechat.align(stores[0], stores[0], tmp_path / "out")
+    pivot, aligned = open_topk(stores[0]), open_aligned(tmp_path / "out")
+    assert manifest["coverage"]["rows"]["same"] == 1.0
+    assert len(aligned) == len(TEXTS)
+    for index in pivot:
+        a, p = aligned[index], pivot[index]
+        assert (a["row.ids"] == p["row.ids"]).all()
+        assert (a["row.logprobs"] == p["row.logprobs"]).all()
+        assert (a["row.gold_logprob"] == p["row.gold_logprob"]).all()
+        assert a["dialogue.source_nll"] == a["dialogue.pivot_nll"]
+        assert a["dialogue.source_nll"][0] == pytest.approx(-p["row.gold_logprob"].sum(), rel=1e-6)
+        assert a["dialogue.content_bytes"][0] == len(TEXTS[index].encode())
+        assert a["dialogue.source_tokens"][0] == len(p["row.ids"])
+
+
+def test_rows_between_two_tokenizers(tmp_path: Path, stores: tuple[Path, Path]) -> None:
+    """Catches rows at the wrong position, skipped dialogues misplaced, and per-dialogue sums of other dialogues."""
+    fusechat.align(stores[0], stores[1], tmp_path / "out")
+    pivot, source, aligned = open_topk(stores[0]), open_topk(stores[1]), open_aligned(tmp_path / "out")
+    seen = set()
+    for index in pivot:
+        a = aligned[index]
+        gold = pivot[index]["token.input_ids"][1:]
+        assert len(a["row.kind"]) == len(gold)
+        seen |= set(a["row.kind"].tolist())
+        if index not in source:
+            assert (a["row.kind"] == RowKind.NONE).all()
+            assert np.isnan(a["dialogue.source_nll"][0])
+            assert a["dialogue.source_tokens"][0] == 0
+        else:
+            s = source[index]
+            assert a["dialogue.source_nll"][0] == pytest.approx(-s["row.gold_logprob"].sum(), rel=1e-6)
+            assert a["dialogue.source_tokens"][0] == len(s["row.ids"])
+            assert a["row.kind"][-1] == RowKind.SAME  # the end of the turn
+            assert a["row.gold_logprob"][-1] == s["row.gold_logprob"][-1]
+        one_hot = np.isin(a["row.kind"], (RowKind.NONE, RowKind.FINER))
+        assert (a["row.ids"][one_hot, 0] == gold[one_hot]).all()
+        assert np.isneginf(a["row.logprobs"][one_hot, 1:]).all()
+        assert np.isnan(a["row.gold_logprob"]).tolist() == (a["row.kind"] == RowKind.NONE).tolist()
+        aligned_rows = a["row.kind"] != RowKind.NONE
+        assert (
+            np.where(a["row.ids"] == gold[:, None], a["row.logprobs"], -np.inf).max(axis=1)[aligned_rows] > -20
+        ).all()
+        assert (np.exp(a["row.logprobs"].astype(float)).sum(axis=1) <= 1.01).all()
+    assert seen == set(RowKind)
+
+
+def test_output_is_the_same_for_any_workers_and_after_an_interruption(
+    tmp_path: Path, stores: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches sums that depend on threads or shards, and a resumed run that differs from an uninterrupted one."""
+    fusechat.align(*stores, tmp_path / "one", workers=1)
+    fusechat.align(*stores, tmp_path / "three", workers=3)
+    assert checksums(tmp_path / "one") == checksums(tmp_path / "three")
+    calls: list[tuple[int, int]] = []
+
+    def killed(done: int, total: int) -> None:
+        calls.append((done, total))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fusechat.align(*stores, tmp_path / "killed", progress=killed)
+    assert not (tmp_path / "killed" / MANIFEST).exists()
+    with pytest.raises(FormatError, match="not a complete artefact"):
+        open_aligned(tmp_path / "killed")
+    first = (tmp_path / "killed" / "shard-00000.safetensors").stat().st_mtime_ns
+    progress: list[tuple[int, int]] = []
+    fusechat.align(*stores, tmp_path / "killed", progress=lambda *done: progress.append(done))
+    assert (tmp_path / "killed" / "shard-00000.safetensors").stat().st_mtime_ns == first
+    assert checksums(tmp_path / "killed") == checksums(tmp_path / "one")
+    assert progress[-1][0] == progress[-1][1] == calls[0][1]
+    again = fusechat.align(*stores, tmp_path / "killed", progress=lambda *done: pytest.fail("nothing is left to do"))
+    assert again["shards"]
+
+
+def test_both_backends_write_the_same_store(
+    tmp_path: Path, stores: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a fallback that drifts from the compiled engine."""
+    pytest.importorskip("fusechat._native", reason="the compiled engine is not built")
+    for choice in ("require", "off"):
+        monkeypatch.setenv("FUSECHAT_NATIVE", choice)
+        fusechat.align(*stores, tmp_path / choice)
+    native, numba = open_aligned(tmp_path / "require"), open_aligned(tmp_path / "off")
+    for index in native:
+        for key, values in native[index].items():
+            assert np.allclose(values, numba[index][key], rtol=1e-3, atol=1e-6, equal_nan=True), key
+    assert read_coverage(tmp_path / "require") == read_coverage(tmp_path / "off")
+
+
+def test_coverage_adds_up(tmp_path: Path, stores: tuple[Path, Path]) -> None:
+    """Catches shares that are not shares, and lost tokens that are not named."""
+    manifest = fusechat.align(*stores, tmp_path / "out", vocab="exact")
+    report = read_coverage(tmp_path / "out")
+    aligned = open_aligned(tmp_path / "out")
+    kinds = np.concatenate([aligned[i]["row.kind"] for i in aligned])
+    for kind in RowKind:
+        assert report["rows"][kind.name.lower()] == pytest.approx((kinds == kind).mean())
+    assert sum(report["mass"].values()) == pytest.approx(1)
+    assert report["mass"]["lost"] > 0
+    assert report["lost_tokens"][0]["share"] <= 1
+    assert report["examples"]
+    assert manifest["coverage"]["mass"] == report["mass"]
+    softer = fusechat.align(*stores, tmp_path / "prefix")["coverage"]["mass"]
+    assert softer["lost"] < report["mass"]["lost"]
+
+
+@pytest.mark.parametrize("unaligned", ["gold", "pivot", "skip"])
+def test_unaligned_rows(tmp_path: Path, stores: tuple[Path, Path], unaligned: str) -> None:
+    """Catches a one-hot row where the trainer was to decide."""
+    manifest = fusechat.align(*stores, tmp_path / "out", unaligned=unaligned)
+    assert manifest["unaligned"] == unaligned
+    row = open_aligned(tmp_path / "out")[3]["row.logprobs"]  # a dialogue the source skipped
+    assert np.isneginf(row[:, 1:]).all()
+    assert (row[:, 0] == (0 if unaligned == "gold" else -np.inf)).all()
+
+
+def test_stores_that_do_not_belong_together_are_refused(
+    tmp_path: Path, stores: tuple[Path, Path], tokenizers: tuple[Tokenizer, Tokenizer]
+) -> None:
+    """Catches rows of other dialogues, of another tokenizer, or with other choices taken for these."""
+    other = write_store(tmp_path / "other", tokenizers[1], k=4, per_shard=4, seed=3, data="e" * 64)
+    with pytest.raises(MismatchError, match=f"{'d' * 64} and {'e' * 64}"):
+        fusechat.align(stores[0], other, tmp_path / "out")
+    fusechat.align(*stores, tmp_path / "out")
+    with pytest.raises(MismatchError, match="granularity"):
+        fusechat.align(*stores, tmp_path / "out", granularity="gold")
+    shutil.copy(tmp_path / "pivot-model" / "tokenizer.json", tmp_path / "source-model" / "tokenizer.json")
+    with pytest.raises(FusechatError, match=r"SHA-256|only \d+ rows"):
+        fusechat.align(*stores, tmp_path / "out2")
+    shutil.rmtree(tmp_path / "source-model")
+    with pytest.raises(FusechatError, match="tokenizer is needed"):
+        fusechat.align(*stores, tmp_path / "out3")
+
+
+def test_choices_and_damage_are_named(tmp_path: Path, stores: tuple[Path, Path]) -> None:
+    """Catches a misspelt choice, an unfinished store, and a truncated shard."""
+    with pytest.raises(ConfigError, match=r"align.vocab: 'fuzzy' is not one of exact, prefix"):
+        fusechat.align(*stores, tmp_path / "out", vocab="fuzzy")
+    shard = stores[1] / "shard-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-7])
+    with pytest.raises(FormatError, match="the manifest says"):
+        fusechat.align(*stores, tmp_path / "out")
+    manifest: Json = json.loads((stores[0] / MANIFEST).read_text())
+    (stores[0] / MANIFEST).write_text(json.dumps(manifest | {"format": "other"}))
+    with pytest.raises(FormatError, match="other artefact"):
+        fusechat.align(*stores, tmp_path / "out")
