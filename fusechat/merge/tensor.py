@@ -149,7 +149,7 @@ def measure_energy(job: Job, plan: TensorPlan) -> list[float]:
 
 
 def _statistics(job: Job, plan: TensorPlan, report: Json) -> Json:
-    """Return a tensor's numbers; the surviving share is that of Σ δ², measured on every sixteenth block of a large one."""
+    """Return a tensor's numbers; shares of Σ δ² are measured on every sixteenth block of a large tensor."""
     if not job.config.method.from_base:
         return {"weights": report["weights"]}
     n_targets = len(job.targets)
@@ -170,5 +170,5 @@ def _statistics(job: Job, plan: TensorPlan, report: Json) -> Json:
             )  # the engine's keys are J² times the variance
     elif len(selections) == n_targets > 1:
         stats["k"] = [selection["k"] for selection in selections]
-        stats["threshold"] = [selection["threshold"] for selection in selections]
+        stats["threshold"] = [s["threshold"] if s["k"] else None for s in selections]
     return stats
