@@ -38,7 +38,7 @@ struct Kept {
 // What one pass learns about a segment.
 struct SegmentCount {
     std::int64_t n_above = 0, n_inside = 0, n_nonzero = 0;
-    std::vector<double> above, inside, total;  // per payload column: sums of delta²
+    std::vector<double> above, inside;  // per target: sums of delta²
     std::vector<Kept> kept;
     std::vector<float> payload;  // the deltas of what was kept, row by row
 };
@@ -154,14 +154,13 @@ class Selector {
                 if (count.above.empty()) {
                     count.above.assign(width_, 0.0);
                     count.inside.assign(width_, 0.0);
-                    count.total.assign(width_, 0.0);
                 }
                 const int padded = pad(n);
                 const KeyCounts counts = count_keys(keys, padded, low, high);
                 count.n_above += counts.above;
                 count.n_nonzero += counts.nonzero;
                 for (int c = 0; c < width_; ++c) {
-                    add_energy(scratch.delta(c), keys, padded, high, count.above[c], count.total[c]);
+                    count.above[c] += energy_above(scratch.delta(c), keys, padded, high);
                 }
                 if (counts.inside == 0) return;
                 count.n_inside += counts.inside;
@@ -170,9 +169,9 @@ class Selector {
                 const int m = find_inside(keys, n, low, high, at.data());
                 for (int i = 0; i < m; ++i) {
                     for (int c = 0; c < width_; ++c) {
-                        const float delta = scratch.delta(c)[at[i]];
-                        count.inside[c] += static_cast<double>(delta) * delta;
-                        if (keep) count.payload.push_back(delta);
+                        const double delta = scratch.delta(c)[at[i]];
+                        count.inside[c] += delta * delta;
+                        if (keep) count.payload.push_back(static_cast<float>(delta));
                     }
                     if (keep) count.kept.push_back({begin + at[i], keys[at[i]]});
                 }
@@ -206,9 +205,7 @@ class Selector {
         selection.k = k;
         selection.n_nonzero = pass.n_nonzero;
         selection.energy.assign(width_, 0.0);
-        selection.total_energy.assign(width_, 0.0);
         for (const SegmentCount &count : pass.segments) {
-            for (int c = 0; c < width_; ++c) selection.total_energy[c] += count.total[c];
             for (int c = 0; c < width_ && k > 0; ++c) selection.energy[c] += count.above[c];
         }
         return selection;
@@ -326,7 +323,6 @@ Selection select_all(const Inputs &inputs, ScratchPool &pool, int threads, std::
     for (const auto &sums : segments) {
         for (int j = 0; j < width; ++j) selection.energy[j] += sums[j];
     }
-    selection.total_energy = selection.energy;
     return selection;
 }
 
