@@ -53,15 +53,17 @@ void Cells::add_token(std::int64_t token, double p, RowScratch &scratch) {
 
 void Cells::add_range(const Range &range, const std::int32_t *order, RowScratch &scratch) {
     const std::size_t begin = tokens.size();
+    tokens.resize(begin + padded(range.high - range.low));
+    std::int64_t n_tokens = 0;
     for (std::int32_t rank = range.low; rank < range.high; ++rank) {
         const std::int32_t token = order[rank];
-        if (scratch.is_hole(token)) continue;  // in a smaller cell
+        tokens[begin + n_tokens] = token;
+        n_tokens += !scratch.is_hole(token);  // else it lies in a smaller cell
         scratch.set_hole(token);
-        tokens.push_back(token);
     }
-    const std::int64_t n_tokens = static_cast<std::int64_t>(tokens.size() - begin);
+    tokens.resize(begin + (n_tokens == 1 ? 1 : padded(n_tokens)));
+    std::fill(tokens.begin() + begin + n_tokens, tokens.end(), -1);
     if (n_tokens == 0) return;  // no token can have this mass: it counts as missing
-    if (n_tokens > 1) tokens.resize(begin + padded(n_tokens), -1);
     cells.push_back({.p = range.p, .begin = static_cast<std::int64_t>(begin), .n_tokens = n_tokens});
 }
 

@@ -36,10 +36,11 @@ public:
         row_ = row;
         label_ = rows_.labels[row];
         cells_.collect(rows_, row, options_, n_, scratch_);
+        scan_row(logits, n_, scan_, scratch_);
+        // After the scan, which left the row in the cache.
         for (std::size_t i = 0; i < cells_.tokens.size(); ++i) {
             cells_.z[i] = cells_.tokens[i] < 0 ? kMinusInfinity : logit(logits, cells_.tokens[i]);
         }
-        scan_row(logits, n_, scan_, scratch_);
         hard_term(logits);
         soft_term();
         const double hard_weight = rows_.hard_weight[row];
@@ -146,19 +147,21 @@ private:
         const double label_value = dense_at(dense, label_);
         write_row(scratch_, dense, scan_.inverse_tau, n_, gradient);
 
-        const auto put = [&](std::int64_t token, double value) {
-            if (token == label_) value += at_label;
-            if (!scratch_.slope.empty()) value *= scratch_.slope[token];
-            narrow_one(gradient[token], static_cast<float>(value));
+        const float *slope = scratch_.slope.empty() ? nullptr : scratch_.slope.data();
+        const auto put = [&](std::int64_t token, float value) {
+            if (token == label_) value += static_cast<float>(at_label);
+            if (slope != nullptr) value *= slope[token];
+            narrow_one(gradient[token], value);
         };
         // The label first: where it lies in a cell, the cell's own value replaces this one.
-        put(label_, label_value);
+        put(label_, static_cast<float>(label_value));
         for (const Cell &cell : cells_.cells) {
             const double per_e = per_soft * cell.alpha / cell.sum;
             const double cell_to_top = std::exp(static_cast<double>(cell.shift) - top_);
+            const float a = static_cast<float>(per_e + (tau == 1.0 ? per_hard * cell_to_top : 0.0));
             for (std::int64_t i = cell.begin; i < cell.begin + cell.n_tokens; ++i) {
-                const double hard = tau == 1.0 ? cells_.e[i] * cell_to_top : hard_exp(i);
-                put(cells_.tokens[i], per_e * cells_.e[i] + per_hard * hard + flat);
+                const float hard = tau == 1.0 ? 0.0F : static_cast<float>(per_hard * hard_exp(i));
+                put(cells_.tokens[i], a * cells_.e[i] + hard + static_cast<float>(flat));
             }
         }
     }
