@@ -16,7 +16,7 @@ from fusechat.align.statistics import PairCounts, no_counts
 from fusechat.align.tokenizer import Vocabulary
 from fusechat.align.vocabulary import Encode, VocabMap, stack_maps, vocab_map
 from fusechat.align.warper import Warper
-from fusechat.store import Array, Block, Store
+from fusechat.store import Array, Block, Store, map_block
 
 
 @dataclass(slots=True, kw_only=True)
@@ -137,12 +137,17 @@ class Aligner:
                 index[row] = self.map_index(method, *leads)
 
 
+def fresh_shard(store: Store, number: int) -> Block:
+    """Map one shard anew: the store's own maps would keep every page they ever touched for as long as it is open."""
+    return map_block(store.directory / store.manifest["shards"][number]["file"])
+
+
 def count_shard(aligner: Aligner, pivot_block: Block, source: Store) -> PairCounts:
     """Count the pairs of tokens of one shard of the pivot's."""
     counts = no_counts()
     for begin, end, shard, partner in _runs(pivot_block["dialogue.index"], source):
         pivot_rows = RowView.of(pivot_block.part(begin, end), aligner.pivot.table)
-        counts += aligner.count(pivot_rows, RowView.of(source.shard(shard), aligner.source.table), partner)
+        counts += aligner.count(pivot_rows, RowView.of(fresh_shard(source, shard), aligner.source.table), partner)
     return counts
 
 
@@ -152,7 +157,7 @@ def align_shard(aligner: Aligner, pivot_block: Block, source: Store) -> tuple[Bl
     pieces = []
     for begin, end, shard, partner in _runs(pivot_block["dialogue.index"], source):
         pivot_rows = RowView.of(pivot_block.part(begin, end), aligner.pivot.table)
-        source_rows = RowView.of(source.shard(shard), aligner.source.table)
+        source_rows = RowView.of(fresh_shard(source, shard), aligner.source.table)
         matches, remapped, cells = aligner.align(pivot_rows, source_rows, partner)
         tally.add(matches, remapped)
         for i in np.flatnonzero(partner >= 0)[: EXAMPLES_PER_SHARD - len(tally.examples)].tolist():

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from fusechat.align.aligner import Aligner, align_shard, count_shard
+from fusechat.align.aligner import Aligner, align_shard, count_shard, fresh_shard
 from fusechat.align.coverage import coverage
 from fusechat.align.rows import Choices, n_threads
 from fusechat.align.statistics import no_counts
@@ -93,14 +93,14 @@ def align(
     if chosen["vocab"].startswith("ms"):
         counts = no_counts()
         for number in range(pivot.n_shards):
-            counts += count_shard(aligner, pivot.shard(number), source)
+            counts += count_shard(aligner, fresh_shard(pivot, number), source)
         aligner.counts = counts
     all_rows = sum(shard["n_rows"] for shard in pivot.manifest["shards"])
     done_rows = 0
     for number, shard in enumerate(pivot.manifest["shards"]):
         name = f"shard-{number:05d}.safetensors"
         if name not in writer.done:
-            block, tally = align_shard(aligner, pivot.shard(number), source)
+            block, tally = align_shard(aligner, fresh_shard(pivot, number), source)
             writer.add(
                 name,
                 lambda path, block=block: write_block(path, block),

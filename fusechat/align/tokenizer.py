@@ -16,6 +16,7 @@ from fusechat.bytetable import METASPACE, ByteTable
 from fusechat.errors import DataError, MismatchError
 
 BYTE_LEVEL_SPACE = "Ġ"
+_BATCH_TEXTS = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +61,14 @@ class ContinuationEncoder:
         self._tokenizer = Tokenizer.from_str(json.dumps(_continuing(json.loads(definition))))
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
-        return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        ids: list[list[int]] = []
+        for begin in range(0, len(texts), _BATCH_TEXTS):
+            # In parts, for an Encoding is far larger than its ids.
+            batch = self._tokenizer.encode_batch_fast(
+                list(texts[begin : begin + _BATCH_TEXTS]), add_special_tokens=False
+            )
+            ids += [encoding.ids for encoding in batch]
+        return ids
 
 
 def _continuing(definition: Json) -> Json:
@@ -98,6 +106,21 @@ class _Light:
         return token.get("content") if isinstance(token, dict) else token
 
 
+def light_vocabulary(directory: Path) -> Vocabulary:
+    """Load the vocabulary of a directory's tokenizer.json, or through transformers where there is none."""
+    tokenizer = _load_light(directory) or _load_hub_class(directory)
+    return _vocabulary(ByteTable.from_tokenizer(tokenizer), tokenizer)
+
+
+def _vocabulary(table: ByteTable, tokenizer: Any) -> Vocabulary:
+    return Vocabulary(
+        table=table,
+        definition=tokenizer.backend_tokenizer.to_str(),
+        bos_token=tokenizer.bos_token,
+        eos_token=tokenizer.eos_token,
+    )
+
+
 def store_vocabulary(store: Path, manifest: Json) -> Vocabulary:
     """Load the vocabulary a TopKStore was extracted with, from its model's directory.
 
@@ -114,12 +137,7 @@ def store_vocabulary(store: Path, manifest: Json) -> Vocabulary:
             continue
         found = ByteTable.from_tokenizer(tokenizer, manifest["vocab_size"])
         if found.sha256 == manifest["tokenizer_sha256"]:
-            return Vocabulary(
-                table=found,
-                definition=tokenizer.backend_tokenizer.to_str(),
-                bos_token=tokenizer.bos_token,
-                eos_token=tokenizer.eos_token,
-            )
+            return _vocabulary(found, tokenizer)
     assert found is not None  # the second loader raises where it finds none
     raise MismatchError(
         f"the tokenizer of {directory} has SHA-256 {found.sha256}, {store} was extracted with "
