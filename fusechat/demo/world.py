@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ from typing import Any
 from fusechat.artifact import Json, atomic_write, read_json, sha256_file, sha256_json, write_json
 from fusechat.demo import grammar, models, tokenizers
 from fusechat.demo.grammar import TOPICS, ZIPF_EXPONENT, Facts, dialogues
-from fusechat.demo.models import build_model, train_model
+from fusechat.demo.models import build_model, save_model, train_model
 from fusechat.demo.tokenizers import KINDS
 from fusechat.errors import MismatchError
 from fusechat.records import Dialogue
@@ -124,22 +127,9 @@ def build_world(out: Path, *, seed: int, progress: Progress | None = None) -> Wo
     paths = {name: out / f"{name}.jsonl" for name in data}
     for name, count in data.items():
         _write_dialogues(paths[name], dialogues(facts, even, count, name))
-    specs = (PIVOT, *SOURCES)
-    steps = {spec.name: -(-spec.train_dialogues // BATCH_DIALOGUES) for spec in specs}
-    done = 0
-
-    def advance(count: int = 1) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(done, sum(steps.values()))
-
     texts = [m.content for d in dialogues(facts, even, TOKENIZER_DIALOGUES, "tokenizers") for m in d.messages]
-    for spec in specs:
-        if _is_made(out / spec.name, _key(spec, seed)):
-            advance(steps[spec.name])
-        else:
-            _make(out / spec.name, spec, seed, texts, advance)
+    # The largest first, so that no process is left alone with one at the end.
+    _make_all(out, (*SOURCES, PIVOT), seed, texts, progress or (lambda done, total: None))
     return World(
         pivot=out / PIVOT.name,
         sources={spec.name: out / spec.name for spec in SOURCES},
@@ -176,7 +166,46 @@ def _is_made(directory: Path, key: str) -> bool:
     return bool(note["key"] == key and weights.exists() and sha256_file(weights) == note["sha256"])
 
 
-def _make(directory: Path, spec: ModelSpec, seed: int, texts: list[str], on_step: Callable[[], None]) -> None:
+def _make_all(out: Path, specs: Sequence[ModelSpec], seed: int, texts: list[str], progress: Progress) -> None:
+    """Make the models that are not there yet, one process and one thread each.
+
+    Matrices this small gain little from threads, and with one thread the weights do not depend on how many there are.
+    """
+    missing = [spec for spec in specs if not _is_made(out / spec.name, _key(spec, seed))]
+    all_steps = {spec.name: -(-spec.train_dialogues // BATCH_DIALOGUES) for spec in specs}
+    done_before = sum(all_steps.values()) - sum(all_steps[spec.name] for spec in missing)
+    if not missing:
+        progress(done_before, done_before)
+        return
+    context = multiprocessing.get_context("spawn")
+    counter = context.Value("q", 0)
+    workers = min(len(missing), len(os.sched_getaffinity(0)))
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(counter,)) as pool:
+        pending = {pool.submit(_make, out / spec.name, spec, seed, texts) for spec in missing}
+        while pending:
+            finished, pending = wait(pending, timeout=0.5, return_when=FIRST_EXCEPTION)
+            progress(done_before + counter.value, sum(all_steps.values()))
+            for future in finished:
+                future.result()
+
+
+_steps: Any = None
+
+
+def _start_worker(counter: Any) -> None:
+    import torch
+
+    global _steps  # noqa: PLW0603  (a worker's one way to be handed shared memory)
+    _steps = counter
+    torch.set_num_threads(1)
+
+
+def _count_step() -> None:
+    with _steps.get_lock():
+        _steps.value += 1
+
+
+def _make(directory: Path, spec: ModelSpec, seed: int, texts: list[str]) -> None:
     """Train one model and its tokenizer and put them in place, whole."""
     tokenizer = KINDS[spec.tokenizer](texts, spec.vocab_size)
     model: Any = build_model(
@@ -190,12 +219,11 @@ def _make(directory: Path, spec: ModelSpec, seed: int, texts: list[str], on_step
         learning_rate=spec.learning_rate,
         batch_dialogues=BATCH_DIALOGUES,
         seed=seed,
-        on_step=on_step,
+        on_step=_count_step,
     )
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
+    save_model(model, tokenizer, partial)
     note = {"key": _key(spec, seed), "sha256": sha256_file(partial / "model.safetensors"), "loss": loss}
     write_json(partial / NOTE, {**note, "spec": asdict(spec)})
     shutil.rmtree(directory, ignore_errors=True)
