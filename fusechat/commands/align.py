@@ -12,7 +12,7 @@ def align(
     pivot_store: Annotated[Path, typer.Argument(help="TopKStore of the pivot", show_default=False)],
     source_store: Annotated[Path, typer.Argument(help="TopKStore of one source", show_default=False)],
     out: Annotated[Path, typer.Option(help="directory of the aligned store", show_default=False)],
-    tokens: Annotated[str, typer.Option(help="how rows are matched: bytes, or dtw as the research code does")] = "bytes",
+    tokens: Annotated[str, typer.Option(help="how rows are matched: bytes, or dtw for parity")] = "bytes",
     vocab: Annotated[
         str, typer.Option(help="candidates without byte twin: exact, prefix, mined, ms, ms-soft or ms-upstream")
     ] = "prefix",
