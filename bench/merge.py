@@ -209,7 +209,7 @@ def _add_ratio(table: Table, case: str, result: dict[str, Any], against: str, re
         table.add(f"{case}, CPU", against, None, f"ours {ours['cpu_s']:.2f} s", wanted, None)
         return
     if result["differing_share"] is not None:
-        # In these lattices of bf16, exact halves and ties abound: mergekit's fp32 sums fall to either side of a half, and
+        # Exact halves and ties abound among bf16 numbers: mergekit's fp32 sums fall to either side of a half, and
         # its sort takes any of the tied. tests/test_merge_peer.py compares these methods on inputs without ties.
         share = result["differing_share"]
         exact = case.startswith("sce")
