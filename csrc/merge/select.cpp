@@ -177,7 +177,7 @@ class Selector {
                 const KeyCounts counts = count_keys(keys, padded, low, high);
                 count.n_above += counts.above;
                 count.n_nonzero += counts.nonzero;
-                for (int c = 0; c < width_; ++c) {
+                for (int c = 0; c < width_ && key_ == Key::variance; ++c) {
                     count.above[c] += energy_above(scratch.delta(c), keys, padded, high);
                 }
                 if (counts.inside == 0) return;
@@ -324,7 +324,9 @@ std::int64_t Quota::resolve(std::int64_t n_nonzero) const {
 
 Selection select(const Inputs &inputs, ScratchPool &pool, Key key, const Quota &quota, int threads,
                  std::vector<NonFinite> &bad) {
-    return Selector(inputs, pool, key, threads, bad).run(quota);
+    Selection selection = Selector(inputs, pool, key, threads, bad).run(quota);
+    if (key == Key::magnitude) selection.energy.clear();
+    return selection;
 }
 
 Selection select_all(const Inputs &inputs, ScratchPool &pool, int threads, std::vector<NonFinite> &bad) {
