@@ -129,8 +129,12 @@ def _extract_all(config: RunConfig, layout: Layout, dialogues: list[Dialogue], r
             progress=report.stage(f"extract {name}", "tokens"),
         )
         rows = sum(shard["n_rows"] for shard in manifest["shards"])
-        skipped = f", {len(manifest['skipped'])} dialogues skipped" if manifest["skipped"] else ""
-        report.done(f"extract {name}", f"{rows:,} rows, top {manifest['top_k']}{skipped}")
+        left_out = "".join(
+            f", {len(manifest[key])} dialogues {what}"
+            for key, what in (("skipped", "skipped"), ("cut_turns", "cut"))
+            if manifest[key]
+        )
+        report.done(f"extract {name}", f"{rows:,} rows, top {manifest['top_k']}{left_out}")
 
 
 def _align_all(config: RunConfig, layout: Layout, names: list[str], report: Reporter) -> None:
