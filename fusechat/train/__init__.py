@@ -132,7 +132,7 @@ def _fit(
     set_seed(seed)
     tokenizer = load_tokenizer(directory)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    model = load_model(directory).train()
+    model = load_model(directory, device="cpu").train()
     own_dtype = model.dtype
     model = model.float()  # master weights; half precision is the Trainer's autocast
     if config.gradient_checkpointing:
