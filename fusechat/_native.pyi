@@ -23,6 +23,7 @@ def remap_rows(
     source_ends_turn: npt.NDArray[np.uint8],
     pivot_bytes: tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]],
     map_target: npt.NDArray[np.int32],
+    map_weight: npt.NDArray[np.float32],
     map_quality: npt.NDArray[np.uint8],
     probability: npt.NDArray[np.float32],
     choices: tuple[int, int, int],
@@ -89,3 +90,12 @@ def sparse_soft_ce(
     softcap: float,
     threads: int,
 ) -> tuple[npt.NDArray[Any], ...]: ...
+
+# fusechat/align/timewarp.py and vocabulary.py
+def dtw(
+    source_tokens: list[str], pivot_tokens: list[str], source_mark: str, pivot_mark: str
+) -> tuple[int, npt.NDArray[np.int32]]: ...
+def nearest(
+    patterns: list[str], texts: list[str], threads: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]: ...
+def edit_distances(a: list[str], b: list[str]) -> npt.NDArray[np.int32]: ...

@@ -22,6 +22,7 @@ from fusechat.errors import FormatError, FusechatError, MismatchError
 MANIFEST = "manifest.json"
 REQUEST = "request.json"
 PARTIAL_SUFFIX = ".partial"
+_FULL_BYTES = 1 << 20
 
 Json = dict[str, Any]
 
@@ -203,6 +204,21 @@ def verify_shards(directory: Path, manifest: Json) -> None:
             )
 
 
+@contextlib.contextmanager
+def full_disk_is_named(directory: Path) -> Iterator[None]:
+    """Turn whatever a library raises on a full disk into one line; everything finished so far stays."""
+    try:
+        yield
+    except FusechatError:
+        raise
+    except Exception as error:
+        if shutil.disk_usage(directory).free >= _FULL_BYTES:
+            raise
+        raise FusechatError(
+            f"the disk under {directory} is full: free space and run the same command again, it resumes"
+        ) from error
+
+
 def require_free_bytes(directory: Path, needed_bytes: int) -> None:
     """Raise FusechatError when the disk under `directory` has less than `needed_bytes` free."""
     place = directory
@@ -211,6 +227,6 @@ def require_free_bytes(directory: Path, needed_bytes: int) -> None:
     free_bytes = shutil.disk_usage(place).free
     if free_bytes < needed_bytes:
         raise FusechatError(
-            f"{directory} needs {needed_bytes / 1e9:.2f} GB, {free_bytes / 1e9:.2f} GB are free: "
+            f"{directory} needs {needed_bytes / 1e6:,.1f} MB, {free_bytes / 1e6:,.1f} MB are free: "
             "free space or choose another place"
         )

@@ -161,7 +161,7 @@ def _train_all(config: RunConfig, layout: Layout, names: list[str], report: Repo
             seed=config.seed,
             progress=report.stage(f"train {name}", "steps"),
         )
-        share = "" if name == SFT else f", the source is taught in {provenance['source_share']:.0%} of dialogues"
+        share = "" if name == SFT else f", source taught in {provenance['source_share']:.0%}"
         report.done(f"train {name}", f"loss {provenance['losses'][-1]:.4f}{share}" if provenance["losses"] else "done")
 
 

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from fusechat.artifact import Json, read_manifest, verify_shards
@@ -96,10 +97,13 @@ def make_block(dialogues: Iterable[Mapping[str, Array]]) -> Block:
 
 
 def write_block(path: Path, block: Block) -> None:
-    """Write a block as one safetensors file."""
+    """Write a block as one safetensors file; raises OSError when it cannot be written."""
     tensors = {key: np.ascontiguousarray(values) for key, values in block.columns.items()}
     tensors |= {f"offset.{axis}": offsets for axis, offsets in block.offsets.items()}
-    save_file(tensors, str(path))
+    try:
+        save_file(tensors, str(path))
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def map_block(path: Path) -> Block:

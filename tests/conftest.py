@@ -9,6 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A shared or loaded machine is no reason for a red test.
+settings.register_profile("fusechat", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("fusechat")
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusechat.artifact import ShardedWriter, atomic_write, differences, require_free_bytes
+from fusechat.artifact import ShardedWriter, atomic_write, differences, full_disk_is_named, require_free_bytes
 from fusechat.errors import FormatError, FusechatError, MismatchError
 from fusechat.store import TOPK_FORMAT, Block, id_dtype, make_block, open_topk, row_positions, write_block
 
@@ -169,3 +170,12 @@ def test_ids_take_two_bytes_while_they_fit() -> None:
 
 def test_differences_name_both_sides() -> None:
     assert differences({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 4}) == ["b: 3 there, 2 here", "c: 4 there, null here"]
+
+
+def test_what_a_library_raises_on_a_full_disk_becomes_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10))
+    with pytest.raises(FusechatError, match="is full: free space"), full_disk_is_named(tmp_path):
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**9))
+    with pytest.raises(RuntimeError, match="another"), full_disk_is_named(tmp_path):
+        raise RuntimeError("another")

@@ -1,9 +1,11 @@
 // Alignment for Python. Everything that comes from there is checked here before the core reads it.
-#include <optional>
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <vector>
 
+#include "align/dtw.hpp"
 #include "align/match.hpp"
 #include "align/remap.hpp"
 #include "bindings.hpp"
@@ -105,7 +107,7 @@ template <class S, class P>
 py::tuple remap(const MatchedArrays &matched_arrays, const Array<S> &ids, const UInt16 &logprobs,
                 const Float &gold_logprob, const Int32 &gold, const ByteArrays &source_bytes,
                 const UInt8 &source_ends_turn, const ByteArrays &pivot_bytes, const Int32 &map_target,
-                const UInt8 &map_quality, const Float &probability, std::tuple<int, int, int> choices,
+                const Float &map_weight, const UInt8 &map_quality, const Float &probability, std::tuple<int, int, int> choices,
                 const Array<P> & /* a value of the ids' dtype */, int threads) {
     const auto &[kind, source_row, chain, rest_bytes, pivot_gold, ends_turn, map_index] = matched_arrays;
     const std::int64_t rows = kind.size();
@@ -124,8 +126,12 @@ py::tuple remap(const MatchedArrays &matched_arrays, const Array<S> &ids, const 
     const Bytes source_tokens = bytes_of(source_bytes, "source bytes"), pivot_tokens = bytes_of(pivot_bytes, "pivot bytes");
     const auto source_vocab = static_cast<std::int64_t>(source_tokens.offsets.size()) - 1;
     want_length(source_ends_turn, source_vocab, "source ends_turn");
-    if (map_target.ndim() != 2) throw std::invalid_argument("map targets must have shape [M, Vs]");
-    want_shape(map_target, map_target.shape(0), source_vocab, "map targets");
+    if (map_target.ndim() != 3 || map_target.shape(1) != source_vocab || map_target.shape(2) < 1) {
+        throw std::invalid_argument("map targets must have shape [M, " + std::to_string(source_vocab) + ", m]");
+    }
+    if (map_weight.ndim() != 3 || !std::equal(map_target.shape(), map_target.shape() + 3, map_weight.shape())) {
+        throw std::invalid_argument("map weights must have the shape of the map targets");
+    }
     want_shape(map_quality, map_target.shape(0), source_vocab, "map qualities");
     want_length(probability, 32768, "probability");
     const auto [finer, unaligned, collisions] = choices;
@@ -136,7 +142,8 @@ py::tuple remap(const MatchedArrays &matched_arrays, const Array<S> &ids, const 
                           pivot_gold.data(), ends_turn.data(), map_index.data()};
     const SourceRows<S> source{n, k, ids.data(), logprobs.data(), gold_logprob.data(), gold.data(), source_tokens,
                                view(source_ends_turn)};
-    const Maps maps{map_target.shape(0), source_vocab, map_target.data(), map_quality.data()};
+    const Maps maps{map_target.shape(0), source_vocab, map_target.shape(2),
+                    map_target.data(), map_weight.data(), map_quality.data()};
     const Options options{static_cast<Finer>(finer), static_cast<Unaligned>(unaligned),
                           static_cast<Collisions>(collisions)};
     Array<P> out_ids({rows, k});
@@ -159,13 +166,141 @@ void bind_remap(py::module_ &m) {
     m.def("remap_rows", &remap<S, P>, py::arg("matched").noconvert(), py::arg("ids").noconvert(),
           py::arg("logprobs").noconvert(), py::arg("gold_logprob").noconvert(), py::arg("gold").noconvert(),
           py::arg("source_bytes").noconvert(), py::arg("source_ends_turn").noconvert(),
-          py::arg("pivot_bytes").noconvert(), py::arg("map_target").noconvert(), py::arg("map_quality").noconvert(),
+          py::arg("pivot_bytes").noconvert(), py::arg("map_target").noconvert(),
+          py::arg("map_weight").noconvert(), py::arg("map_quality").noconvert(),
           py::arg("probability").noconvert(), py::arg("choices"), py::arg("id_like").noconvert(), py::arg("threads"));
+}
+
+Text code_points(PyObject *string) {
+    const Py_ssize_t length = PyUnicode_GET_LENGTH(string);
+    const int kind = PyUnicode_KIND(string);
+    const void *data = PyUnicode_DATA(string);
+    Text out(length);
+    for (Py_ssize_t i = 0; i < length; ++i) out[i] = PyUnicode_READ(kind, data, i);
+    return out;
+}
+
+// Every occurrence of `mark`, from left to right, replaced; an empty mark occurs nowhere.
+Text replaced(const Text &text, const Text &mark, const Text &by) {
+    Text out;
+    for (auto at = text.begin();;) {
+        const auto found = mark.empty() ? text.end() : std::search(at, text.end(), mark.begin(), mark.end());
+        out.insert(out.end(), at, found);
+        if (found == text.end()) return out;
+        out.insert(out.end(), by.begin(), by.end());
+        at = found + mark.size();
+    }
+}
+
+// A list of strings as numbers of its distinct strings, in order of first sight.
+struct Interned {
+    std::vector<std::int32_t> ids;
+    std::vector<PyObject *> distinct;  // borrowed from the list
+
+    explicit Interned(const py::list &tokens) {
+        const py::dict numbers;
+        ids.reserve(tokens.size());
+        for (const py::handle token : tokens) {
+            if (!PyUnicode_Check(token.ptr())) throw py::type_error("tokens must be strings");
+            const py::object fresh = py::int_(distinct.size());
+            PyObject *number = PyDict_SetDefault(numbers.ptr(), token.ptr(), fresh.ptr());
+            if (!number) throw py::error_already_set();
+            const auto id = static_cast<std::int32_t>(PyLong_AsLong(number));
+            if (id == static_cast<std::int32_t>(distinct.size())) distinct.push_back(token.ptr());
+            ids.push_back(id);
+        }
+    }
+};
+
+template <class Cost>
+Warp warp_forms(const Interned &source, const Interned &pivot, const std::vector<Form> &source_forms,
+                const std::vector<Form> &pivot_forms, std::size_t alphabet_size) {
+    const std::vector<Cost> table = cost_table<Cost>(source_forms, pivot_forms, alphabet_size);
+    return warp<Cost>(source.ids, pivot.ids, table, pivot_forms.size());
+}
+
+std::size_t longest(const std::vector<Form> &forms) {
+    std::size_t length = 0;
+    for (const Form &form : forms) length = std::max({length, form.stripped.size(), form.whole.size()});
+    return length;
+}
+
+py::tuple dtw(const py::list &source_tokens, const py::list &pivot_tokens, const py::str &source_mark,
+              const py::str &pivot_mark) {
+    if (source_tokens.empty() || pivot_tokens.empty()) throw std::invalid_argument("both sides need a token");
+    const Interned source(source_tokens), pivot(pivot_tokens);
+    const Text from = code_points(source_mark.ptr()), to = code_points(pivot_mark.ptr());
+    std::vector<Form> source_forms, pivot_forms;
+    for (PyObject *token : source.distinct) {
+        const Text text = code_points(token);
+        source_forms.push_back({replaced(text, from, {}), replaced(text, from, to)});
+    }
+    for (PyObject *token : pivot.distinct) {
+        const Text text = code_points(token);
+        pivot_forms.push_back({replaced(text, to, {}), text});
+    }
+    Warp found;
+    {
+        const py::gil_scoped_release unlocked;
+        Alphabet alphabet;
+        for (std::vector<Form> *forms : {&source_forms, &pivot_forms}) {
+            for (Form &form : *forms) {
+                alphabet.number_all(form.stripped);
+                alphabet.number_all(form.whole);
+            }
+        }
+        const bool small = std::max(longest(source_forms), longest(pivot_forms)) < 256;
+        found = small ? warp_forms<std::uint8_t>(source, pivot, source_forms, pivot_forms, alphabet.size())
+                      : warp_forms<std::uint32_t>(source, pivot, source_forms, pivot_forms, alphabet.size());
+    }
+    Int32 path({static_cast<py::ssize_t>(found.path.size()), py::ssize_t{2}});
+    std::int32_t *out = path.mutable_data();
+    for (const auto &[s, p] : found.path) *out++ = s, *out++ = p;
+    return py::make_tuple(found.cost, path);
+}
+
+std::vector<Text> numbered(const py::list &strings, Alphabet &alphabet) {
+    std::vector<Text> out;
+    for (const py::handle string : strings) {
+        if (!PyUnicode_Check(string.ptr())) throw py::type_error("texts must be strings");
+        out.push_back(code_points(string.ptr()));
+        alphabet.number_all(out.back());
+    }
+    return out;
+}
+
+py::tuple nearest_texts(const py::list &patterns, const py::list &texts, int threads) {
+    Alphabet alphabet;
+    const std::vector<Text> from = numbered(patterns, alphabet), to = numbered(texts, alphabet);
+    Int64 index(from.size());
+    Int32 distance(from.size());
+    std::int64_t *const index_out = index.mutable_data();
+    std::int32_t *const distance_out = distance.mutable_data();
+    {
+        const py::gil_scoped_release unlocked;
+        nearest(from, to, alphabet.size(), index_out, distance_out, threads);
+    }
+    return py::make_tuple(index, distance);
+}
+
+Int32 edit_distances(const py::list &a, const py::list &b) {
+    if (a.size() != b.size()) throw std::invalid_argument("both lists must be equally long");
+    Alphabet alphabet;
+    const std::vector<Text> left = numbered(a, alphabet), right = numbered(b, alphabet);
+    Int32 out(left.size());
+    for (std::size_t i = 0; i < left.size(); ++i) {
+        out.mutable_data()[i] = static_cast<std::int32_t>(edit_distance(left[i], right[i]));
+    }
+    return out;
 }
 
 }  // namespace
 
 void bind_align(py::module_ &m) {
+    m.def("nearest", &nearest_texts, py::arg("patterns"), py::arg("texts"), py::arg("threads"));
+    m.def("edit_distances", &edit_distances, py::arg("a"), py::arg("b"));
+    m.def("dtw", &dtw, py::arg("source_tokens"), py::arg("pivot_tokens"), py::arg("source_mark"),
+          py::arg("pivot_mark"));
     m.def("match_rows", &match, py::arg("pivot").noconvert(), py::arg("source").noconvert(),
           py::arg("partner").noconvert(), py::arg("threads"));
     bind_remap<std::uint16_t, std::uint16_t>(m);

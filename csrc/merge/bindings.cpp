@@ -82,7 +82,6 @@ py::dict report_dict(const Report &report) {
         facts["threshold"] = selection.threshold;
         facts["tie_stop"] = selection.tie_stop;
         facts["energy"] = selection.energy;
-        facts["total_energy"] = selection.total_energy;
         selections.append(facts);
     }
     py::dict result;
@@ -90,11 +89,11 @@ py::dict report_dict(const Report &report) {
     result["nonfinite"] = nonfinite_list(report.nonfinite);
     result["selections"] = selections;
     result["weights"] = report.weights;
+    result["energy"] = report.outcome.energy;
     result["kept_energy"] = report.outcome.kept_energy;
     result["update_energy"] = report.outcome.update_energy;
-    result["n_moved"] = report.outcome.n_moved;
-    result["n_erased"] = report.outcome.n_erased;
     result["n_touched"] = report.outcome.n_touched;
+    result["n_conflicts"] = report.outcome.n_conflicts;
     result["n_overflow"] = report.outcome.n_overflow;
     return result;
 }

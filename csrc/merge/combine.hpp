@@ -26,20 +26,24 @@ struct Rule {
     Dtype out_dtype = Dtype::f32;
 };
 
+// Tensors of fewer tiles than this are measured whole.
+constexpr int kMeasuredEvery = 16;
+
 // What a merge did, summed over a tensor.
 struct Outcome {
-    std::vector<double> kept_energy;  // per target: Σ delta² over what reached the sum
-    double update_energy = 0;         // Σ (merged − base)²
-    std::int64_t n_moved = 0;         // (element, target) pairs with a non-zero delta after the mask
-    std::int64_t n_erased = 0;        // of these, dropped for their sign
-    std::int64_t n_touched = 0;       // elements whose update is not zero
+    // Per target Σ delta², and Σ delta² over what reached the sum, on one tile in kMeasuredEvery.
+    std::vector<double> energy, kept_energy;
+    double update_energy = 0;      // Σ (merged − base)²
+    std::int64_t n_touched = 0;    // elements whose update is not zero
+    std::int64_t n_conflicts = 0;  // of these, where a target was dropped for its sign
     std::int64_t n_overflow = 0;      // finite inputs, infinite in the output's dtype
 
     void add(const Outcome &other);
 };
 
-// Merges one tile, n <= kTile items from flat index `begin` on, of an opened scratch; writes n items to `out`.
+// Merges one tile, n <= kTile items from flat index `begin` on, of an opened scratch; writes n items to `out`. Energies
+// are added to the outcome when `measured`.
 void combine_tile(const Rule &rule, const std::vector<Selection> &selections, std::int64_t begin, int n, Scratch &scratch,
-                  unsigned char *out, Outcome &outcome);
+                  bool measured, unsigned char *out, Outcome &outcome);
 
 }  // namespace fusechat::merge

@@ -14,12 +14,33 @@
 namespace fusechat::merge {
 namespace {
 
-FUSECHAT_CLONES void subtract(float *__restrict values, const float *__restrict base, int n) {
-    for (int i = 0; i < n; ++i) values[i] -= base[i];
-}
-
 FUSECHAT_CLONES void add_scaled(float *__restrict sum, const float *__restrict row, float factor, int n) {
     for (int i = 0; i < n; ++i) sum[i] += factor * row[i];
+}
+
+// delta += factor · update, rounded to fp32; returns whether any sum is not finite.
+FUSECHAT_CLONES bool add_update(double *__restrict delta, const float *__restrict update, float factor, int n) {
+    std::uint32_t largest = 0;
+    for (int i = 0; i < n; ++i) {
+        const float sum = static_cast<float>(delta[i]) + factor * update[i];
+        const std::uint32_t magnitude = std::bit_cast<std::uint32_t>(sum) & 0x7fffffffu;
+        largest = magnitude > largest ? magnitude : largest;
+        delta[i] = sum;
+    }
+    return largest >= 0x7f800000u;
+}
+
+// delta = values − base, rounded to fp32; returns whether any difference is not finite.
+FUSECHAT_CLONES bool subtract(const float *__restrict values, const float *__restrict base, int n,
+                              double *__restrict delta) {
+    std::uint32_t largest = 0;
+    for (int i = 0; i < n; ++i) {
+        const float difference = values[i] - base[i];
+        const std::uint32_t magnitude = std::bit_cast<std::uint32_t>(difference) & 0x7fffffffu;
+        largest = magnitude > largest ? magnitude : largest;
+        delta[i] = difference;
+    }
+    return largest >= 0x7f800000u;
 }
 
 FUSECHAT_CLONES bool any_nonfinite(const float *__restrict values, int n) {
@@ -46,8 +67,9 @@ void read_exactly(int fd, void *to, std::int64_t size_bytes, std::int64_t offset
     }
 }
 
-// sum += scale · (B A)[begin, begin + n) in row-major order.
-void add_low_rank(const LowRank &low_rank, std::int64_t begin, float *sum, int n) {
+// delta += scale · (B A)[begin, begin + n) in row-major order; returns whether any sum is not finite.
+bool add_low_rank(const LowRank &low_rank, std::int64_t begin, double *delta, int n) {
+    bool flawed = false;
     for (int done = 0; done < n;) {
         const std::int64_t row = (begin + done) / low_rank.columns, column = (begin + done) % low_rank.columns;
         const int run = static_cast<int>(std::min<std::int64_t>(n - done, low_rank.columns - column));
@@ -56,15 +78,17 @@ void add_low_rank(const LowRank &low_rank, std::int64_t begin, float *sum, int n
         for (int k = 0; k < low_rank.rank; ++k) {
             add_scaled(product, low_rank.a + k * low_rank.columns + column, b[k], run);
         }
-        add_scaled(sum + done, product, low_rank.scale, run);
+        flawed |= add_update(delta + done, product, low_rank.scale, run);
         done += run;
     }
+    return flawed;
 }
 
 }  // namespace
 
 Scratch::Scratch(int n_targets)
     : base_(kTile),
+      values_(kTile),
       delta_(static_cast<std::size_t>(n_targets) * kTile),
       raw_(static_cast<std::size_t>(n_targets + 1) * kChunk * 4),
       out_(static_cast<std::size_t>(kChunk) * 4) {}
@@ -97,12 +121,11 @@ void open_tile(const Inputs &inputs, std::int64_t begin, int at, int n, Scratch 
     bool flawed = any_nonfinite(base, n);
     for (int j = 0; j < inputs.n_targets(); ++j) {
         const Source &source = inputs.targets[j];
-        float *delta = scratch.delta(j);
-        const int valid = widen_source(source, scratch.raw(j + 1), delta);
-        subtract(delta, base, valid);
-        std::fill(delta + valid, delta + padded, 0.0f);
-        if (source.low_rank.rank > 0) add_low_rank(source.low_rank, begin + at, delta, valid);
-        flawed |= any_nonfinite(delta, n);
+        double *delta = scratch.delta(j);
+        const int valid = widen_source(source, scratch.raw(j + 1), scratch.values());
+        flawed |= subtract(scratch.values(), base, valid, delta);
+        std::fill(delta + valid, delta + padded, 0.0);
+        if (source.low_rank.rank > 0) flawed |= add_low_rank(source.low_rank, begin + at, delta, valid);
     }
     if (!flawed) return;
     for (int i = 0; i < n; ++i) {
@@ -110,13 +133,13 @@ void open_tile(const Inputs &inputs, std::int64_t begin, int at, int n, Scratch 
         for (int s = 0; s <= inputs.n_targets(); ++s) {
             // A target's difference to a base that is not finite says nothing about the target.
             if (s > 0 && !is_finite(base[i])) break;
-            if (is_finite(s == 0 ? base[i] : scratch.delta(s - 1)[i])) continue;
+            if (is_finite(s == 0 ? base[i] : static_cast<float>(scratch.delta(s - 1)[i]))) continue;
             keep_base = true;
             bad[s].count += 1;
             if (bad[s].first < 0) bad[s].first = begin + at + i;
         }
         if (keep_base) {
-            for (int j = 0; j < inputs.n_targets(); ++j) scratch.delta(j)[i] = 0.0f;
+            for (int j = 0; j < inputs.n_targets(); ++j) scratch.delta(j)[i] = 0.0;
         }
     }
 }

@@ -11,9 +11,9 @@
 
 namespace fusechat::merge {
 
-constexpr int kTile = 1024;                        // what the arithmetic works on: stays in the first-level cache
-constexpr int kChunk = 16 * kTile;                 // what one read fetches
-constexpr std::int64_t kSegment = 4 * kChunk;      // what one thread takes; sums are kept per segment, then added in order
+constexpr int kTile = 512;                      // what the arithmetic works on: stays in the first-level cache
+constexpr int kChunk = 32 * kTile;              // what one read fetches
+constexpr std::int64_t kSegment = 4 * kChunk;   // what one thread takes; sums are kept per segment, then added in order
 
 // A low-rank update scale · B A of a matrix with `columns` columns; a: [rank, columns], b: [rows, rank].
 struct LowRank {
@@ -47,17 +47,20 @@ struct Inputs {
     int n_targets() const { return static_cast<int>(targets.size()); }
 };
 
-// One thread's buffers. `base` holds kTile values, `delta(j)` target j minus base.
+// One thread's buffers. `base` holds kTile values, `delta(j)` target j minus base, rounded to fp32 but stored wider, for
+// all arithmetic on it is in double.
 class Scratch {
   public:
     explicit Scratch(int n_targets);
     float *base() { return base_.data(); }
-    float *delta(int j) { return delta_.data() + static_cast<std::size_t>(j) * kTile; }
+    double *delta(int j) { return delta_.data() + static_cast<std::size_t>(j) * kTile; }
     unsigned char *raw(int source) { return raw_.data() + static_cast<std::size_t>(source) * kChunk * 4; }
     unsigned char *out() { return out_.data(); }
+    float *values() { return values_.data(); }
 
   private:
-    std::vector<float> base_, delta_;
+    std::vector<float> base_, values_;
+    std::vector<double> delta_;
     std::vector<unsigned char> raw_, out_;
 };
 

@@ -1,7 +1,9 @@
 #include "merge/keys.hpp"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <cstring>
 
 #include "merge/inputs.hpp"
 #include "merge/lanes.hpp"
@@ -9,19 +11,15 @@
 namespace fusechat::merge {
 namespace {
 
-FUSECHAT_INLINE Doubles where(const Longs &mask, const Doubles &value) {
-    return (Doubles)(mask & (Longs)value);
-}
-
 // Differences to the first target rather than to the base: the variance is the same, and where all targets agree every
 // term is exactly zero.
-FUSECHAT_CLONES void variance_lanes(const float *deltas, int n_targets, int n, double *keys) {
+FUSECHAT_CLONES void variance_lanes(const double *deltas, int n_targets, int n, double *keys) {
     const double count = n_targets;
     for (int i = 0; i < n; i += kLanes) {
-        const Doubles first = widened(deltas + i);
+        const Doubles first = loaded(deltas + i);
         Doubles sum{}, squares{};
         for (int j = 1; j < n_targets; ++j) {
-            const Doubles difference = widened(deltas + static_cast<std::size_t>(j) * kTile + i) - first;
+            const Doubles difference = loaded(deltas + static_cast<std::size_t>(j) * kTile + i) - first;
             sum += difference;
             squares += difference * difference;
         }
@@ -30,15 +28,14 @@ FUSECHAT_CLONES void variance_lanes(const float *deltas, int n_targets, int n, d
     }
 }
 
-FUSECHAT_CLONES void magnitude_lanes(const float *delta, int n, double *keys) {
-    for (int i = 0; i < n; ++i) keys[i] = std::fabs(static_cast<double>(delta[i]));
+FUSECHAT_CLONES void magnitude_lanes(const double *delta, int n, double *keys) {
+    for (int i = 0; i < n; ++i) keys[i] = std::fabs(delta[i]);
 }
 
 FUSECHAT_CLONES void count_lanes(const double *keys, int n, double low, double high, std::int64_t *counts) {
     Longs above{}, from_low{}, nonzero{};
     for (int i = 0; i < n; i += kLanes) {
-        Doubles key;
-        load(key, keys + i);
+        const Doubles key = loaded(keys + i);
         above -= key >= high;  // a true lane is −1
         from_low -= key >= low;
         nonzero -= key > 0.0;
@@ -48,50 +45,36 @@ FUSECHAT_CLONES void count_lanes(const double *keys, int n, double low, double h
     counts[2] = add_lanes(nonzero);
 }
 
-FUSECHAT_CLONES void energy_lanes(const float *delta, const double *keys, int n, double high, double *sums) {
-    Doubles above{}, total{};
+FUSECHAT_CLONES double energy_lanes(const double *delta, const double *keys, int n, double high) {
+    Doubles above{};
     for (int i = 0; i < n; i += kLanes) {
-        Doubles key;
-        load(key, keys + i);
-        const Doubles value = widened(delta + i), square = value * value;
-        total += square;
-        above += where(key >= high, square);
+        const Doubles value = loaded(delta + i);
+        above += where(loaded(keys + i) >= high, value * value);
     }
-    sums[0] = add_lanes(above);
-    sums[1] = add_lanes(total);
+    return add_lanes(above);
 }
 
-FUSECHAT_CLONES double energy_all(const float *delta, int n) {
+FUSECHAT_CLONES double energy_all(const double *delta, int n) {
     Doubles total{};
-    for (int i = 0; i < n; i += kLanes) {
-        const Doubles value = widened(delta + i);
-        total += value * value;
-    }
+    for (int i = 0; i < n; i += kLanes) total += loaded(delta + i) * loaded(delta + i);
     return add_lanes(total);
 }
 
-FUSECHAT_CLONES double dot_lanes(const float *a, const float *b, int n) {
+FUSECHAT_CLONES double base_energy(const float *base, int n) {
     Doubles total{};
-    for (int i = 0; i < n; i += kLanes) total += widened(a + i) * widened(b + i);
+    for (int i = 0; i < n; i += kLanes) total += widened(base + i) * widened(base + i);
     return add_lanes(total);
 }
 
-FUSECHAT_CLONES int find_lanes(const double *keys, int n, double low, double high, std::int32_t *at) {
-    int found = 0;
-    for (int i = 0; i < n; i += kLanes) {
-        Longs inside{};
-        Doubles key;
-        load(key, keys + i);
-        inside = (key >= low) & (key < high);
-        std::int64_t any = 0;
-        for (int lane = 0; lane < kLanes; ++lane) any |= inside[lane];
-        if (any == 0) continue;
-        for (int lane = 0; lane < kLanes; ++lane) {
-            at[found] = i + lane;
-            found += inside[lane] != 0;
-        }
-    }
-    return found;
+FUSECHAT_CLONES double dot_lanes(const float *base, const double *delta, int n) {
+    Doubles total{};
+    for (int i = 0; i < n; i += kLanes) total += widened(base + i) * loaded(delta + i);
+    return add_lanes(total);
+}
+
+FUSECHAT_CLONES void flag_inside(const double *__restrict keys, int n, double low, double high,
+                                 std::uint8_t *__restrict flags) {
+    for (int i = 0; i < n; ++i) flags[i] = (keys[i] >= low) & (keys[i] < high);
 }
 
 int pad_keys(int n, double *keys) {
@@ -102,12 +85,12 @@ int pad_keys(int n, double *keys) {
 
 }  // namespace
 
-void variance_keys(const float *deltas, int n_targets, int n, double *keys) {
+void variance_keys(const double *deltas, int n_targets, int n, double *keys) {
     variance_lanes(deltas, n_targets, pad(n), keys);
     pad_keys(n, keys);
 }
 
-void magnitude_keys(const float *delta, int n, double *keys) {
+void magnitude_keys(const double *delta, int n, double *keys) {
     magnitude_lanes(delta, n, keys);
     pad_keys(n, keys);
 }
@@ -119,18 +102,25 @@ KeyCounts count_keys(const double *keys, int n, double low, double high) {
 }
 
 int find_inside(const double *keys, int n, double low, double high, std::int32_t *at) {
-    return find_lanes(keys, pad(n), low, high, at);
+    alignas(8) std::uint8_t flags[kTile];
+    flag_inside(keys, pad(n), low, high, flags);
+    int found = 0;
+    for (int i = 0; i < n; i += 8) {
+        std::uint64_t group;
+        std::memcpy(&group, flags + i, 8);
+        for (; group != 0; group &= group - 1) at[found++] = i + std::countr_zero(group) / 8;
+    }
+    return found;
 }
 
-void add_energy(const float *delta, const double *keys, int n, double high, double &above, double &total) {
-    double sums[2];
-    energy_lanes(delta, keys, n, high, sums);
-    above += sums[0];
-    total += sums[1];
+double energy_above(const double *delta, const double *keys, int n, double high) {
+    return energy_lanes(delta, keys, n, high);
 }
 
-double energy(const float *delta, int n) { return energy_all(delta, n); }
+double energy(const double *delta, int n) { return energy_all(delta, n); }
 
-double dot(const float *a, const float *b, int n) { return dot_lanes(a, b, n); }
+double dot(const float *base, const double *delta, int n) { return dot_lanes(base, delta, n); }
+
+double energy(const float *base, int n) { return base_energy(base, n); }
 
 }  // namespace fusechat::merge

@@ -7,10 +7,10 @@
 namespace fusechat::merge {
 
 // keys[i] = J Σ delta² − (Σ delta)² = J² · population variance, exactly 0 where all targets agree. deltas: [J][kTile].
-void variance_keys(const float *deltas, int n_targets, int n, double *keys);
+void variance_keys(const double *deltas, int n_targets, int n, double *keys);
 
 // keys[i] = |delta[i]|.
-void magnitude_keys(const float *delta, int n, double *keys);
+void magnitude_keys(const double *delta, int n, double *keys);
 
 struct KeyCounts {
     std::int64_t above, inside, nonzero;  // key >= high; low <= key < high; key > 0
@@ -20,13 +20,14 @@ KeyCounts count_keys(const double *keys, int n, double low, double high);
 // Writes the indices with low <= key < high to `at`, ascending; returns how many.
 int find_inside(const double *keys, int n, double low, double high, std::int32_t *at);
 
-// above += Σ delta² where key >= high; total += Σ delta².
-void add_energy(const float *delta, const double *keys, int n, double high, double &above, double &total);
+// Σ delta² where key >= high.
+double energy_above(const double *delta, const double *keys, int n, double high);
 
 // Σ delta².
-double energy(const float *delta, int n);
+double energy(const double *delta, int n);
 
-// Σ a·b.
-double dot(const float *a, const float *b, int n);
+// Σ base·delta, and Σ base².
+double dot(const float *base, const double *delta, int n);
+double energy(const float *base, int n);
 
 }  // namespace fusechat::merge

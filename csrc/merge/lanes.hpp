@@ -22,7 +22,6 @@ constexpr int kLanes = 8;
 
 using Floats = float __attribute__((vector_size(4 * kLanes)));
 using Doubles = double __attribute__((vector_size(8 * kLanes)));
-using Signed = std::int32_t __attribute__((vector_size(4 * kLanes)));
 using Longs = std::int64_t __attribute__((vector_size(8 * kLanes)));
 
 template <class Vector, class T>
@@ -35,11 +34,20 @@ FUSECHAT_INLINE void store(T *to, const Vector &v) {
     std::memcpy(to, &v, sizeof v);
 }
 
+FUSECHAT_INLINE Doubles loaded(const double *from) {
+    Doubles lanes;
+    load(lanes, from);
+    return lanes;
+}
+
 FUSECHAT_INLINE Doubles widened(const float *from) {
     Floats narrow;
     load(narrow, from);
     return __builtin_convertvector(narrow, Doubles);
 }
+
+// `value` where the mask is set, zero elsewhere.
+FUSECHAT_INLINE Doubles where(const Longs &mask, const Doubles &value) { return (Doubles)(mask & (Longs)value); }
 
 // Rounds a count up to whole lanes.
 FUSECHAT_INLINE int pad(int n) { return (n + kLanes - 1) / kLanes * kLanes; }

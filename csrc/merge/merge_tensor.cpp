@@ -77,18 +77,21 @@ Report merge_tensor(Task task, int threads) {
     report.weights = task.rule.weights;
     const int width = item_bytes(task.rule.out_dtype);
     std::vector<Outcome> outcomes(static_cast<std::size_t>(n_segments(task.inputs.n)));
-    for (Outcome &outcome : outcomes) outcome.kept_energy.assign(task.inputs.targets.size(), 0.0);
+    const std::vector<double> zeros(task.inputs.targets.size(), 0.0);
+    for (Outcome &outcome : outcomes) outcome.energy = outcome.kept_energy = zeros;
+    report.outcome.energy = report.outcome.kept_energy = zeros;
+    const bool whole = task.inputs.n < kMeasuredEvery * kTile;
     report.nonfinite = for_each_tile(
         task.inputs, pool, threads,
         [&](std::int64_t segment, std::int64_t begin, int n, Scratch &scratch) {
             unsigned char *out = scratch.out() + begin % kChunk * width;
-            combine_tile(task.rule, report.selections, begin, n, scratch, out, outcomes[segment]);
+            const bool measured = whole || begin / kTile % kMeasuredEvery == 0;
+            combine_tile(task.rule, report.selections, begin, n, scratch, measured, out, outcomes[segment]);
         },
         [&](std::int64_t begin, int n, Scratch &scratch) {
             write_exactly(task.out_fd, scratch.out(), static_cast<std::int64_t>(n) * width,
                           task.out_offset + begin * width);
         });
-    report.outcome.kept_energy.assign(task.inputs.targets.size(), 0.0);
     for (const Outcome &outcome : outcomes) report.outcome.add(outcome);
     report.written = task.allow_nonfinite || !any(report.nonfinite);
     return report;

@@ -38,16 +38,36 @@ struct Kept {
 // What one pass learns about a segment.
 struct SegmentCount {
     std::int64_t n_above = 0, n_inside = 0, n_nonzero = 0;
-    std::vector<double> above, inside, total;  // per payload column: sums of delta²
+    std::vector<double> above, inside;  // per target: sums of delta²
     std::vector<Kept> kept;
     std::vector<float> payload;  // the deltas of what was kept, row by row
 };
+
+// How many keys fall into a bin, and between which two they lie: updates of 16-bit models take few distinct values.
+struct Bin {
+    std::uint64_t count = 0, lowest = UINT64_MAX, highest = 0;
+};
+
+template <class Better>
+void improve(std::uint64_t &best, std::uint64_t value, Better better) {
+    const std::atomic_ref shared(best);
+    std::uint64_t seen = shared.load(std::memory_order_relaxed);
+    while (better(value, seen) && !shared.compare_exchange_weak(seen, value, std::memory_order_relaxed)) {}
+}
 
 struct Pass {
     std::int64_t n_above = 0, n_inside = 0, n_nonzero = 0;
     bool overfull = false;
     std::vector<SegmentCount> segments;
-    std::vector<std::uint64_t> histogram;
+    std::vector<Bin> histogram;  // of the keys inside that were not kept
+
+    void add_to_histogram(double key, const Bracket &bracket) {
+        const auto bits = std::bit_cast<std::uint64_t>(key);
+        Bin &bin = histogram[(bits - bracket.low) >> bracket.shift()];
+        std::atomic_ref(bin.count).fetch_add(1, std::memory_order_relaxed);
+        improve(bin.lowest, bits, std::less<>());
+        improve(bin.highest, bits, std::greater<>());
+    }
 };
 
 class Selector {
@@ -70,7 +90,7 @@ class Selector {
             } else if (bracket.single()) {
                 return from_ties(pass, bracket, k);
             } else {
-                bracket = narrowed(pass, bracket, k);
+                bracket = narrowed(pass, k);
             }
         }
     }
@@ -99,7 +119,7 @@ class Selector {
     Bracket sampled_bracket(const Quota &quota) const {
         if (inputs_.n < kSampledFrom) return {};
         // About n^(2/3) balances the cost of the sample with that of what its bracket keeps.
-        const std::int64_t wanted = std::int64_t{2} << 2 * std::bit_width(static_cast<std::uint64_t>(inputs_.n)) / 3;
+        const std::int64_t wanted = std::int64_t{1} << 2 * std::bit_width(static_cast<std::uint64_t>(inputs_.n)) / 3;
         const std::int64_t n_runs = wanted / kSampleRun;
         std::vector<double> sample;
         sample.reserve(static_cast<std::size_t>(n_runs * kSampleRun));
@@ -128,22 +148,20 @@ class Selector {
         margin = std::min(margin, 0.4 * static_cast<double>(list_limit()) / static_cast<double>(inputs_.n));
         auto bits_at_rank = [&](double from_top) {
             const auto rank = static_cast<std::int64_t>(from_top * static_cast<double>(n));
-            if (rank < 0) return Bracket{}.high;
+            if (rank < 0) return Bracket{}.high - 1;
             if (rank >= n) return std::uint64_t{0};
             std::nth_element(sample.begin(), sample.begin() + rank, sample.end(), std::greater<>());
             return std::bit_cast<std::uint64_t>(sample[static_cast<std::size_t>(rank)]);
         };
-        const std::uint64_t low = bits_at_rank(share + margin), high = bits_at_rank(share - margin);
-        return {low, std::max(high, low + 1)};
+        return {bits_at_rank(share + margin), bits_at_rank(share - margin) + 1};
     }
 
     Pass scan(const Bracket &bracket) {
         Pass pass;
         pass.segments.resize(static_cast<std::size_t>(n_segments(inputs_.n)));
-        pass.histogram.assign(kBins, 0);
+        pass.histogram.assign(kBins, Bin{});
         std::atomic<std::int64_t> n_inside{0};
         const double low = bracket.low_key(), high = bracket.high_key();
-        const int shift = bracket.shift();
         const std::int64_t limit = list_limit();
         auto bad = for_each_tile(
             inputs_, pool_, threads_,
@@ -154,14 +172,13 @@ class Selector {
                 if (count.above.empty()) {
                     count.above.assign(width_, 0.0);
                     count.inside.assign(width_, 0.0);
-                    count.total.assign(width_, 0.0);
                 }
                 const int padded = pad(n);
                 const KeyCounts counts = count_keys(keys, padded, low, high);
                 count.n_above += counts.above;
                 count.n_nonzero += counts.nonzero;
-                for (int c = 0; c < width_; ++c) {
-                    add_energy(scratch.delta(c), keys, padded, high, count.above[c], count.total[c]);
+                for (int c = 0; c < width_ && key_ == Key::variance; ++c) {
+                    count.above[c] += energy_above(scratch.delta(c), keys, padded, high);
                 }
                 if (counts.inside == 0) return;
                 count.n_inside += counts.inside;
@@ -170,15 +187,15 @@ class Selector {
                 const int m = find_inside(keys, n, low, high, at.data());
                 for (int i = 0; i < m; ++i) {
                     for (int c = 0; c < width_; ++c) {
-                        const float delta = scratch.delta(c)[at[i]];
-                        count.inside[c] += static_cast<double>(delta) * delta;
-                        if (keep) count.payload.push_back(delta);
+                        const double delta = scratch.delta(c)[at[i]];
+                        count.inside[c] += delta * delta;
+                        if (keep) count.payload.push_back(static_cast<float>(delta));
                     }
-                    if (keep) count.kept.push_back({begin + at[i], keys[at[i]]});
-                }
-                for (int i = 0; i < m; ++i) {
-                    const std::uint64_t bin = (std::bit_cast<std::uint64_t>(keys[at[i]]) - bracket.low) >> shift;
-                    std::atomic_ref(pass.histogram[bin]).fetch_add(1, std::memory_order_relaxed);
+                    if (keep) {
+                        count.kept.push_back({begin + at[i], keys[at[i]]});
+                    } else {
+                        pass.add_to_histogram(keys[at[i]], bracket);
+                    }
                 }
             },
             [](std::int64_t, int, Scratch &) {});
@@ -190,15 +207,19 @@ class Selector {
             pass.n_nonzero += count.n_nonzero;
         }
         pass.overfull = pass.n_inside > limit;
+        for (SegmentCount &count : pass.segments) {
+            for (const Kept &kept : count.kept) {
+                if (pass.overfull) pass.add_to_histogram(kept.key, bracket);
+            }
+        }
         return pass;
     }
 
-    Bracket narrowed(const Pass &pass, const Bracket &bracket, std::int64_t k) const {
+    Bracket narrowed(const Pass &pass, std::int64_t k) const {
         std::uint64_t seen = static_cast<std::uint64_t>(pass.n_above);
-        std::uint64_t bin = kBins;
-        while (seen < static_cast<std::uint64_t>(k)) seen += pass.histogram[--bin];
-        const std::uint64_t low = bracket.low + (bin << bracket.shift());
-        return {low, std::min(bracket.high, low + (std::uint64_t{1} << bracket.shift()))};
+        std::size_t bin = kBins;
+        while (seen < static_cast<std::uint64_t>(k)) seen += pass.histogram[--bin].count;
+        return {pass.histogram[bin].lowest, pass.histogram[bin].highest + 1};
     }
 
     Selection start(const Pass &pass, std::int64_t k) const {
@@ -206,9 +227,7 @@ class Selector {
         selection.k = k;
         selection.n_nonzero = pass.n_nonzero;
         selection.energy.assign(width_, 0.0);
-        selection.total_energy.assign(width_, 0.0);
         for (const SegmentCount &count : pass.segments) {
-            for (int c = 0; c < width_; ++c) selection.total_energy[c] += count.total[c];
             for (int c = 0; c < width_ && k > 0; ++c) selection.energy[c] += count.above[c];
         }
         return selection;
@@ -305,7 +324,9 @@ std::int64_t Quota::resolve(std::int64_t n_nonzero) const {
 
 Selection select(const Inputs &inputs, ScratchPool &pool, Key key, const Quota &quota, int threads,
                  std::vector<NonFinite> &bad) {
-    return Selector(inputs, pool, key, threads, bad).run(quota);
+    Selection selection = Selector(inputs, pool, key, threads, bad).run(quota);
+    if (key == Key::magnitude) selection.energy.clear();
+    return selection;
 }
 
 Selection select_all(const Inputs &inputs, ScratchPool &pool, int threads, std::vector<NonFinite> &bad) {
@@ -326,7 +347,6 @@ Selection select_all(const Inputs &inputs, ScratchPool &pool, int threads, std::
     for (const auto &sums : segments) {
         for (int j = 0; j < width; ++j) selection.energy[j] += sums[j];
     }
-    selection.total_energy = selection.energy;
     return selection;
 }
 

@@ -24,8 +24,8 @@ SETTINGS: Json = {
     "train": {
         "hard_weight": 0.5,
         "missing": "tail",
-        "learning_rate": 1e-3,
-        "epochs": 3,
+        "learning_rate": 3e-3,
+        "epochs": 12,
         "batch_size": 16,
         "micro_batch_size": 16,
         "save_steps": 100,

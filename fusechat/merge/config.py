@@ -139,9 +139,9 @@ def _parse(raw: Any) -> MergeConfig:
         targets = tuple(target for target in targets if target.ref != base)
     if not method.least_targets <= len(targets) <= method.most_targets:
         raise ConfigError(f"{name} takes {_count(method)} besides the base, found {len(targets)}")
-    shared = dict(raw.get("parameters") or {})
-    if "granularity" in raw:
-        shared.setdefault("granularity", raw["granularity"])
+    shared = raw.get("parameters")
+    if "granularity" in raw and (shared is None or isinstance(shared, Mapping)):
+        shared = {"granularity": raw["granularity"]} | dict(shared or {})
     parameters = _settings(shared, method, "parameters", per_model_only=False)
     if name == "linear" and raw.get("base_model") and base not in [t.ref for t in targets] and "weight" in parameters:
         raise ConfigError("a weight for all with a base_model outside `models` is ambiguous: list the base, or not")
@@ -180,7 +180,7 @@ def _targets(raw: Any, method: Method) -> tuple[TargetConfig, ...]:
             raise ConfigError(f"{where} must have a `model`, found {entry!r}")
         _refuse_unknown(entry, ("model", "adapter", "parameters"), f"key in {where}")
         ref = _ref(entry.get("model"), where, entry.get("adapter"))
-        parameters = _settings(entry.get("parameters") or {}, method, f"{where}.parameters", per_model_only=True)
+        parameters = _settings(entry.get("parameters"), method, f"{where}.parameters", per_model_only=True)
         targets.append(TargetConfig(ref=ref, parameters=parameters))
     refs = [target.ref for target in targets]
     for ref in refs:
@@ -212,6 +212,8 @@ def _ref(raw: Any, where: str, adapter: Any) -> ModelRef:
 
 
 def _settings(raw: Any, method: Method, where: str, *, per_model_only: bool) -> dict[str, Setting]:
+    if raw is None:
+        return {}
     if not isinstance(raw, Mapping):
         raise ConfigError(f"`{where}` must be a mapping, found {raw!r}")
     _refuse_unknown(raw, method.parameters, f"parameter in {where}")

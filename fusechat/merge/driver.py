@@ -192,9 +192,11 @@ def summarise(config: MergeConfig, statistics: Mapping[str, Json], plans: Sequen
         if "surviving_share" not in stats:
             continue
         n_weighted += plan.n
-        for j, (share, norm, weight) in enumerate(zip(stats["surviving_share"], stats["delta_norm"], stats["weights"])):
-            kept[j] += share * norm**2
-            total[j] += norm**2
+        for j, (share, energy, weight) in enumerate(
+            zip(stats["surviving_share"], stats["measured_energy"], stats["weights"])
+        ):
+            kept[j] += share * energy
+            total[j] += energy
             weights[j] += weight * plan.n
     if not n_weighted:
         return {"warnings": []}

@@ -44,5 +44,5 @@ def _cell(value: object, form: str) -> str:
     if value is None:
         return "-"
     if isinstance(value, list):
-        return " ".join(format(item, form) for item in value)
+        return " ".join("-" if item is None else format(item, form) for item in value)
     return format(value, form)

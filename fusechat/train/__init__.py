@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fusechat.artifact import PARTIAL_SUFFIX, Json, differences, read_json, sha256_file, write_json
+from fusechat.artifact import PARTIAL_SUFFIX, Json, differences, full_disk_is_named, read_json, sha256_file, write_json
 from fusechat.callable_module import make_callable
 from fusechat.checkpoint import checkpoint_sha256, resolve_model
 from fusechat.config import TrainConfig
@@ -21,7 +21,7 @@ from fusechat.errors import DataError, MismatchError
 from fusechat.model import load_model
 from fusechat.store import open_aligned, open_topk
 from fusechat.tokenizer import load_tokenizer
-from fusechat.train.dataset import FusionDataset, collate
+from fusechat.train.dataset import FusionDataset
 
 __all__ = ["train"]
 make_callable(__name__)
@@ -74,7 +74,8 @@ def train(
         select=config.select,
         ce_unit=config.ce_unit,
     )
-    losses = _fit(directory, dataset, work, config, seed, progress)
+    with full_disk_is_named(work):
+        losses = _fit(directory, dataset, work, config, seed, progress)
     provenance: Json = {
         "format": "fusechat.target",
         "version": 1,
@@ -114,6 +115,7 @@ def _fit(
     import torch
     from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
+    from fusechat.train.collate import collate
     from fusechat.train.trainer import FusionTrainer, MarkComplete, last_whole_checkpoint
 
     class Report(TrainerCallback):  # type: ignore[misc]
@@ -169,6 +171,7 @@ def _fit(
         data_collator=partial(collate, pad_token_id=pad),
         callbacks=[Report(), MarkComplete()],
         missing=config.missing,
+        byte_order=None if dataset.byte_order is None else torch.from_numpy(dataset.byte_order),
         loss_budget_bytes=config.loss_budget_bytes,
     )
     trainer.remove_callback(PrinterCallback)

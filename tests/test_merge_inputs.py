@@ -1,0 +1,243 @@
+"""What a merge reads: LoRA adapters, tied heads, vocabularies that differ."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from merge_family import expect, make_family, random_tensors, read_all, recipe, write_model
+from safetensors.numpy import save_file
+
+from fusechat.errors import DataError, FormatError
+from fusechat.merge import merge, reference
+
+F32 = npt.NDArray[np.float32]
+Q = "model.layers.0.self_attn.q_proj"
+UP = "model.layers.1.mlp.up_proj"
+EMBED = "model.embed_tokens"
+
+
+@pytest.fixture
+def family(tmp_path: Path) -> dict[str, Path]:
+    """A base and three targets in different dtypes and shardings."""
+    return make_family(tmp_path)
+
+
+def write_adapter(directory: Path, *, config: dict[str, Any] | None = None, drop: str = "", **modules: Any) -> Path:
+    """Write a PEFT LoRA adapter; modules: name with dots as __ → (A, B)."""
+    directory.mkdir(exist_ok=True)
+    facts = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", "target_modules": ["q_proj"]}
+    (directory / "adapter_config.json").write_text(json.dumps(facts | (config or {})))
+    tensors = {}
+    for module, (a, b) in modules.items():
+        name = "base_model.model." + module.replace("__", ".")
+        kind = "lora_embedding_" if "embed" in module else "lora_"
+        suffix = "" if "embed" in module else ".weight"
+        tensors[f"{name}.{kind}A{suffix}"] = a
+        tensors[f"{name}.{kind}B{suffix}"] = b
+    tensors.pop(drop, None)
+    save_file(tensors, directory / "adapter_model.safetensors")
+    return directory
+
+
+def factors(seed: int, rows: int, columns: int, rank: int = 4) -> tuple[F32, F32]:
+    """Random A [rank, columns] and B [rows, rank]."""
+    rng = np.random.default_rng(seed)
+    return rng.normal(0, 0.1, (rank, columns)).astype(np.float32), rng.normal(0, 0.1, (rows, rank)).astype(np.float32)
+
+
+@pytest.mark.parametrize("written_as", ["plus", "key"])
+@pytest.mark.parametrize("scaling", ["alpha", "rslora", "pattern"])
+def test_adapters_are_targets(family: dict[str, Path], tmp_path: Path, written_as: str, scaling: str) -> None:
+    """Catches a wrong scale, a transposed factor, an update of the wrong tensor, rows cut at a block's edge."""
+    a_q, b_q = factors(1, 16, 16)
+    a_up, b_up = factors(2, 33, 16)
+    a_e, b_e = factors(3, 40, 16)
+    config: dict[str, Any] = {"rslora": {"use_rslora": True}, "pattern": {"alpha_pattern": {"q_proj": 2}}}.get(
+        scaling, {}
+    )
+    adapter = write_adapter(
+        tmp_path / "adapter",
+        config=config,
+        **{
+            Q.replace(".", "__"): (a_q, b_q),
+            UP.replace(".", "__"): (a_up, b_up),
+            # an embedding keeps its factors the other way around
+            EMBED.replace(".", "__"): (np.ascontiguousarray(b_e.T), np.ascontiguousarray(a_e.T)),
+        },
+    )
+    scale = {"alpha": 2.0, "rslora": 4.0, "pattern": 2.0}[scaling]
+    update = {
+        f"{Q}.weight": (0.5 if scaling == "pattern" else scale) * b_q.astype(np.float64) @ a_q,
+        f"{UP}.weight": scale * b_up.astype(np.float64) @ a_up,
+        f"{EMBED}.weight": scale * b_e.astype(np.float64) @ a_e,
+    }
+    by_adapter = f"{family['base']}+{adapter}"
+    models: list[Any] = [{"model": str(family["a"])}, {"model": by_adapter}]
+    if written_as == "key":
+        models[1] = {"model": str(family["base"]), "adapter": str(adapter)}
+    merge(recipe(family, models=models), tmp_path / "out")
+
+    def formula(name: str, base: F32, targets: F32) -> npt.NDArray[np.float64]:
+        moved = (base + update[name].ravel()).astype(np.float32) if name in update else base
+        return reference.sce(base, np.stack([targets[0], moved]), select_topk=0.3, variant="paper")
+
+    expect(family, tmp_path / "out", formula)
+
+
+def test_adapter_on_a_tensor_of_many_blocks(tmp_path: Path) -> None:
+    """Catches rows that start in one tile and end in another."""
+    rng = np.random.default_rng(0)
+    base = {"w.weight": rng.normal(0, 1, (501, 333)).astype(np.float32)}
+    paths = {"base": write_model(tmp_path / "base", base, dtype="F32")}
+    a, b = factors(1, 501, 333)
+    adapter = write_adapter(tmp_path / "adapter", w=(a, b))
+    config = recipe(paths, "linear", models=[{"model": f"{paths['base']}+{adapter}", "parameters": {"weight": 1}}])
+    merge(config, tmp_path / "out", threads=2)
+    merged = read_all(tmp_path / "out")["w.weight"]
+    np.testing.assert_allclose(merged, base["w.weight"] + 2.0 * b.astype(np.float64) @ a, rtol=1e-6, atol=1e-6)
+
+
+def test_adapters_that_are_not_plain_lora_or_do_not_fit_are_refused(family: dict[str, Path], tmp_path: Path) -> None:
+    """Catches an adapter that is applied in part."""
+    good = {Q.replace(".", "__"): factors(1, 16, 16)}
+    a_name = f"base_model.model.{Q}.lora_A.weight"
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"config": {"use_dora": True}, **good}, "use_dora"),
+        ({"config": {"modules_to_save": ["lm_head"]}, **good}, "modules_to_save"),
+        ({"config": {"bias": "all"}, **good}, "biases"),
+        ({"config": {"peft_type": "IA3"}, **good}, "no LoRA adapter"),
+        ({"config": {"r": 5}, **good}, "rank and alpha"),
+        ({"drop": a_name, **good}, "one half"),
+        ({Q.replace(".", "__"): factors(1, 15, 16)}, "do not give its shape"),
+        ({"model__layers__7__x": factors(1, 16, 16)}, "does not have"),
+    ]
+    for i, (options, message) in enumerate(cases):
+        adapter = write_adapter(tmp_path / f"adapter{i}", **options)
+        with pytest.raises((DataError, FormatError), match=message):
+            merge(recipe(family, "varm", models=[{"model": f"{family['a']}+{adapter}"}]), tmp_path / "out")
+    with pytest.raises(DataError, match="does not exist"):
+        merge(recipe(family, "varm", models=[{"model": f"{family['a']}+{tmp_path / 'nowhere'}"}]), tmp_path / "out")
+
+
+def test_tied_models_stay_tied(family: dict[str, Path], tmp_path: Path) -> None:
+    """Catches a head that appears in, or goes missing from, a model whose head is its embedding."""
+    tied = {"tie_word_embeddings": True}
+    tensors = {
+        name: {k: v for k, v in read_all(path).items() if k != "lm_head.weight"} for name, path in family.items()
+    }
+    paths = {name: write_model(tmp_path / f"t{name}", tensors[name], config=tied, dtype="F32") for name in family}
+    # One target stores its head a second time.
+    with_head = tensors["a"] | {"lm_head.weight": tensors["a"]["model.embed_tokens.weight"]}
+    write_model(paths["a"], with_head, config=tied, dtype="F32")
+    merge(recipe(paths), tmp_path / "out")
+    assert "lm_head.weight" not in read_all(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is True
+    # The base stores it a second time, a target does not: both copies merge alike.
+    head = {"lm_head.weight": tensors["base"]["model.embed_tokens.weight"]}
+    write_model(paths["base"], tensors["base"] | head, config=tied, dtype="F32")
+    merge(recipe(paths), tmp_path / "both")
+    both = read_all(tmp_path / "both")
+    np.testing.assert_array_equal(both["lm_head.weight"], both["model.embed_tokens.weight"])
+    # An untied target has a head of its own, which a tied base cannot hold.
+    write_model(paths["base"], tensors["base"], config=tied, dtype="F32")
+    write_model(paths["b"], read_all(family["b"]), dtype="F32")
+    with pytest.raises(DataError, match=r"lm_head\.weight.*its head is its own"):
+        merge(recipe(paths), tmp_path / "bad")
+
+
+def resized(tmp_path: Path, path: Path, rows: int) -> Path:
+    """A copy of a model with another number of vocabulary rows; further rows hold 9."""
+    tensors = {name: values.astype(np.float32) for name, values in read_all(path).items()}
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        grown = np.full((rows, 16), 9.0, np.float32)
+        grown[: min(rows, 40)] = tensors[name][:rows]
+        tensors[name] = grown
+    return write_model(tmp_path / f"{path.name}{rows}", tensors, config={"vocab_size": rows})
+
+
+def test_vocab_base_keeps_the_bases_rows(family: dict[str, Path], tmp_path: Path) -> None:
+    """Catches rows that slip, missing rows that pull towards zero, rows that are cut without being asked for."""
+    paths = family | {"a": resized(tmp_path, family["a"], 48), "b": resized(tmp_path, family["b"], 37)}
+    merge(recipe(paths, "task_arithmetic", vocab="base"), tmp_path / "out")
+    merged = read_all(tmp_path / "out")["model.embed_tokens.weight"]
+    base, *moved = (read_all(paths[n])["model.embed_tokens.weight"].astype(np.float64) for n in ("base", "a", "b", "c"))
+    assert merged.shape == (40, 16)
+    b = np.vstack([moved[1], base[37:]])
+    expected = base + 0.2 * (moved[0][:40] - base) + 0.5 * (b - base) + 0.4 * (moved[2] - base)
+    np.testing.assert_allclose(merged, expected, rtol=1e-2, atol=1e-3)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 40
+
+
+def test_vocab_pad_keeps_the_longest(family: dict[str, Path], tmp_path: Path) -> None:
+    """Catches further rows that are lost, or averaged with models that do not have them."""
+    paths = family | {"a": resized(tmp_path, family["a"], 48), "b": resized(tmp_path, family["b"], 44)}
+    write_model(paths["b"], {k: (v * 3 if v.shape[:1] == (44,) else v) for k, v in read_all(paths["b"]).items()},
+                config={"vocab_size": 44})  # fmt: skip
+    merge(recipe(paths, vocab="pad"), tmp_path / "out")
+    merged = read_all(tmp_path / "out")["model.embed_tokens.weight"]
+    assert merged.shape == (48, 16)
+    assert (merged[40:44] == 18).all()
+    assert (merged[44:] == 9).all()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 48
+    same = {name: resized(tmp_path, path, 40) for name, path in family.items()}
+    write_model(same["b"], {k: (v * 3 if v.shape[:1] == (40,) else v) for k, v in read_all(same["b"]).items()})
+    merge(recipe(same), tmp_path / "plain")
+    np.testing.assert_array_equal(merged[:40], read_all(tmp_path / "plain")["model.embed_tokens.weight"])
+
+
+def test_merged_model_loads_in_transformers(tmp_path: Path) -> None:
+    """Catches names, dtypes, ties or shards that transformers cannot read; untied and tied, one file and many."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    for tied in (True, False):
+        folder = tmp_path / str(tied)
+        paths = {}
+        for i, name in enumerate(("base", "a", "b")):
+            torch.manual_seed(i)
+            config = LlamaConfig(
+                vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+                tie_word_embeddings=tied,
+            )  # fmt: skip
+            LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / name)
+            paths[name] = folder / name
+        merge(recipe(paths, "linear"), folder / "out", max_shard_bytes=20_000)
+        loaded, info = AutoModelForCausalLM.from_pretrained(folder / "out", output_loading_info=True, dtype="auto")
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+        assert loaded.dtype == torch.bfloat16
+        assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+        a, b = (AutoModelForCausalLM.from_pretrained(paths[n]).state_dict() for n in ("a", "b"))
+        for name, tensor in loaded.state_dict().items():
+            expected = (a[name].double() * 0.2 + b[name].double() * 0.5) / 0.7
+            torch.testing.assert_close(tensor.double(), expected, rtol=1e-2, atol=1e-4)
+
+
+def test_real_models_merge(shared_data: Path, tmp_path: Path) -> None:
+    """Catches what made-up models do not show: a real tied checkpoint, moved twice, merges and loads."""
+    base = shared_data / "models" / "stories260K"
+    tensors = read_all(base)
+    rng = np.random.default_rng(0)
+    facts = json.loads((base / "config.json").read_text())
+    paths = {"base": base}
+    for name in ("a", "b"):
+        moved = {k: (v + rng.normal(0, 1e-3, v.shape)).astype(np.float32) for k, v in tensors.items()}
+        paths[name] = write_model(tmp_path / name, moved, dtype="F32", config=facts)
+    provenance = merge(recipe(paths), tmp_path / "out")
+    assert provenance["n_tensors"] == len(tensors)
+    merged = read_all(tmp_path / "out")
+    for name, values in tensors.items():
+        a, b = (read_all(paths[n])[name].ravel() for n in ("a", "b"))
+        expected = reference.sce(values.ravel(), np.stack([a, b]), select_topk=0.3, variant="paper")
+        np.testing.assert_allclose(merged[name].ravel(), expected, rtol=1e-6, atol=1e-8)
+
+
+def test_random_tensors_move_around_their_base() -> None:
+    """The family's targets differ from the base, else every test here would pass on a copy."""
+    base = random_tensors(0)
+    assert all((random_tensors(1, base)[name] != base[name]).any() for name in base if base[name].size)
