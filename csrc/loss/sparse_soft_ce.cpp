@@ -13,7 +13,7 @@ namespace fusechat::loss {
 namespace {
 
 // Below this sum the tail lies so far under the row's maximum that its exponents are taken again from its own maximum.
-constexpr double kSmallTail = 1e-26;
+constexpr double kSmallTail = 1e-12;
 
 ScanOptions scan_options(const Options &options) {
     return {
