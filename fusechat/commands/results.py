@@ -9,34 +9,38 @@ from rich.table import Table
 
 
 def print_results(results: dict[str, Any]) -> None:
-    """Print bits per byte by group and model with their intervals, then the paired differences to the control."""
+    """Print bits per byte by group and model, then the paired differences to the control."""
     console = Console()
     groups = results["groups"]
     models = groups["overall"]["models"]
     difference = next(key for key in next(iter(models.values())) if key.startswith("difference_to_"))
     against = difference.removeprefix("difference_to_")
     console.print(_table("held-out bits per byte, lower is better", groups, list(models), "bits_per_byte"))
-    others = [name for name in models if name != against]
     console.print()
-    console.print(_table(f"difference to {against}, paired", groups, others, difference, sign="+"))
+    others = [name for name in models if name != against and not name.startswith("source ")]
+    console.print(_table(f"difference to {against}, paired", groups, others, difference))
     overall = groups["overall"]
     console.print(
-        f"{overall['n_dialogues']} dialogues, {overall['content_bytes']:,} bytes; "
-        "±: half a bootstrap interval over dialogues",
+        f"{overall['n_dialogues']} dialogues, {overall['content_bytes']:,} bytes. "
+        "±: half the bootstrap interval over dialogues;\n*: it excludes 0. results.json has the interval of every cell.",
         highlight=False,
         style="dim",
     )
 
 
-def _table(title: str, groups: dict[str, Any], models: list[str], key: str, sign: str = "") -> Table:
+def _table(title: str, groups: dict[str, Any], models: list[str], key: str) -> Table:
+    paired = key.startswith("difference_to_")
     table = Table(title=title, title_justify="left", pad_edge=False, box=None, padding=(0, 0, 0, 1))
     table.add_column("", no_wrap=True)
     for group in groups:
         table.add_column(group, justify="right", no_wrap=True)
     for name in models:
         cells = []
-        for group in groups.values():
-            value, low, high = group["models"][name][key]
-            cells.append(f"{value:{sign}.3f}" + f"±{(high - low) / 2:.3f}".replace("±0.", "±."))
+        for group, content in groups.items():
+            value, low, high = content["models"][name][key]
+            cell = f"{value:+.3f}" if paired else f"{value:.3f}"
+            if group == "overall":
+                cell += f"±{(high - low) / 2:.3f}".replace("±0.", "±.")
+            cells.append(cell + ("*" if paired and (low > 0 or high < 0) else " " * paired))
         table.add_row(name, *cells)
     return table
