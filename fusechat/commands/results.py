@@ -22,7 +22,7 @@ def print_results(results: dict[str, Any]) -> None:
     overall = groups["overall"]
     console.print(
         f"{overall['n_dialogues']} dialogues, {overall['content_bytes']:,} bytes. "
-        "±: half the bootstrap interval over dialogues;\n*: it excludes 0. results.json has the interval of every cell.",
+        "±: half the bootstrap interval over dialogues;\n*: it excludes 0. The JSON has the interval of every cell.",
         highlight=False,
         style="dim",
     )
