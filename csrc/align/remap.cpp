@@ -120,6 +120,7 @@ class Remapper {
         const std::uint16_t *logprobs = source_.logprobs + s * source_.k;
         const std::int32_t source_gold = source_.gold[s];
         double on_gold = std::exp(static_cast<double>(source_.gold_logprob[s]));
+        std::uint64_t lost = 0, exact = 0, approximate = 0;
         used_ = 0;
         sorted_ = true;
         slots_.begin_row(pivot_tokens_.offsets.size() - 1);
@@ -133,18 +134,21 @@ class Remapper {
             // A finer row taken as it stands says nothing of the pivot's gold token as a whole.
             const bool is_gold = kind != FINER && id == source_gold;
             if (is_gold || (matched_.ends_turn[r] && source_.ends_turn[id])) {
-                mass_[kind * 3 + EXACT] += units;
+                exact += units;
                 if (!is_gold) on_gold += probability;
                 put(gold, size, probability);
                 continue;
             }
             const std::int32_t *target = maps_.target + (map_begin + id) * width;
             if (target[0] < 0) {
-                mass_[kind * 3 + LOST] += units;
+                lost += units;
                 std::atomic_ref(out_.lost[id]).fetch_add(units, std::memory_order_relaxed);
                 continue;
             }
-            mass_[kind * 3 + maps_.quality[map_begin + id]] += units;
+            const std::uint8_t how = maps_.quality[map_begin + id];
+            exact += how == EXACT ? units : 0;
+            approximate += how == APPROXIMATE ? units : 0;
+            lost += how == LOST ? units : 0;
             if (width == 1) {
                 if (target[0] == gold) on_gold += probability;
                 put(target[0], size, probability);
@@ -158,6 +162,9 @@ class Remapper {
                 sorted_ = false;
             }
         }
+        mass_[kind * 3 + LOST] += lost;
+        mass_[kind * 3 + EXACT] += exact;
+        mass_[kind * 3 + APPROXIMATE] += approximate;
         if (!sorted_) sort_row();
         const std::int64_t kept = std::min<std::int64_t>(used_, source_.k);
         for (std::int64_t i = 0; i < kept; ++i) {
