@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,7 @@ def merge(
     allow_nonfinite: Annotated[bool, typer.Option(help="keep the base's value where an input is NaN")] = False,
     shard_size: Annotated[str, typer.Option(help="largest size of one output file")] = "5GB",
     report: Annotated[bool, typer.Option(help="print the numbers of every tensor")] = False,
+    ray: Annotated[str | None, typer.Option(help="address of a Ray cluster, or local: shards as tasks")] = None,
     verify: Annotated[Path | None, typer.Option(help="check a merged model against its checksums")] = None,
 ) -> None:
     """Merge models into one, tensor by tensor, in constant memory."""
@@ -45,17 +47,22 @@ def merge(
             resume=resume,
             allow_nonfinite=allow_nonfinite,
             max_shard_bytes=parse_size(shard_size),
+            ray=ray,
             progress=progress,  # type: ignore[arg-type]
         )
 
     if dry_run:
         typer.echo(needs(run(None), out))
         return
-    from fusechat.commands.progress import terminal_reporter
+    if sys.stderr.isatty():
+        from fusechat.commands.progress import terminal_reporter
 
-    with terminal_reporter() as reporter:
-        provenance = run(reporter.stage("merge", "bytes"))
-        reporter.done("merge", f"{provenance['n_tensors']} tensors in {out}")
+        with terminal_reporter() as reporter:
+            provenance = run(reporter.stage("merge", "bytes"))
+            reporter.done("merge", f"{provenance['n_tensors']} tensors in {out}")
+    else:  # without a bar to draw, a small merge need not pay for the library that draws it
+        provenance = run(None)
+        typer.echo(f"{provenance['n_tensors']} tensors in {out}", err=True)
     for warning in provenance["warnings"]:  # type: ignore[attr-defined]
         typer.echo(f"warning: {warning}", err=True)
     if report:

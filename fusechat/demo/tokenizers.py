@@ -41,9 +41,7 @@ def sentencepiece_bpe(texts: Sequence[str], vocab_size: int) -> Any:
     # The words are cut here for training only: a ▁ in front of every word, as SentencePiece does.
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"▁?[^▁\n.,:?!]+|▁?[.,:?!]|▁|\n"), "isolated")
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    tokenizer.decoder = _spaces_and_bytes()
     specials = ["<unk>", "<s>", "</s>"]
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=specials + byte_tokens, show_progress=False)
@@ -105,9 +103,7 @@ def unigram(texts: Sequence[str], vocab_size: int) -> Any:
                 counts[piece] += count
     tokenizer = Tokenizer(_unigram_model(specials, characters + longer[:room], counts))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.ByteFallback(), decoders.Fuse(), decoders.Metaspace(prepend_scheme="first")]
-    )
+    tokenizer.decoder = _spaces_and_bytes()
     tokenizer.add_special_tokens([AddedToken(special, special=True, normalized=False) for special in specials])
     return _finish(tokenizer, ZEPHYR_TEMPLATE, bos="<s>", eos="</s>", pad="</s>", unk="<unk>")
 
@@ -126,6 +122,12 @@ KINDS: dict[str, Callable[[Sequence[str], int], Any]] = {
     "byte_level_with_headers": byte_level_with_headers,
     "unigram": unigram,
 }
+
+
+def _spaces_and_bytes() -> decoders.Decoder:
+    return decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
 
 
 def _byte_level(texts: Sequence[str], vocab_size: int, specials: list[str]) -> Tokenizer:

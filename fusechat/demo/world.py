@@ -123,10 +123,13 @@ def build_world(out: Path, *, seed: int, progress: Progress | None = None) -> Wo
     out.mkdir(parents=True, exist_ok=True)
     facts = Facts(seed)
     even = dict.fromkeys(TOPICS, 1.0)
-    data = {"train": TRAIN_DIALOGUES, "held_out": HELD_OUT_DIALOGUES}
-    paths = {name: out / f"{name}.jsonl" for name in data}
-    for name, count in data.items():
-        _write_dialogues(paths[name], dialogues(facts, even, count, name))
+    train = dialogues(facts, even, TRAIN_DIALOGUES, "train")
+    seen = set(train)
+    # Short dialogues come up twice: none that is trained on is held out.
+    fresh = [d for d in dialogues(facts, even, 2 * HELD_OUT_DIALOGUES, "held_out") if d not in seen]
+    paths = {"train": out / "train.jsonl", "held_out": out / "held_out.jsonl"}
+    _write_dialogues(paths["train"], train)
+    _write_dialogues(paths["held_out"], fresh[:HELD_OUT_DIALOGUES])
     texts = [m.content for d in dialogues(facts, even, TOKENIZER_DIALOGUES, "tokenizers") for m in d.messages]
     # The largest first, so that no process is left alone with one at the end.
     _make_all(out, (*SOURCES, PIVOT), seed, texts, progress or (lambda done, total: None))
