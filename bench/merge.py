@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 import yaml
-from baselines import Cost, fusechat_merge, io_floor, mergekit, mergekit_command
 from merge_models import llama_config, llama_shapes, write_family
+from merge_peers import Cost, fusechat_merge, io_floor, mergekit, mergekit_command
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from fusechat.checkpoint import open_checkpoint, read_tensor

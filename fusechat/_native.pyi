@@ -23,6 +23,7 @@ def remap_rows(
     source_ends_turn: npt.NDArray[np.uint8],
     pivot_bytes: tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]],
     map_target: npt.NDArray[np.int32],
+    map_weight: npt.NDArray[np.float32],
     map_quality: npt.NDArray[np.uint8],
     probability: npt.NDArray[np.float32],
     choices: tuple[int, int, int],

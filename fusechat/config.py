@@ -55,11 +55,12 @@ class ExtractConfig(_Section):
 class AlignConfig(_Section):
     """Source rows to the pivot's positions and vocabulary."""
 
-    tokens: Literal["bytes"] = "bytes"
-    vocab: Literal["exact", "prefix"] = Field(
+    preset: Literal["paper"] | None = Field(None, description="all of it as the research code's default mode has it")
+    tokens: Literal["bytes", "dtw"] = Field("bytes", description="equal byte ends; dtw warps, for parity")
+    vocab: Literal["exact", "prefix", "mined", "ms", "ms-soft", "ms-upstream"] = Field(
         "prefix", description="source ids without a byte twin: dropped, or first piece"
     )
-    granularity: Literal["chain", "first", "gold"] = Field("chain", description="what a finer row may teach")
+    granularity: Literal["cells", "chain", "first", "gold"] = Field("cells", description="what a finer row may teach")
     unaligned: Literal["gold", "pivot", "skip"] = Field("gold", description="rows without a common byte boundary")
     collisions: Literal["sum", "first"] = Field("sum", description="several source ids on one pivot id")
 

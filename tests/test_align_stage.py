@@ -13,7 +13,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 import fusechat
-from fusechat.align import RowKind, read_coverage
+from fusechat.align import RowKind, distribute, dtw, read_byte_order, read_coverage, vocab_map
+from fusechat.align.paper import branches
+from fusechat.align.statistics import PairCounts
+from fusechat.align.tokenizer import store_vocabulary
 from fusechat.artifact import MANIFEST, Json, ShardedWriter, sha256_file
 from fusechat.bytetable import ByteTable, token_byte_ends
 from fusechat.errors import ConfigError, FormatError, FusechatError, MismatchError
@@ -241,6 +244,124 @@ def test_coverage_adds_up(tmp_path: Path, stores: tuple[Path, Path]) -> None:
     assert softer["lost"] < report["mass"]["lost"]
 
 
+def test_cells_partition_what_the_source_says(tmp_path: Path, stores: tuple[Path, Path]) -> None:
+    """Catches cells of other rows, a gold token counted twice, mass that grows, and ranges of other prefixes."""
+    fusechat.align(stores[1], stores[0], tmp_path / "out", granularity="cells")
+    chain = fusechat.align(stores[1], stores[0], tmp_path / "chain", granularity="chain")
+    pivot, source, aligned = open_topk(stores[1]), open_topk(stores[0]), open_aligned(tmp_path / "out")
+    plain = open_aligned(tmp_path / "chain")
+    order = read_byte_order(tmp_path / "out")
+    sides = [store_vocabulary(store.directory, store.manifest).table for store in (source, pivot)]
+    seen = 0
+    for index in pivot:
+        got, p, s = aligned[index], pivot[index], source[index]
+        for key in ("row.ids", "row.logprobs", "row.kind"):
+            assert (got[key] == plain[index][key]).all()
+        finer = np.flatnonzero(got["row.kind"] == RowKind.FINER)
+        assert len(got["cell.ids"]) == len(finer)
+        for f, r in enumerate(finer.tolist()):
+            gold = int(p["token.input_ids"][r + 1])
+            mass = np.exp(got["cell.logprobs"][f].astype(float))
+            start = max(int(p["token.byte_end"][r]), 0)
+            row = int(np.flatnonzero(np.maximum(s["token.byte_end"][:-1], 0) == start)[-1])
+            piece = sides[0].token(int(s["token.input_ids"][row + 1]))
+            lead = b" " if sides[1].token(gold).startswith(b" ") and not piece.startswith(b" ") and start == 0 else b""
+            assert got["cell.ids"][f, 0] == gold
+            assert np.log(mass[0]) == pytest.approx(got["row.gold_logprob"][r], abs=2e-2)
+            assert mass.sum() <= 1.01
+            of_piece = [
+                k
+                for k in range(1, len(mass))
+                if got["cell.high"][f, k] > got["cell.low"][f, k]
+                and gold in order[got["cell.low"][f, k] : got["cell.high"][f, k]]
+                and all(
+                    sides[1].token(int(t)).startswith(lead + piece)
+                    for t in order[got["cell.low"][f, k] : got["cell.high"][f, k]]
+                )
+            ]
+            p_piece = float(np.exp(s["row.gold_logprob"][row]))
+            held = mass[0] + (mass[of_piece].max() if of_piece else 0)
+            assert held == pytest.approx(p_piece, abs=5e-3)
+            seen += 1
+    assert seen > 20
+    assert chain["coverage"] == aligned.manifest["coverage"]
+    with pytest.raises(FormatError, match="granularity: cells"):
+        read_byte_order(tmp_path / "chain")
+
+
+@pytest.mark.parametrize("vocab", ["mined", "ms", "ms-soft", "ms-upstream"])
+def test_every_map_runs_from_store_to_store(tmp_path: Path, stores: tuple[Path, Path], vocab: str) -> None:
+    """Catches a map that the stage cannot build, counts that depend on threads, and mass that grows."""
+    for workers in (1, 2):
+        fusechat.align(*stores, tmp_path / f"{workers}", vocab=vocab, workers=workers)
+    assert checksums(tmp_path / "1") == checksums(tmp_path / "2")
+    aligned = open_aligned(tmp_path / "1")
+    for index in aligned:
+        assert (np.exp(aligned[index]["row.logprobs"].astype(float)).sum(axis=1) <= 1.01).all()
+    exact = fusechat.align(*stores, tmp_path / "exact", vocab="exact")["coverage"]["mass"]
+    # The research code's map knows only pairs it has seen; these tokenizers have no unknown token to send the rest to.
+    assert (aligned.manifest["coverage"]["mass"]["lost"] < exact["lost"]) == (vocab != "ms-upstream")
+
+
+def test_the_papers_preset_is_dtw_and_its_branches(tmp_path: Path, stores: tuple[Path, Path]) -> None:
+    """Catches a stage that differs from dtw → counts → map → distribute done dialogue by dialogue."""
+    manifest = fusechat.align(*stores, tmp_path / "out", preset="paper")
+    assert {key: manifest[key] for key in ("tokens", "vocab", "collisions")} == {
+        "tokens": "dtw",
+        "vocab": "ms-upstream",
+        "collisions": "first",
+    }
+    pivot, source, aligned = open_topk(stores[0]), open_topk(stores[1]), open_aligned(tmp_path / "out")
+    sides = [store_vocabulary(store.directory, store.manifest) for store in (source, pivot)]
+    strings = [side.strings() for side in sides]
+    marks = {"source_mark": sides[0].mark, "pivot_mark": sides[1].mark}
+    assert list(marks.values()) == ["▁", "Ġ"]
+    tokens: dict[int, list[list[str]]] = {}
+    pairs = []
+    for index in pivot:
+        if index not in source:
+            continue
+        ids = [store[index]["token.input_ids"].tolist() for store in (source, pivot)]
+        tokens[index] = [[names[i] for i in side] for names, side in zip(strings, ids)]
+        for position, partners in enumerate(dtw(*tokens[index], **marks).pivot_to_source):
+            pairs += [(s, ids[1][position]) for s in {ids[0][j] for j in partners}]
+    counts = PairCounts.of(np.array([s for s, _ in pairs]), np.array([p for _, p in pairs]))
+    target = vocab_map(
+        sides[0].table,
+        sides[1].table,
+        "ms-upstream",
+        counts=counts,
+        source_spelling=sides[0].spelling(),
+        pivot_spelling=sides[1].spelling(),
+    ).target[:, 0]
+    taken = 0
+    for index in pivot:
+        got = aligned[index]
+        if index not in source:
+            assert np.isneginf(got["row.logprobs"]).all()
+            continue
+        s, p = source[index], pivot[index]
+        padded = [np.concatenate([s[key], s[key][-1:]]) for key in ("row.ids", "row.logprobs")]
+        want = distribute(
+            dtw(*tokens[index], **marks).pivot_to_source,
+            *tokens[index],
+            **marks,
+            target=target,
+            ids=padded[0],
+            logprobs=padded[1],
+            next_ids=np.append(p["token.input_ids"][1:], 0),
+        )
+        chosen = branches(dtw(*tokens[index], **marks).pivot_to_source, *tokens[index], **marks)[:-1]
+        served = chosen != len(s["token.input_ids"]) - 1  # the source's last token has no row
+        assert (got["row.ids"][served] == want.ids[:-1][served]).all()
+        assert (got["row.logprobs"][served] == want.logprobs[:-1][served]).all()
+        assert (
+            (got["row.kind"] == RowKind.SAME) == ((chosen >= 0) & served & ~np.isneginf(want.logprobs[:-1, 0]))
+        ).all()
+        taken += int((chosen >= 0).sum())
+    assert taken > 50
+
+
 @pytest.mark.parametrize("unaligned", ["gold", "pivot", "skip"])
 def test_unaligned_rows(tmp_path: Path, stores: tuple[Path, Path], unaligned: str) -> None:
     """Catches a one-hot row where the trainer was to decide."""
@@ -271,8 +392,12 @@ def test_stores_that_do_not_belong_together_are_refused(
 
 def test_choices_and_damage_are_named(tmp_path: Path, stores: tuple[Path, Path]) -> None:
     """Catches a misspelt choice, an unfinished store, and a truncated shard."""
-    with pytest.raises(ConfigError, match=r"align.vocab: 'fuzzy' is not one of exact, prefix"):
+    with pytest.raises(ConfigError, match=r"align.vocab: 'fuzzy' is not one of exact, "):
         fusechat.align(*stores, tmp_path / "out", vocab="fuzzy")
+    with pytest.raises(ConfigError, match="'cells' needs bytes"):
+        fusechat.align(*stores, tmp_path / "out", tokens="dtw")
+    with pytest.raises(ConfigError, match="'papre' is not one of paper"):
+        fusechat.align(*stores, tmp_path / "out", preset="papre")
     shard = stores[1] / "shard-00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-7])
     with pytest.raises(FormatError, match="the manifest says"):

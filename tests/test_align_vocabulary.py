@@ -28,10 +28,10 @@ def test_prefix_map_is_the_longest_pivot_token_the_bytes_begin_with(source: list
     exact, prefix = vocab_map(s, p, "exact"), vocab_map(s, p, "prefix")
     for i, token in enumerate(source):
         fitting = [q for q in pivot if token.startswith(q)]
-        assert (exact.target[i] >= 0) == (token in pivot)
-        assert (prefix.target[i] >= 0) == bool(fitting)
+        assert (exact.target[i, 0] >= 0) == (token in pivot)
+        assert (prefix.target[i, 0] >= 0) == bool(fitting)
         if fitting:
-            assert pivot[prefix.target[i]] == max(fitting, key=len)
+            assert pivot[prefix.target[i, 0]] == max(fitting, key=len)
             assert prefix.quality[i] == (Quality.EXACT if token in pivot else Quality.APPROXIMATE)
         else:
             assert prefix.quality[i] == Quality.LOST
@@ -48,7 +48,7 @@ def test_the_pivots_own_tokenization_decides() -> None:
 
     got = vocab_map(s, p, "prefix", pivot_encode=encode)
     assert asked == ["abc", "xyz"]
-    assert got.target.tolist() == [0, 2, 3]  # b"\xff" does not begin "xyz": the tokenizer normalised it away
+    assert got.target[:, 0].tolist() == [0, 2, 3]  # b"\xff" does not begin "xyz": the tokenizer normalised it away
 
 
 def test_roles_map_by_role_and_never_by_spelling() -> None:
@@ -62,25 +62,27 @@ def test_roles_map_by_role_and_never_by_spelling() -> None:
         [Role.BOS, Role.EOS, Role.TURN, Role.OTHER, Role.EOS, Role.TEXT],
     )
     got = vocab_map(source, pivot, "exact")
-    assert got.target.tolist() == [2, 2, 0, 3, -1, -1, -1]
+    assert got.target[:, 0].tolist() == [2, 2, 0, 3, -1, -1, -1]
     assert got.quality.tolist() == [1, 1, 1, 1, 0, 0, 0]
     without_turn = ByteTable.from_tokens([b"<eos>"], [Role.EOS])
-    assert vocab_map(source, without_turn, "exact").target.tolist()[:2] == [0, 0]
+    assert vocab_map(source, without_turn, "exact").target[:, 0].tolist()[:2] == [0, 0]
 
 
 def test_of_two_pivot_tokens_with_equal_bytes_the_tokenizers_own_wins() -> None:
     """Catches mass put on the byte token <0x41>, which the tokenizer never emits for an A."""
-    assert vocab_map(ByteTable.from_tokens([b"A"]), ByteTable.from_tokens([b"A", b"B", b"A"])).target.tolist() == [2]
+    assert vocab_map(ByteTable.from_tokens([b"A"]), ByteTable.from_tokens([b"A", b"B", b"A"])).target[
+        :, 0
+    ].tolist() == [2]
 
 
 def test_leads_move_the_space_that_a_turns_first_token_carries() -> None:
     """Catches 'Hello' mapped to 'Hello' where the pivot's first token of a message is ' Hello'."""
     bare, spaced = ByteTable.from_tokens([b"Hi", b"Ho"]), ByteTable.from_tokens([b"Hi", b" Hi", b" ", b"Ho"])
     got = vocab_map(bare, spaced, "prefix", pivot_lead=b" ")
-    assert got.target.tolist() == [1, 2]
+    assert got.target[:, 0].tolist() == [1, 2]
     assert got.quality.tolist() == [1, 2]
     back = vocab_map(spaced, bare, "exact", source_lead=b" ")
-    assert back.target.tolist() == [0, 0, -1, 1]
+    assert back.target[:, 0].tolist() == [0, 0, -1, 1]
 
 
 def test_unknown_method_is_refused() -> None:
@@ -125,5 +127,5 @@ def test_mistral_and_qwen_share_their_bytes(shared_data: Path) -> None:
         mistral.token(i) for i in np.flatnonzero(mistral.roles == Role.TEXT)
     }
     mapped = vocab_map(qwen, mistral, "exact")
-    assert (mapped.target[text] >= 0).sum() == len(shared)
+    assert (mapped.target[text, 0] >= 0).sum() == len(shared)
     assert len(shared) > 29_000

@@ -127,5 +127,5 @@ def test_the_backend_is_chosen_and_can_be_forced(monkeypatch):
     monkeypatch.setenv("FUSECHAT_LOSS", "torch")
     assert backend_for(torch.device("cpu")) == "torch"
     monkeypatch.setenv("FUSECHAT_LOSS", "numpy")
-    with pytest.raises(ValueError, match="use native or torch"):
+    with pytest.raises(ValueError, match="use native, triton or torch"):
         backend_for(torch.device("cpu"))

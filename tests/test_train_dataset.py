@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fusechat.align import RowKind
 
+from fusechat.align import RowKind
 from fusechat.artifact import ShardedWriter, sha256_file
 from fusechat.store import ALIGNED_FORMAT, TOPK_FORMAT, make_block, open_aligned, open_topk, write_block
-from fusechat.train.dataset import FusionDataset, collate
+from fusechat.train.collate import collate
+from fusechat.train.dataset import Example, FusionDataset
+from fusechat.train.targets import Targets
 
 K = 2
 INF = np.inf
@@ -62,6 +64,7 @@ def _aligned(folder: Path, pivot: Path, *, unaligned: str, source_nll: float = 1
         "format": ALIGNED_FORMAT,
         "version": 1,
         "unaligned": unaligned,
+        "granularity": "chain",
         "pivot_store_sha256": sha256_file(pivot / "manifest.json"),
     }
     writer = ShardedWriter(folder / f"aligned-{unaligned}", request)
@@ -80,15 +83,16 @@ def test_source_rows_are_taught_where_the_source_wins(tmp_path: Path) -> None:
     example = _dataset(tmp_path)[0]
     assert example.rows.tolist() == [1, 2, 3]
     assert example.labels.tolist() == [-100, -100, 2, 3, 4]
-    assert example.ids.tolist() == [[7, 8], [3, -1], [-1, -1]]
-    assert example.partition.tolist() == [False, True, False]
+    assert example.targets.ids.tolist() == [[7, 8], [3, 0], [0, 0]]
+    assert np.isneginf(example.targets.logprobs).tolist() == [[False, False], [False, True], [True, True]]
+    assert example.targets.partition.tolist() == [False, True, False]
     np.testing.assert_allclose(example.hard_weight, [0.9, 0.9, 1.0])
 
 
 def test_a_dialogue_the_source_lacks_is_taught_by_the_pivot(tmp_path: Path) -> None:
     dataset = _dataset(tmp_path, select="source")
     assert dataset.from_source == {0: True, 1: False}
-    assert dataset[1].ids.tolist() == [[1, 1]] * 3
+    assert dataset[1].targets.ids.tolist() == [[1, 1]] * 3
     assert dataset.source_share == 0.5
 
 
@@ -102,14 +106,14 @@ def test_min_ce_compares_per_byte_or_per_token_and_ties_go_to_the_pivot(tmp_path
 
 def test_unaligned_rows_can_take_the_pivots_own_distribution(tmp_path: Path) -> None:
     example = _dataset(tmp_path, "pivot")[0]
-    assert example.ids[2].tolist() == [0, 0]
-    np.testing.assert_allclose(np.exp(example.logprobs[2]), 0.25, rtol=1e-3)
+    assert example.targets.ids[2].tolist() == [0, 0]
+    np.testing.assert_allclose(np.exp(example.targets.logprobs[2]), 0.25, rtol=1e-3)
     np.testing.assert_allclose(example.hard_weight, 0.9)
 
 
 def test_the_control_is_taught_nothing_but_its_labels(tmp_path: Path) -> None:
     example = FusionDataset(open_topk(_pivot(tmp_path)), None, hard_weight=0.9)[0]
-    assert example.ids.shape == (3, 0)
+    assert example.targets.ids.shape == (3, 0)
     assert (example.hard_weight == 1).all()
 
 
@@ -125,18 +129,42 @@ def test_batches_are_padded_and_rows_point_at_the_right_positions(tmp_path: Path
 
 @pytest.mark.parametrize("lengths", [(3, 5), (5, 3, 4)])
 def test_padding_goes_to_the_right_and_is_masked(lengths: tuple[int, ...]) -> None:
-    from fusechat.train.dataset import Example
-
     examples = [
         Example(
-            input_ids=np.arange(n), labels=np.full(n, -100), rows=np.array([n - 2]),
-            ids=np.zeros((1, n), dtype=np.int64),
-            logprobs=np.zeros((1, n), dtype=np.float32), partition=np.zeros(1, dtype=bool), hard_weight=np.ones(1),
+            input_ids=np.arange(n),
+            labels=np.full(n, -100),
+            rows=np.array([n - 2]),
+            targets=Targets.by(np.zeros((1, n)), np.zeros((1, n))),
+            hard_weight=np.ones(1),
         )
         for n in lengths
-    ]  # fmt: skip
+    ]
     batch = collate(examples, pad_token_id=99)
     assert batch["attention_mask"].sum(dim=1).tolist() == list(lengths)
     assert (batch["input_ids"][batch["attention_mask"] == 0] == 99).all()
     assert batch["target_ids"].shape == (len(lengths), max(lengths))
     assert (batch["target_ids"] == 0).sum().item() == sum(lengths)
+
+
+def test_finer_rows_take_their_ranges_from_the_cell_axis() -> None:
+    """The n-th row of the cell axis belongs to the n-th finer row, whatever lies between them."""
+    finer = np.array([False, True, False, True])
+    row = Targets.by(np.arange(8).reshape(4, 2), np.full((4, 2), -1.0))
+    low, high = np.array([[0, 5, 0], [0, 1, 2]]), np.array([[0, 9, 0], [0, 4, 7]])
+    cells = Targets.by(np.array([[50, 51, 52], [60, 61, 62]]), np.full((2, 3), -2.0), low, high)
+    taught = row.replaced(finer, cells.spread(finer))
+    assert taught.ids.tolist() == [[0, 1, 0], [50, 51, 52], [4, 5, 0], [60, 61, 62]]
+    assert taught.high.tolist() == [[0, 0, 0], [0, 9, 0], [0, 0, 0], [0, 4, 7]]
+    assert np.isneginf(taught.logprobs).tolist() == [
+        [False, False, True],
+        [False] * 3,
+        [False, False, True],
+        [False] * 3,
+    ]
+
+
+def test_no_finer_row_at_all_changes_nothing() -> None:
+    row = Targets.by(np.arange(4).reshape(2, 2), np.zeros((2, 2)))
+    none = np.zeros(2, dtype=np.bool_)
+    taught = row.replaced(none, Targets.by(np.zeros((0, 3)), np.zeros((0, 3))).spread(none))
+    assert taught.ids[:, :2].tolist() == row.ids.tolist()

@@ -107,7 +107,7 @@ template <class S, class P>
 py::tuple remap(const MatchedArrays &matched_arrays, const Array<S> &ids, const UInt16 &logprobs,
                 const Float &gold_logprob, const Int32 &gold, const ByteArrays &source_bytes,
                 const UInt8 &source_ends_turn, const ByteArrays &pivot_bytes, const Int32 &map_target,
-                const UInt8 &map_quality, const Float &probability, std::tuple<int, int, int> choices,
+                const Float &map_weight, const UInt8 &map_quality, const Float &probability, std::tuple<int, int, int> choices,
                 const Array<P> & /* a value of the ids' dtype */, int threads) {
     const auto &[kind, source_row, chain, rest_bytes, pivot_gold, ends_turn, map_index] = matched_arrays;
     const std::int64_t rows = kind.size();
@@ -126,8 +126,12 @@ py::tuple remap(const MatchedArrays &matched_arrays, const Array<S> &ids, const 
     const Bytes source_tokens = bytes_of(source_bytes, "source bytes"), pivot_tokens = bytes_of(pivot_bytes, "pivot bytes");
     const auto source_vocab = static_cast<std::int64_t>(source_tokens.offsets.size()) - 1;
     want_length(source_ends_turn, source_vocab, "source ends_turn");
-    if (map_target.ndim() != 2) throw std::invalid_argument("map targets must have shape [M, Vs]");
-    want_shape(map_target, map_target.shape(0), source_vocab, "map targets");
+    if (map_target.ndim() != 3 || map_target.shape(1) != source_vocab || map_target.shape(2) < 1) {
+        throw std::invalid_argument("map targets must have shape [M, " + std::to_string(source_vocab) + ", m]");
+    }
+    if (map_weight.ndim() != 3 || !std::equal(map_target.shape(), map_target.shape() + 3, map_weight.shape())) {
+        throw std::invalid_argument("map weights must have the shape of the map targets");
+    }
     want_shape(map_quality, map_target.shape(0), source_vocab, "map qualities");
     want_length(probability, 32768, "probability");
     const auto [finer, unaligned, collisions] = choices;
@@ -138,7 +142,8 @@ py::tuple remap(const MatchedArrays &matched_arrays, const Array<S> &ids, const 
                           pivot_gold.data(), ends_turn.data(), map_index.data()};
     const SourceRows<S> source{n, k, ids.data(), logprobs.data(), gold_logprob.data(), gold.data(), source_tokens,
                                view(source_ends_turn)};
-    const Maps maps{map_target.shape(0), source_vocab, map_target.data(), map_quality.data()};
+    const Maps maps{map_target.shape(0), source_vocab, map_target.shape(2),
+                    map_target.data(), map_weight.data(), map_quality.data()};
     const Options options{static_cast<Finer>(finer), static_cast<Unaligned>(unaligned),
                           static_cast<Collisions>(collisions)};
     Array<P> out_ids({rows, k});
@@ -161,7 +166,8 @@ void bind_remap(py::module_ &m) {
     m.def("remap_rows", &remap<S, P>, py::arg("matched").noconvert(), py::arg("ids").noconvert(),
           py::arg("logprobs").noconvert(), py::arg("gold_logprob").noconvert(), py::arg("gold").noconvert(),
           py::arg("source_bytes").noconvert(), py::arg("source_ends_turn").noconvert(),
-          py::arg("pivot_bytes").noconvert(), py::arg("map_target").noconvert(), py::arg("map_quality").noconvert(),
+          py::arg("pivot_bytes").noconvert(), py::arg("map_target").noconvert(),
+          py::arg("map_weight").noconvert(), py::arg("map_quality").noconvert(),
           py::arg("probability").noconvert(), py::arg("choices"), py::arg("id_like").noconvert(), py::arg("threads"));
 }
 

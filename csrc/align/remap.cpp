@@ -71,7 +71,8 @@ class Remapper {
     Remapper(const Matched &matched, const SourceRows<SourceId> &source, const Bytes &pivot_tokens, const Maps &maps,
              const Options &options, std::span<const float> probability, const Remapped<PivotId> &out)
         : matched_(matched), source_(source), pivot_tokens_(pivot_tokens), maps_(maps), options_(options),
-          probability_(probability), out_(out), slot_probability_(source.k) {}
+          probability_(probability), out_(out), slot_id_(source.k * maps.width),
+          slot_logprob_(source.k * maps.width), slot_probability_(source.k * maps.width) {}
 
     void row(std::int64_t r) {
         const std::int32_t gold = matched_.gold[r];
@@ -112,67 +113,86 @@ class Remapper {
     }
 
     void candidates(std::int64_t r, std::int64_t s, std::int32_t gold, std::uint8_t kind) {
-        const std::int64_t map = matched_.map_index[r];
+        const std::int64_t map = matched_.map_index[r], width = maps_.width;
         if (map < 0 || map >= maps_.n_maps) fail("map", map, maps_.n_maps);
-        const std::int32_t *target = maps_.target + map * maps_.vocab_size;
-        const std::uint8_t *quality = maps_.quality + map * maps_.vocab_size;
+        const std::int64_t map_begin = map * maps_.vocab_size;
         const SourceId *ids = source_.ids + s * source_.k;
         const std::uint16_t *logprobs = source_.logprobs + s * source_.k;
-        PivotId *out_ids = out_.ids + r * source_.k;
-        std::uint16_t *out_logprobs = out_.logprobs + r * source_.k;
         const std::int32_t source_gold = source_.gold[s];
-        // A finer row taken as it stands says nothing of the pivot's gold token as a whole.
-        const bool gold_is_gold = kind != FINER;
         double on_gold = std::exp(static_cast<double>(source_.gold_logprob[s]));
-        int used = 0;
-        bool collided = false;
+        used_ = 0;
+        sorted_ = true;
         slots_.begin_row(pivot_tokens_.offsets.size() - 1);
         for (std::int64_t k = 0; k < source_.k; ++k) {
             const std::uint16_t size = magnitude(logprobs[k]);
             if (size == HALF_INFINITY) continue;
             const std::int64_t id = static_cast<std::int64_t>(ids[k]);
             if (id < 0 || id >= maps_.vocab_size) fail("source token", id, maps_.vocab_size);
-            std::int32_t to = target[id];
-            std::uint8_t how = quality[id];
-            const bool is_gold = gold_is_gold && id == source_gold;
-            if (is_gold || (matched_.ends_turn[r] && source_.ends_turn[id])) to = gold, how = EXACT;
             const float probability = probability_[size];
             const std::uint64_t units = static_cast<std::uint64_t>(probability * MASS_UNIT + 0.5);
-            if (to < 0) {
+            // A finer row taken as it stands says nothing of the pivot's gold token as a whole.
+            const bool is_gold = kind != FINER && id == source_gold;
+            if (is_gold || (matched_.ends_turn[r] && source_.ends_turn[id])) {
+                mass_[kind * 3 + EXACT] += units;
+                if (!is_gold) on_gold += probability;
+                put(gold, size, probability);
+                continue;
+            }
+            const std::int32_t *target = maps_.target + (map_begin + id) * width;
+            if (target[0] < 0) {
                 mass_[kind * 3 + LOST] += units;
                 std::atomic_ref(out_.lost[id]).fetch_add(units, std::memory_order_relaxed);
                 continue;
             }
-            mass_[kind * 3 + how] += units;
-            if (to == gold && !is_gold) on_gold += probability;
-            const int slot = slots_.find_or_add(to, used);
-            if (slot < 0) {
-                out_ids[used] = static_cast<PivotId>(to);
-                out_logprobs[used] = size | HALF_SIGN;
-                slot_probability_[used++] = probability;
-            } else if (options_.collisions == Collisions::SUM) {
-                collided = true;
-                slot_probability_[slot] += probability;
-                out_logprobs[slot] = log_half(slot_probability_[slot]);
+            mass_[kind * 3 + maps_.quality[map_begin + id]] += units;
+            if (width == 1) {
+                if (target[0] == gold) on_gold += probability;
+                put(target[0], size, probability);
+                continue;
+            }
+            const float *weight = maps_.weight + (map_begin + id) * width;
+            for (std::int64_t w = 0; w < width && target[w] >= 0; ++w) {
+                const double share = static_cast<double>(probability) * weight[w];
+                if (target[w] == gold) on_gold += share;
+                put(target[w], log_half(share) ^ HALF_SIGN, share);
+                sorted_ = false;
             }
         }
-        if (collided) sort_row(out_ids, out_logprobs, used);
+        if (!sorted_) sort_row();
+        const std::int64_t kept = std::min<std::int64_t>(used_, source_.k);
+        for (std::int64_t i = 0; i < kept; ++i) {
+            out_.ids[r * source_.k + i] = static_cast<PivotId>(slot_id_[i]);
+            out_.logprobs[r * source_.k + i] = slot_logprob_[i];
+        }
         if (kind == SAME) out_.gold_logprob[r] = source_.gold_logprob[s];
         if (kind == COARSER) out_.gold_logprob[r] = static_cast<float>(std::min(std::log(on_gold), 0.0));
     }
 
+    void put(std::int32_t to, std::uint16_t size, double probability) {
+        const int slot = slots_.find_or_add(to, used_);
+        if (slot < 0) {
+            slot_id_[used_] = to;
+            slot_logprob_[used_] = size | HALF_SIGN;
+            slot_probability_[used_++] = probability;
+        } else if (options_.collisions == Collisions::SUM) {
+            sorted_ = false;
+            slot_probability_[slot] += probability;
+            slot_logprob_[slot] = log_half(slot_probability_[slot]);
+        }
+    }
+
     // Most probable first. Rows are nearly in order: insertion is the fast sort here, and a stable one.
-    static void sort_row(PivotId *ids, std::uint16_t *logprobs, int n) {
-        for (int i = 1; i < n; ++i) {
-            const PivotId id = ids[i];
-            const std::uint16_t logprob = logprobs[i];
+    void sort_row() {
+        for (int i = 1; i < used_; ++i) {
+            const std::int32_t id = slot_id_[i];
+            const std::uint16_t logprob = slot_logprob_[i];
             int j = i;
-            for (; j > 0 && logprobs[j - 1] > logprob; --j) {
-                ids[j] = ids[j - 1];
-                logprobs[j] = logprobs[j - 1];
+            for (; j > 0 && slot_logprob_[j - 1] > logprob; --j) {
+                slot_id_[j] = slot_id_[j - 1];
+                slot_logprob_[j] = slot_logprob_[j - 1];
             }
-            ids[j] = id;
-            logprobs[j] = logprob;
+            slot_id_[j] = id;
+            slot_logprob_[j] = logprob;
         }
     }
 
@@ -212,7 +232,11 @@ class Remapper {
     const Options &options_;
     const std::span<const float> probability_;
     const Remapped<PivotId> &out_;
+    std::vector<std::int32_t> slot_id_;
+    std::vector<std::uint16_t> slot_logprob_;
     std::vector<double> slot_probability_;
+    int used_ = 0;
+    bool sorted_ = true;
     std::uint64_t mass_[12] = {};
     Slots slots_;
 };
@@ -224,8 +248,10 @@ void remap_rows(const Matched &matched, const SourceRows<SourceId> &source, cons
                 const Maps &maps, const Options &options, std::span<const float> probability,
                 const Remapped<PivotId> &out, int threads) {
     const std::int64_t pivot_vocab = static_cast<std::int64_t>(pivot_tokens.offsets.size()) - 1;
-    for (std::int64_t i = 0; i < maps.n_maps * maps.vocab_size; ++i) {
+    for (std::int64_t i = 0; i < maps.n_maps * maps.vocab_size * maps.width; ++i) {
         if (maps.target[i] >= pivot_vocab) fail("map entry", maps.target[i], pivot_vocab);
+    }
+    for (std::int64_t i = 0; i < maps.n_maps * maps.vocab_size; ++i) {
         if (maps.quality[i] > APPROXIMATE) fail("map quality", maps.quality[i], APPROXIMATE + 1);
     }
     const auto n = static_cast<std::int64_t>(matched.kind.size());

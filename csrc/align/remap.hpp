@@ -42,11 +42,14 @@ struct SourceRows {
     std::span<const std::uint8_t> ends_turn;  // [Vs], whether a token ends a turn
 };
 
-// Maps [M,Vs] from source id to pivot id (−1: none), and how good each entry is.
+// Maps [M,Vs,width] from source id to pivot ids (−1: none, and none after it) with the share of the mass each takes,
+// and how good each source id's entry is [M,Vs]. With width 1 all the mass goes to the one target.
 struct Maps {
     std::int64_t n_maps;
     std::int64_t vocab_size;
+    std::int64_t width;
     const std::int32_t *target;
+    const float *weight;
     const std::uint8_t *quality;
 };
 

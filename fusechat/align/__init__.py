@@ -22,15 +22,26 @@ Columns of an AlignedStore, beside its offsets:
     row.gold_logprob        float32  the source's log-probability of the pivot's gold token: exact on SAME rows, along
                                      the source's tokens on FINER rows, what was mapped to it on COARSER rows, NaN on
                                      NONE rows
+
+With `granularity: cells` a store holds more for its FINER rows (and the chain in `row.*` as ever), so that their
+whole row is taught: ranges of the vocabulary in the order of its bytes, kept once in byte_order.safetensors. The cell
+axis has one row for every FINER row, in their order; offset.cell int64[n+1] says which are a dialogue's
+(fusechat.align.cells):
+
+    cell.ids, cell.logprobs [F,K+2]  the pivot's next token first, then the source's candidates, masses that add up to
+                                     at most 1; the rest is all other tokens'
+    cell.low, cell.high     int32    high > low: the entry is byte_order[low:high] without the smaller ranges and the
+                                     single ids of its row; else it is the single id
 """
 
 from __future__ import annotations
 
+from fusechat.align.paper import distribute
 from fusechat.align.rows import RowKind
-from fusechat.align.stage import align, read_coverage
+from fusechat.align.stage import align, read_byte_order, read_coverage
 from fusechat.align.timewarp import dtw
 from fusechat.align.vocabulary import vocab_map
 from fusechat.callable_module import make_callable
 
-__all__ = ["RowKind", "align", "dtw", "read_coverage", "vocab_map"]
+__all__ = ["RowKind", "align", "distribute", "dtw", "read_byte_order", "read_coverage", "vocab_map"]
 make_callable(__name__)

@@ -9,11 +9,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from fusechat.align.cells import CELL_COLUMNS, CellMap, CellRows, byte_order, cell_map, cell_rows
 from fusechat.align.coverage import EXAMPLES_PER_SHARD, Tally, example
 from fusechat.align.rows import Choices, Matches, Remapped, RowKind, RowView, match_rows, remap_rows
+from fusechat.align.statistics import PairCounts, no_counts
 from fusechat.align.tokenizer import Vocabulary
-from fusechat.align.vocabulary import Encode, VocabMap, vocab_map
-from fusechat.store import Array, Block, Store
+from fusechat.align.vocabulary import Encode, VocabMap, stack_maps, vocab_map
+from fusechat.align.warper import Warper
+from fusechat.store import Array, Block, Store, map_block
 
 
 @dataclass(slots=True, kw_only=True)
@@ -22,53 +25,105 @@ class Aligner:
 
     pivot: Vocabulary
     source: Vocabulary
+    tokens: str
     vocab: str
     choices: Choices
     threads: int
+    counts: PairCounts | None = None
     _encode: Encode | None = None
     _index: dict[tuple[str, bytes, bytes], int] = field(default_factory=dict)
-    _target: npt.NDArray[np.int32] = field(init=False)
-    _quality: npt.NDArray[np.uint8] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._target = np.empty((0, len(self.source.table)), np.int32)
-        self._quality = np.empty((0, len(self.source.table)), np.uint8)
+    _maps: list[VocabMap] = field(default_factory=list)
+    _cells: dict[tuple[bytes, bytes], CellMap] = field(default_factory=dict)
+    _order: npt.NDArray[np.int32] | None = None
+    _stacked: VocabMap | None = None
+    _warper: Warper | None = None
 
     def map_index(self, method: str, source_lead: bytes, pivot_lead: bytes) -> int:
         """Return the number of a map, making it if it is new."""
         key = (method, source_lead, pivot_lead)
         if key not in self._index:
-            if self._encode is None:
+            if self._encode is None and method not in ("exact", "mined", "ms-upstream"):
                 self._encode = self.pivot.continuation_encoder()
+            upstream = method == "ms-upstream"
             made = vocab_map(
                 self.source.table,
                 self.pivot.table,
                 method,
+                counts=self.counts,
                 pivot_encode=self._encode,
+                source_spelling=self.source.spelling() if upstream else None,
+                pivot_spelling=self.pivot.spelling() if upstream else None,
                 source_lead=source_lead,
                 pivot_lead=pivot_lead,
+                threads=self.threads,
             )
-            self._index[key] = len(self._index)
-            self._target = np.concatenate([self._target, made.target[None]])
-            self._quality = np.concatenate([self._quality, made.quality[None]])
+            self._index[key] = len(self._maps)
+            self._maps.append(made)
+            self._stacked = None
         return self._index[key]
 
     @property
     def maps(self) -> VocabMap:
-        """All maps made so far, [M,Vs]."""
-        return VocabMap(target=self._target, quality=self._quality)
+        """All maps made so far, stacked."""
+        if self._stacked is None:
+            self._stacked = stack_maps(self._maps)
+        return self._stacked
 
-    def align(self, pivot: RowView, source: RowView, partner: npt.NDArray[np.int64]) -> tuple[Matches, Remapped]:
-        """Match and remap one block of rows."""
+    @property
+    def warper(self) -> Warper:
+        """What warps this pair of vocabularies."""
+        if self._warper is None:
+            self._warper = Warper.of(self.source, self.pivot)
+        return self._warper
+
+    @property
+    def byte_order(self) -> npt.NDArray[np.int32]:
+        """The pivot's ids in the order of their bytes (fusechat.align.cells)."""
+        if self._order is None:
+            self._order = byte_order(self.pivot.table)
+        return self._order
+
+    def cell_maps(self) -> list[CellMap]:
+        """Return the cell map of every map made so far, under its leads."""
+        for _, *leads in list(self._index):
+            key = (leads[0], leads[1])
+            if key not in self._cells:
+                target = self._maps[self.map_index("prefix", *key)].target[:, 0]
+                self._cells[key] = cell_map(
+                    self.source.table,
+                    self.pivot.table,
+                    self.byte_order,
+                    target,
+                    source_lead=key[0],
+                    pivot_lead=key[1],
+                )
+        return [self._cells[source_lead, pivot_lead] for _, source_lead, pivot_lead in self._index]
+
+    def count(self, pivot: RowView, source: RowView, partner: npt.NDArray[np.int64]) -> PairCounts:
+        """Count which tokens stand against each other: on a warping path, or behind the same bytes."""
+        if self.tokens == "dtw":
+            return self.warper.count(pivot, source, partner)
         matches = match_rows(pivot, source, partner, self.threads)
-        index = np.full(len(matches.kind), self.map_index(self.vocab, b"", b""), np.int16)
+        rows = np.flatnonzero((matches.source_row >= 0) & ~pivot.at_end)
+        return PairCounts.of(source.gold[matches.source_row[rows]].astype(np.int64), pivot.gold[rows].astype(np.int64))
+
+    def align(
+        self, pivot: RowView, source: RowView, partner: npt.NDArray[np.int64]
+    ) -> tuple[Matches, Remapped, CellRows | None]:
+        """Match and remap one block of rows; with `granularity: cells`, also give the finer rows' cells."""
+        if self.tokens == "dtw":
+            index = self.map_index(self.vocab, b"", b"")
+            return *self.warper.align(pivot, source, partner, index, self.maps, self.choices, self.threads), None
+        matches = match_rows(pivot, source, partner, self.threads)
+        row_maps = np.full(len(matches.kind), self.map_index(self.vocab, b"", b""), np.int16)
         coarser = matches.kind == RowKind.COARSER
         # A token that spans several of the pivot's has no twin that would do: its mass goes to the first of them.
-        index[coarser] = self.map_index("prefix", b"", b"")
-        self._index_leads(matches, pivot, source, index)
-        maps = self.maps
-        remapped = remap_rows(matches, pivot, source, index, maps.target, maps.quality, self.choices, self.threads)
-        return matches, remapped
+        row_maps[coarser] = self.map_index("prefix", b"", b"")
+        self._index_leads(matches, pivot, source, row_maps)
+        remapped = remap_rows(matches, pivot, source, row_maps, self.maps, self.choices, self.threads)
+        if self.choices.granularity != "cells":
+            return matches, remapped, None
+        return matches, remapped, cell_rows(matches, remapped, pivot, source, row_maps, self.cell_maps())
 
     def _index_leads(self, matches: Matches, pivot: RowView, source: RowView, index: npt.NDArray[np.int16]) -> None:
         """Choose other maps where a turn's first token carries white space in one tokenizer and not in the other."""
@@ -82,20 +137,39 @@ class Aligner:
                 index[row] = self.map_index(method, *leads)
 
 
+def fresh_shard(store: Store, number: int) -> Block:
+    """Map one shard anew: the store's own maps would keep every page they ever touched for as long as it is open."""
+    return map_block(store.directory / store.manifest["shards"][number]["file"])
+
+
+def count_shard(aligner: Aligner, pivot_block: Block, source: Store) -> PairCounts:
+    """Count the pairs of tokens of one shard of the pivot's."""
+    counts = no_counts()
+    for begin, end, shard, partner in _runs(pivot_block["dialogue.index"], source):
+        pivot_rows = RowView.of(pivot_block.part(begin, end), aligner.pivot.table)
+        counts += aligner.count(pivot_rows, RowView.of(fresh_shard(source, shard), aligner.source.table), partner)
+    return counts
+
+
 def align_shard(aligner: Aligner, pivot_block: Block, source: Store) -> tuple[Block, Tally]:
     """Align one shard of the pivot's; return the aligned shard and its tally."""
     tally = Tally()
     pieces = []
     for begin, end, shard, partner in _runs(pivot_block["dialogue.index"], source):
         pivot_rows = RowView.of(pivot_block.part(begin, end), aligner.pivot.table)
-        source_rows = RowView.of(source.shard(shard), aligner.source.table)
-        matches, remapped = aligner.align(pivot_rows, source_rows, partner)
+        source_rows = RowView.of(fresh_shard(source, shard), aligner.source.table)
+        matches, remapped, cells = aligner.align(pivot_rows, source_rows, partner)
         tally.add(matches, remapped)
         for i in np.flatnonzero(partner >= 0)[: EXAMPLES_PER_SHARD - len(tally.examples)].tolist():
             tally.examples.append(example(pivot_rows, source_rows, matches, i, int(partner[i])))
-        pieces.append(_columns(pivot_rows, source_rows, partner) | _row_columns(matches, remapped))
+        pieces.append(_columns(pivot_rows, source_rows, partner) | _row_columns(matches, remapped, cells))
     columns = {key: np.concatenate([piece[key] for piece in pieces]) for key in pieces[0]}
-    return Block(columns=columns, offsets={"row": pivot_block.offsets["row"]}), tally
+    rows = pivot_block.offsets["row"]
+    offsets = {"row": rows}
+    if aligner.choices.granularity == "cells":
+        finer = np.cumsum(np.append(0, columns["row.kind"] == RowKind.FINER))
+        offsets["cell"] = finer[rows]
+    return Block(columns=columns, offsets=offsets), tally
 
 
 def _runs(dialogues: npt.NDArray[np.int64], source: Store) -> Iterator[tuple[int, int, int, npt.NDArray[np.int64]]]:
@@ -110,8 +184,9 @@ def _runs(dialogues: npt.NDArray[np.int64], source: Store) -> Iterator[tuple[int
         yield begin, end, int(shards[begin]), np.ascontiguousarray(partner[begin:end])
 
 
-def _row_columns(matches: Matches, remapped: Remapped) -> dict[str, Array]:
-    return {
+def _row_columns(matches: Matches, remapped: Remapped, cells: CellRows | None) -> dict[str, Array]:
+    columns = {} if cells is None else {f"cell.{name}": getattr(cells, name) for name in CELL_COLUMNS}
+    return columns | {
         "row.ids": remapped.ids,
         "row.logprobs": remapped.logprobs,
         "row.kind": matches.kind,

@@ -119,6 +119,7 @@ def remap_rows(
     source_ends_turn: Array,
     pivot_bytes: tuple[Array, Array],
     map_target: Array,
+    map_weight: Array,
     map_quality: Array,
     probability: Array,
     choices: tuple[int, int, int],
@@ -147,7 +148,7 @@ def remap_rows(
     magnitude = np.where(values > 0, np.uint16(0), logprobs & np.uint16(0x7FFF))
     _remap(
         matched, ids, magnitude, gold_logprob, gold, source_bytes, source_ends_turn, pivot_bytes,
-        map_target, map_quality, probability, choices, out_ids, out, out_gold, mass, lost,
+        map_target, map_weight, map_quality, probability, choices, out_ids, out, out_gold, mass, lost,
     )  # fmt: skip
     return out_ids, out.astype(np.float16).view(np.uint16), out_gold, mass, lost
 
@@ -161,15 +162,17 @@ def _want_inside(what: str, values: Array, bound: int) -> None:
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def _remap(
     matched: Any, ids: Array, magnitude: Array, gold_logprob: Array, gold: Array, source_bytes: Any,
-    source_ends_turn: Array, pivot_bytes: Any, map_target: Array, map_quality: Array, probability: Array,
-    choices: Any, out_ids: Array, out: Array, out_gold: Array, mass: Array, lost: Array,
+    source_ends_turn: Array, pivot_bytes: Any, map_target: Array, map_weight: Array, map_quality: Array,
+    probability: Array, choices: Any, out_ids: Array, out: Array, out_gold: Array, mass: Array, lost: Array,
 ) -> None:  # fmt: skip
     kind, source_row, chain, rest_bytes, pivot_gold, ends_turn, map_index = matched
     finer, unaligned, sums = choices[0], choices[1], choices[2] == 0
-    k = ids.shape[1]
+    k, width = ids.shape[1], map_target.shape[2]
     stamp = np.full(len(pivot_bytes[1]) - 1, -1, np.int64)
     slot_of = np.zeros(len(stamp), np.int64)
-    total = np.zeros(k, np.float64)
+    slot_id = np.zeros(k * width, np.int64)
+    slot_logprob = np.zeros(k * width, np.float32)
+    total = np.zeros(k * width, np.float64)
     for r in range(len(kind)):
         to_gold = pivot_gold[r]
         if kind[r] == _NONE:
@@ -187,36 +190,45 @@ def _remap(
                     out_ids[r, 0], out[r, 0] = to_gold, (0.0 if finer == 2 else out_gold[r])
                 continue
         on_gold = np.exp(np.float64(gold_logprob[s]))
-        n, collided = 0, False
+        n, in_order = 0, True
         for j in range(k):
             if magnitude[s, j] == 0x7C00:
                 continue
             token = ids[s, j]
-            to, how = map_target[map_index[r], token], map_quality[map_index[r], token]
-            is_gold = kind[r] != _FINER and token == gold[s]
-            if is_gold or (ends_turn[r] and source_ends_turn[token]):
-                to, how = to_gold, _EXACT
+            m = map_index[r]
             p = np.float64(probability[magnitude[s, j]])
             units = np.uint64(p * _MASS_UNIT + 0.5)
-            if to < 0:
+            is_gold = kind[r] != _FINER and token == gold[s]
+            fixed = is_gold or (ends_turn[r] and source_ends_turn[token])
+            if not fixed and map_target[m, token, 0] < 0:
                 mass[kind[r], _LOST] += units
                 lost[token] += units
                 continue
-            mass[kind[r], how] += units
-            if to == to_gold and not is_gold:
-                on_gold += p
-            if stamp[to] != r:
-                stamp[to], slot_of[to], total[n], out_ids[r, n] = r, n, p, to
-                # Kept as stored, not as log(exp(·)), so that an entry without collision comes through bit for bit.
-                out[r, n] = -_half(magnitude[s, j])
-                n += 1
-            elif sums:
-                collided = True
-                slot = slot_of[to]
-                total[slot] += p
-                out[r, slot] = min(np.log(total[slot]), 0.0)
-        if collided:
-            _sort(out_ids[r], out[r], n)
+            mass[kind[r], _EXACT if fixed else map_quality[m, token]] += units
+            for w in range(1 if fixed else width):
+                to = to_gold if fixed else map_target[m, token, w]
+                if to < 0:
+                    break
+                share = p if fixed or width == 1 else p * map_weight[m, token, w]
+                if to == to_gold and not is_gold:
+                    on_gold += share
+                if stamp[to] != r:
+                    stamp[to], slot_of[to], slot_id[n], total[n] = r, n, to, share
+                    if fixed or width == 1:
+                        # As stored, not as log(exp(·)): an entry without collision comes through bit for bit.
+                        slot_logprob[n] = -_half(magnitude[s, j])
+                    else:
+                        slot_logprob[n], in_order = min(np.log(share), 0.0), False
+                    n += 1
+                elif sums:
+                    in_order = False
+                    slot = slot_of[to]
+                    total[slot] += share
+                    slot_logprob[slot] = min(np.log(total[slot]), 0.0)
+        if not in_order:
+            _sort(slot_id, slot_logprob, n)
+        for j in range(min(n, k)):
+            out_ids[r, j], out[r, j] = slot_id[j], slot_logprob[j]
         if kind[r] == _SAME:
             out_gold[r] = gold_logprob[s]
         elif kind[r] == _COARSER:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fusechat.align.backend import engine
+from fusechat.align.vocabulary import VocabMap
 from fusechat.bytetable import ByteTable, Role
 from fusechat.errors import FormatError
 from fusechat.store import Block, id_dtype
@@ -149,7 +150,7 @@ class Choices:
     def codes(self) -> tuple[int, int, int]:
         """Return the engine's codes."""
         return (
-            {"chain": 0, "first": 1, "gold": 2}[self.granularity],
+            {"cells": 0, "chain": 0, "first": 1, "gold": 2}[self.granularity],
             {"gold": 0, "pivot": 1, "skip": 1}[self.unaligned],
             {"sum": 0, "first": 1}[self.collisions],
         )
@@ -175,12 +176,13 @@ def remap_rows(
     pivot: RowView,
     source: RowView,
     map_index: npt.NDArray[np.int16],
-    map_target: npt.NDArray[np.int32],
-    map_quality: npt.NDArray[np.uint8],
+    maps: VocabMap,
     choices: Choices,
     threads: int = 1,
 ) -> Remapped:
-    """Carry the matched source rows into the pivot's vocabulary through the maps [M,Vs] that `map_index` names.
+    """Carry the matched source rows into the pivot's vocabulary through the stacked maps that `map_index` names.
+
+    Where a map spreads a candidate over several targets, the K most probable entries are kept.
 
     Raises ValueError for ids, rows or map entries out of range and for NaN or positive log-probabilities.
     """
@@ -198,8 +200,9 @@ def remap_rows(
         (source.table.data, source.table.offsets),
         ends_turn,
         (pivot.table.data, pivot.table.offsets),
-        map_target,
-        map_quality,
+        maps.target,
+        maps.weight,
+        maps.quality,
         half_probabilities(),
         choices.codes(),
         np.empty(0, id_dtype(len(pivot.table))),

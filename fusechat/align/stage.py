@@ -5,24 +5,51 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from fusechat.align.aligner import Aligner, align_shard
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from fusechat.align.aligner import Aligner, align_shard, count_shard, fresh_shard
 from fusechat.align.coverage import coverage
 from fusechat.align.rows import Choices, n_threads
+from fusechat.align.statistics import no_counts
 from fusechat.align.tokenizer import store_vocabulary
-from fusechat.artifact import MANIFEST, Json, ShardedWriter, read_json, read_manifest, sha256_file, write_json
-from fusechat.bytetable import ByteTable
+from fusechat.align.vocabulary import METHODS
+from fusechat.artifact import (
+    MANIFEST,
+    Json,
+    ShardedWriter,
+    atomic_write,
+    read_json,
+    read_manifest,
+    sha256_file,
+    write_json,
+)
 from fusechat.errors import ConfigError, FormatError, MismatchError
 from fusechat.store import ALIGNED_FORMAT, Store, open_topk, write_block
 
 Progress = Callable[[int, int], None]
 COVERAGE = "coverage.json"
+BYTE_ORDER = "byte_order.safetensors"
 
 _CHOICES = {
-    "tokens": ("bytes",),
-    "vocab": ("exact", "prefix"),
-    "granularity": ("chain", "first", "gold"),
+    "tokens": ("bytes", "dtw"),
+    "vocab": METHODS,
+    "granularity": ("cells", "chain", "first", "gold"),
     "unaligned": ("gold", "pivot", "skip"),
     "collisions": ("sum", "first"),
+}
+
+PRESETS = {
+    # The research code's default mode.
+    "paper": {
+        "tokens": "dtw",
+        "vocab": "ms-upstream",
+        "granularity": "first",
+        "unaligned": "pivot",
+        "collisions": "first",
+    }
 }
 
 
@@ -33,30 +60,23 @@ def align(
     *,
     tokens: str = "bytes",
     vocab: str = "prefix",
-    granularity: str = "chain",
+    granularity: str = "cells",
     unaligned: str = "gold",
     collisions: str = "sum",
+    preset: str | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Json:
     """Write the AlignedStore of one source and return its manifest; resumes at the first missing shard.
 
-    Shards follow the pivot's. `workers` is the number of threads (all of this process when None); the output is the
-    same for any. `progress(done_rows, all_rows)` is called after every shard. The manifest's `coverage` says what
-    became of rows and probability. Raises ConfigError for an unknown choice, FormatError for a store that is
-    incomplete or corrupt, MismatchError for stores of different dialogues, for a tokenizer that is not the store's, and
-    when `out` was made from other inputs.
+    Shards follow the pivot's. `preset: paper` sets the five choices to the research code's default mode, whatever else
+    is given; with `tokens: dtw` rows are taken as they stand (`granularity: first`). `workers` is the number of threads
+    (all of this process when None); the output is the same for any. `progress(done_rows, all_rows)` is called after
+    every shard. The manifest's `coverage` says what became of rows and probability. Raises ConfigError for an unknown
+    choice, FormatError for a store that is incomplete or corrupt, MismatchError for stores of different dialogues, for
+    a tokenizer that is not the store's, and when `out` was made from other inputs.
     """
-    chosen = {
-        "tokens": tokens,
-        "vocab": vocab,
-        "granularity": granularity,
-        "unaligned": unaligned,
-        "collisions": collisions,
-    }
-    for key, value in chosen.items():
-        if value not in _CHOICES[key]:
-            raise ConfigError(f"align.{key}: {value!r} is not one of {', '.join(_CHOICES[key])}")
+    chosen = _choose(preset, tokens, vocab, granularity, unaligned, collisions)
     pivot, source = open_topk(Path(pivot_store)), open_topk(Path(source_store))
     _want_same_dialogues(pivot, source)
     writer = ShardedWriter(Path(out), _request(pivot, source, chosen))
@@ -65,16 +85,22 @@ def align(
     aligner = Aligner(
         pivot=store_vocabulary(pivot.directory, pivot.manifest),
         source=store_vocabulary(source.directory, source.manifest),
-        vocab=vocab,
-        choices=Choices(granularity=granularity, unaligned=unaligned, collisions=collisions),
+        tokens=chosen["tokens"],
+        vocab=chosen["vocab"],
+        choices=Choices(**{key: chosen[key] for key in ("granularity", "unaligned", "collisions")}),
         threads=workers or n_threads(),
     )
+    if chosen["vocab"].startswith("ms"):
+        counts = no_counts()
+        for number in range(pivot.n_shards):
+            counts += count_shard(aligner, fresh_shard(pivot, number), source)
+        aligner.counts = counts
     all_rows = sum(shard["n_rows"] for shard in pivot.manifest["shards"])
     done_rows = 0
     for number, shard in enumerate(pivot.manifest["shards"]):
         name = f"shard-{number:05d}.safetensors"
         if name not in writer.done:
-            block, tally = align_shard(aligner, pivot.shard(number), source)
+            block, tally = align_shard(aligner, fresh_shard(pivot, number), source)
             writer.add(
                 name,
                 lambda path, block=block: write_block(path, block),
@@ -85,7 +111,27 @@ def align(
         done_rows += shard["n_rows"]
         if progress is not None:
             progress(done_rows, all_rows)
-    return _finish(writer, pivot, source, aligner.source.table)
+    return _finish(writer, pivot, source, aligner)
+
+
+def _choose(
+    preset: str | None, tokens: str, vocab: str, granularity: str, unaligned: str, collisions: str
+) -> dict[str, str]:
+    if preset is not None and preset not in PRESETS:
+        raise ConfigError(f"align.preset: {preset!r} is not one of {', '.join(PRESETS)}")
+    chosen = {
+        "tokens": tokens,
+        "vocab": vocab,
+        "granularity": granularity,
+        "unaligned": unaligned,
+        "collisions": collisions,
+    } | PRESETS.get(preset or "", {})
+    for key, value in chosen.items():
+        if value not in _CHOICES[key]:
+            raise ConfigError(f"align.{key}: {value!r} is not one of {', '.join(_CHOICES[key])}")
+    if chosen["tokens"] == "dtw" and chosen["granularity"] != "first":
+        raise ConfigError(f"align.granularity: {chosen['granularity']!r} needs bytes; tokens: dtw knows only first")
+    return chosen
 
 
 def _want_same_dialogues(pivot: Store, source: Store) -> None:
@@ -111,15 +157,30 @@ def _request(pivot: Store, source: Store, chosen: dict[str, str]) -> Json:
     }
 
 
-def _finish(writer: ShardedWriter, pivot: Store, source: Store, source_table: ByteTable) -> Json:
+def _finish(writer: ShardedWriter, pivot: Store, source: Store, aligner: Aligner) -> Json:
     tallies = [writer.done[name].pop("tally") for name in sorted(writer.done)]
-    report = coverage(tallies, source_table)
+    report = coverage(tallies, aligner.source.table)
     write_json(writer.directory / COVERAGE, report)
+    if aligner.choices.granularity == "cells":
+        with atomic_write(writer.directory / BYTE_ORDER) as partial:
+            save_file({"byte_order": aligner.byte_order}, partial)
     return writer.finish(
         pivot_store=str(pivot.directory.resolve()),
         source_store=str(source.directory.resolve()),
         coverage={key: report[key] for key in ("rows", "n_rows", "mass", "mass_by_kind")},
     )
+
+
+def read_byte_order(directory: Path) -> npt.NDArray[np.int32]:
+    """Return the pivot's ids in the order of their bytes, int32[V], which the ranges of `granularity: cells` refer to.
+
+    Raises FormatError when the store has none.
+    """
+    try:
+        order: npt.NDArray[np.int32] = load_file(directory / BYTE_ORDER)["byte_order"]
+    except (OSError, KeyError, SafetensorError) as error:
+        raise FormatError(f"{directory / BYTE_ORDER} cannot be read: align again with granularity: cells") from error
+    return order
 
 
 def read_coverage(directory: Path) -> Json:

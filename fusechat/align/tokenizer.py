@@ -10,17 +10,44 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from fusechat.align.vocabulary import Spelling
 from fusechat.artifact import Json
-from fusechat.bytetable import ByteTable
+from fusechat.bytetable import METASPACE, ByteTable
 from fusechat.errors import DataError, MismatchError
+
+BYTE_LEVEL_SPACE = "Ġ"
+_BATCH_TEXTS = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vocabulary:
-    """A byte table with the definition of its tokenizer, the JSON of a `tokenizers.Tokenizer`."""
+    """A byte table with the definition of its tokenizer, the JSON of a `tokenizers.Tokenizer`, and its end tokens."""
 
     table: ByteTable
     definition: str
+    bos_token: str | None = None
+    eos_token: str | None = None
+
+    @property
+    def mark(self) -> str:
+        """The character that stands for a word's leading space in the vocabulary's strings."""
+        return BYTE_LEVEL_SPACE if '"ByteLevel"' in self.definition else METASPACE
+
+    def strings(self) -> list[str]:
+        """Return every id decoded alone, which is what the research code warps."""
+        tokenizer = Tokenizer.from_str(self.definition)
+        return tokenizer.decode_batch([[i] for i in range(len(self.table))], skip_special_tokens=False)
+
+    def spelling(self) -> Spelling:
+        """Return the vocabulary's strings as they stand in the tokenizer's file, with its special ids."""
+        tokenizer = Tokenizer.from_str(self.definition)
+        ids = tokenizer.get_vocab(with_added_tokens=True)
+        pieces = [""] * len(self.table)
+        for piece, i in ids.items():
+            pieces[i] = piece
+        unknown = json.loads(self.definition)["model"].get("unk_token")
+        bos, eos, unk = (None if name is None else ids.get(name) for name in (self.bos_token, self.eos_token, unknown))
+        return Spelling(pieces=pieces, mark=self.mark, bos_id=bos, eos_id=eos, unk_id=unk)
 
     def continuation_encoder(self) -> ContinuationEncoder:
         """Return the tokenizer as it works in the middle of a text."""
@@ -34,7 +61,14 @@ class ContinuationEncoder:
         self._tokenizer = Tokenizer.from_str(json.dumps(_continuing(json.loads(definition))))
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
-        return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        ids: list[list[int]] = []
+        for begin in range(0, len(texts), _BATCH_TEXTS):
+            # In parts, for an Encoding is far larger than its ids.
+            batch = self._tokenizer.encode_batch_fast(
+                list(texts[begin : begin + _BATCH_TEXTS]), add_special_tokens=False
+            )
+            ids += [encoding.ids for encoding in batch]
+        return ids
 
 
 def _continuing(definition: Json) -> Json:
@@ -72,6 +106,21 @@ class _Light:
         return token.get("content") if isinstance(token, dict) else token
 
 
+def light_vocabulary(directory: Path) -> Vocabulary:
+    """Load the vocabulary of a directory's tokenizer.json, or through transformers where there is none."""
+    tokenizer = _load_light(directory) or _load_hub_class(directory)
+    return _vocabulary(ByteTable.from_tokenizer(tokenizer), tokenizer)
+
+
+def _vocabulary(table: ByteTable, tokenizer: Any) -> Vocabulary:
+    return Vocabulary(
+        table=table,
+        definition=tokenizer.backend_tokenizer.to_str(),
+        bos_token=tokenizer.bos_token,
+        eos_token=tokenizer.eos_token,
+    )
+
+
 def store_vocabulary(store: Path, manifest: Json) -> Vocabulary:
     """Load the vocabulary a TopKStore was extracted with, from its model's directory.
 
@@ -88,7 +137,7 @@ def store_vocabulary(store: Path, manifest: Json) -> Vocabulary:
             continue
         found = ByteTable.from_tokenizer(tokenizer, manifest["vocab_size"])
         if found.sha256 == manifest["tokenizer_sha256"]:
-            return Vocabulary(table=found, definition=tokenizer.backend_tokenizer.to_str())
+            return _vocabulary(found, tokenizer)
     assert found is not None  # the second loader raises where it finds none
     raise MismatchError(
         f"the tokenizer of {directory} has SHA-256 {found.sha256}, {store} was extracted with "

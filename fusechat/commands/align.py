@@ -12,12 +12,14 @@ def align(
     pivot_store: Annotated[Path, typer.Argument(help="TopKStore of the pivot", show_default=False)],
     source_store: Annotated[Path, typer.Argument(help="TopKStore of one source", show_default=False)],
     out: Annotated[Path, typer.Option(help="directory of the aligned store", show_default=False)],
-    vocab: Annotated[str, typer.Option(help="source ids without byte twin: exact (drop) or prefix (first piece)")] = (
-        "prefix"
-    ),
-    granularity: Annotated[str, typer.Option(help="what finer rows teach: chain, first or gold")] = "chain",
+    tokens: Annotated[str, typer.Option(help="how rows are matched: bytes, or dtw for parity")] = "bytes",
+    vocab: Annotated[
+        str, typer.Option(help="candidates without byte twin: exact, prefix, mined, ms, ms-soft or ms-upstream")
+    ] = "prefix",
+    granularity: Annotated[str, typer.Option(help="what finer rows teach: cells, chain, first or gold")] = "cells",
     unaligned: Annotated[str, typer.Option(help="rows without common boundary: gold, pivot or skip")] = "gold",
     collisions: Annotated[str, typer.Option(help="several source ids on one pivot id: sum or first")] = "sum",
+    preset: Annotated[str | None, typer.Option(help="paper: all five choices as the research code's default")] = None,
     workers: Annotated[int | None, typer.Option(help="threads; all this process may use when absent", min=1)] = None,
 ) -> None:
     """Carry one source's log-probabilities over to the pivot's positions and vocabulary."""
@@ -29,10 +31,12 @@ def align(
             pivot_store,
             source_store,
             out,
+            tokens=tokens,
             vocab=vocab,
             granularity=granularity,
             unaligned=unaligned,
             collisions=collisions,
+            preset=preset,
             workers=workers,
             progress=reporter.stage("align", "rows"),
         )

@@ -17,15 +17,15 @@ from fusechat.records import Dialogue
 from fusechat.run import Layout, Reporter, run
 from fusechat.tokenizer import load_tokenizer
 
-# Chosen for this scale from how the pieces work, before any held-out figure was seen, and stated in the YAML:
+# Chosen for this scale on a world of another seed (101), never on the demo's own, and stated in the YAML:
 SETTINGS: Json = {
     "extract": {"top_k": 10, "max_length_tokens": 256, "dtype": "float32"},
-    "align": {"vocab": "prefix", "granularity": "chain", "unaligned": "gold"},
+    "align": {"vocab": "prefix", "granularity": "cells", "unaligned": "gold"},
     "train": {
         "hard_weight": 0.5,
         "missing": "tail",
-        "learning_rate": 1e-3,
-        "epochs": 3,
+        "learning_rate": 3e-3,
+        "epochs": 12,
         "batch_size": 16,
         "micro_batch_size": 16,
         "save_steps": 100,
@@ -37,6 +37,8 @@ REASONS = """\
 # Chosen openly for this scale, none of it by the held-out set:
 #   train.hard_weight 0.5   the paper's 0.9 suits light tuning of a strong pivot; here the sources know far more than
 #                           the pivot, so half of the loss is theirs
+#   train.epochs 12         the paper trains 3 epochs on 95,000 dialogues; these are 200. The rate is that of a model of
+#   learning_rate 3e-3      half a million parameters. Both were chosen on a world of another seed (101)
 #   merge.select_topk 1.0   the paper's 0.1 merges from a tenth of the elements; fine-tuning moves this small pivot far,
 #   merge.variant fuseai    and the reading of SCE that released FuseChat-7B keeps every update anyway
 """
@@ -64,8 +66,21 @@ class Outcome:
 
 
 def fuse_demo(out: Path, *, seed: int = 0, reporter: Reporter | None = None) -> Outcome:
-    """Run the demo under `out`; a second run there finds the models trained and the stages done."""
-    report = reporter or Reporter()
+    """Run the demo under `out`; a second run there finds the models trained and the stages done.
+
+    It computes in one thread: matrices this small gain nothing from more, and the result is then every machine's.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _fuse(out, seed, reporter or Reporter())
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _fuse(out: Path, seed: int, report: Reporter) -> Outcome:
     advance = report.stage("build models", "steps")
     world = build_world(out / "world", seed=seed, progress=advance)
     report.done("build models", f"pivot and {len(world.sources)} sources in {out / 'world'}")
@@ -121,7 +136,7 @@ def answer(directory: Path, dialogue: Dialogue, turn: int, *, max_new_tokens: in
     import torch
 
     tokenizer: Any = load_tokenizer(directory)
-    model = load_model(directory)
+    model = load_model(directory, device="cpu")
     messages = [{"role": m.role, "content": m.content} for m in dialogue.messages[:turn]]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])

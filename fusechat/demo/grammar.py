@@ -14,6 +14,8 @@ from fusechat.records import Dialogue, Message
 
 Turns = list[tuple[str, str]]
 
+ZIPF_EXPONENT = 2.0
+
 FOODS = ("rice", "beans", "fish", "eggs", "noodles", "potatoes", "chicken", "lentils", "mushrooms", "cabbage")
 STYLES = ("Indian", "Greek", "Polish", "Thai", "Mexican", "French")
 VEGETABLES = ("onions", "carrots", "peppers", "leeks", "tomatoes", "celery", "spinach", "peas")
@@ -47,17 +49,24 @@ MEMBERS = {
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
 
 
-class World:
-    """What is true in the world of one seed: for every condition, in which order of frequency things come."""
+class Facts:
+    """What holds in the world of one seed: in which order of frequency things come, for every condition.
 
-    def __init__(self, seed: int) -> None:
+    With the exponent 0 everything is equally likely: the language of the world without knowledge of it.
+    """
+
+    def __init__(self, seed: int, zipf_exponent: float = ZIPF_EXPONENT) -> None:
         self.seed = seed
+        self.zipf_exponent = zipf_exponent
+        self._orders: dict[tuple[str, ...], list[str]] = {}
 
     def draw(self, rng: random.Random, items: Sequence[str], *condition: str, count: int = 1) -> list[str]:
         """Draw `count` different items from the distribution that belongs to the condition."""
-        order = list(items)
-        random.Random(f"{self.seed}/{'/'.join(condition)}/{items[0]}").shuffle(order)
-        weights = [1.0 / (rank + 1) ** 1.6 for rank in range(len(order))]
+        key = (*condition, items[0])
+        if key not in self._orders:
+            self._orders[key] = random.Random(f"{self.seed}/{'/'.join(key)}").sample(items, len(items))
+        order = list(self._orders[key])
+        weights = [1.0 / (rank + 1) ** self.zipf_exponent for rank in range(len(order))]
         drawn = []
         for _ in range(count):
             (place,) = rng.choices(range(len(order)), weights)
@@ -70,74 +79,74 @@ class World:
         return self.draw(rng, items, *condition)[0]
 
 
-def cooking(world: World, rng: random.Random) -> Turns:
+def cooking(facts: Facts, rng: random.Random) -> Turns:
     """A recipe: method by the food, fat and spices by the style, vegetables and side dishes by both."""
     food, style, people = rng.choice(FOODS), rng.choice(STYLES), rng.randint(2, 5)
-    method = world.one(rng, METHODS, food)
-    minutes = world.one(rng, ("5", "8", "10", "15", "20", "30"), method)
-    first, second = world.draw(rng, VEGETABLES, food, style, count=2)
-    spices = world.draw(rng, SPICES, style, count=2)
-    fat, vessel = world.one(rng, FATS, style), world.one(rng, VESSELS, method)
-    cups = world.one(rng, ("one cup", "two cups", "three cups", "a pound", "two pounds"), food, str(people))
+    method = facts.one(rng, METHODS, food)
+    minutes = facts.one(rng, ("5", "8", "10", "15", "20", "30"), method)
+    first, second = facts.draw(rng, VEGETABLES, food, style, count=2)
+    spices = facts.draw(rng, SPICES, style, count=2)
+    fat, vessel = facts.one(rng, FATS, style), facts.one(rng, VESSELS, method)
+    cups = facts.one(rng, ("one cup", "two cups", "three cups", "a pound", "two pounds"), food, str(people))
     ask = rng.choice(("How do I cook {} the {} way for {}?", "Give me a recipe for {}, {} style, for {}."))
     answer = f"Take {cups} of {food}, {first} and {second}. Chop the {first}"
     answer += f" and heat {fat} in a {vessel}. " if rng.random() < 0.7 else f". Heat {fat} in a {vessel}. "
     answer += f"Add the {food} and {method} for {minutes} minutes. "
     answer += f"Season with {spices[0]} and {spices[1]}"
-    answer += f" and serve with {world.one(rng, SIDES, food, style)}." if rng.random() < 0.6 else "."
+    answer += f" and serve with {facts.one(rng, SIDES, food, style)}." if rng.random() < 0.6 else "."
     turns = [(ask.format(food, style, NUMBERS[people]), answer)]
     if rng.random() < 0.35:
-        drink = world.one(rng, ("tea", "beer", "white wine", "red wine", "cider", "water", "milk"), style, method)
+        drink = facts.one(rng, ("tea", "beer", "white wine", "red wine", "cider", "water", "milk"), style, method)
         turns.append((rng.choice(("What do I drink with it?", "And to drink?")), f"I would drink {drink} with it."))
     return turns
 
 
-def travel(world: World, rng: random.Random) -> Turns:
+def travel(facts: Facts, rng: random.Random) -> Turns:
     """Advice for a journey: sights, food and vehicle by the town, weather and luggage by town and season."""
     town, season, days = rng.choice(TOWNS), rng.choice(SEASONS), rng.randint(2, 5)
-    weather = world.one(rng, WEATHER, town, season)
-    goods = world.draw(rng, GOODS, weather, count=2)
-    sights = world.draw(rng, SIGHTS, town, count=2)
+    weather = facts.one(rng, WEATHER, town, season)
+    goods = facts.draw(rng, GOODS, weather, count=2)
+    sights = facts.draw(rng, SIGHTS, town, count=2)
     ask = rng.choice(("I have {2} days in {0} in {1}. What should I do?", "What is there to see in {0} in {1}?"))
     answer = f"In {season} {town} is {weather}, so take {goods[0]} and {goods[1]}. "
     answer += rng.choice(("Start with", "First see", "Begin at")) + f" the {sights[0]}, "
-    answer += f"then take the {world.one(rng, VEHICLES, town)} to the {sights[1]}"
-    answer += f" and eat {world.one(rng, DISHES, town)} there." if rng.random() < 0.6 else "."
+    answer += f"then take the {facts.one(rng, VEHICLES, town)} to the {sights[1]}"
+    answer += f" and eat {facts.one(rng, DISHES, town)} there." if rng.random() < 0.6 else "."
     turns = [(ask.format(town, season, NUMBERS[days]), answer)]
     if rng.random() < 0.35:
-        stay = world.one(rng, ("a hostel", "a hotel", "a tent", "a guest house", "a cabin", "a houseboat"), town)
-        street = world.one(rng, SIGHTS, town, "stay")
+        stay = facts.one(rng, ("a hostel", "a hotel", "a tent", "a guest house", "a cabin", "a houseboat"), town)
+        street = facts.one(rng, SIGHTS, town, "stay")
         turns.append((rng.choice(("Where do I sleep?", "And where do I stay?")), f"Find {stay} near the {street}."))
     return turns
 
 
-def sums(world: World, rng: random.Random) -> Turns:
+def sums(facts: Facts, rng: random.Random) -> Turns:
     """A small sum told as a story; where things are lost and found follows the person and the thing."""
     who, thing = rng.choice(PEOPLE), rng.choice(THINGS)
     a, b = rng.randint(2, 9), rng.randint(1, 9)
     place = ("garden", "kitchen", "street", "school", "market", "attic", "cellar")
     if a > b and rng.random() < 0.5:
         ask = f"{who} has {a} {thing} and gives away {b}. How many are left?"
-        to = world.one(rng, PEOPLE, who, "gives")
+        to = facts.one(rng, PEOPLE, who, "gives")
         answer = f"{who} gives {b} of the {a} {thing} to {to}, so {a} - {b} = {a - b}. "
-        answer += f"The {a - b} {thing} stay in the {world.one(rng, place, who, thing)}."
+        answer += f"The {a - b} {thing} stay in the {facts.one(rng, place, who, thing)}."
     else:
         ask = f"{who} has {a} {thing} and finds {b} more. How many are there now?"
-        where = world.one(rng, place, thing, "finds")
+        where = facts.one(rng, place, thing, "finds")
         answer = f"{who} finds {b} {thing} in the {where}, so {a} + {b} = {a + b}. "
-        use = world.one(rng, ("sells", "keeps", "counts", "hides", "paints", "shares"), who)
+        use = facts.one(rng, ("sells", "keeps", "counts", "hides", "paints", "shares"), who)
         answer += f"Now {who} {use} all {a + b} {thing}"
-        answer += f" in the {world.one(rng, place, who, thing)}." if rng.random() < 0.6 else "."
+        answer += f" in the {facts.one(rng, place, who, thing)}." if rng.random() < 0.6 else "."
     return [(ask, answer)]
 
 
-def lists(world: World, rng: random.Random) -> Turns:
+def lists(facts: Facts, rng: random.Random) -> Turns:
     """A list of different things of a kind that are found at a place, most frequent ones first in likelihood."""
     kind, place, count = rng.choice(KINDS), rng.choice(PLACES), rng.randint(2, 4)
-    drawn = world.draw(rng, MEMBERS[kind], kind, place, count=count + 1)
+    drawn = facts.draw(rng, MEMBERS[kind], kind, place, count=count + 1)
     ask = rng.choice(("Name {} {} {}.", "Tell me {} {} {}.", "Which {} {} do you find {}?"))
     named = ", ".join(drawn[: count - 1]) + f" and {drawn[count - 1]}"
-    reason = world.one(rng, ("people like them", "they are useful", "they are common", "they last long"), kind, place)
+    reason = facts.one(rng, ("people like them", "they are useful", "they are common", "they last long"), kind, place)
     answer = f"{NUMBERS[count].capitalize()} {kind} {place}: {named}"
     answer += f", because {reason}." if rng.random() < 0.4 else "."
     turns = [(ask.format(NUMBERS[count], kind, place), answer)]
@@ -146,7 +155,7 @@ def lists(world: World, rng: random.Random) -> Turns:
     return turns
 
 
-TOPICS: dict[str, Callable[[World, random.Random], Turns]] = {
+TOPICS: dict[str, Callable[[Facts, random.Random], Turns]] = {
     "cooking": cooking,
     "travel": travel,
     "sums": sums,
@@ -154,14 +163,14 @@ TOPICS: dict[str, Callable[[World, random.Random], Turns]] = {
 }
 
 
-def dialogues(world: World, weights: dict[str, float], count: int, seed: str) -> list[Dialogue]:
+def dialogues(facts: Facts, weights: dict[str, float], count: int, seed: str) -> list[Dialogue]:
     """Return `count` dialogues, their topics drawn by `weights`; the same arguments give the same dialogues."""
-    rng = random.Random(f"{world.seed}:{seed}")
+    rng = random.Random(f"{facts.seed}:{seed}")
     out = []
     for _ in range(count):
         (topic,) = rng.choices(list(weights), list(weights.values()))
         messages: list[Message] = []
-        for question, answer in TOPICS[topic](world, rng):
+        for question, answer in TOPICS[topic](facts, rng):
             messages += [Message(role="user", content=question), Message(role="assistant", content=answer)]
         out.append(Dialogue(messages=tuple(messages), category=topic))
     return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,7 @@ def train_model(
         taught = labels[:, 1:] >= 0
         logits = model.get_output_embeddings()(hidden[:, :-1][taught])
         loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:][taught])
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -89,6 +90,15 @@ def train_model(
         on_step()
     model.eval()
     return float(np.mean(losses[-max(1, len(losses) // 10) :]))
+
+
+def save_model(model: Any, tokenizer: Any, directory: Path) -> None:
+    """Write a Hugging Face model directory, without the library's progress bar."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
 
 
 def _batches(encoded: Sequence[Encoded], size: int, seed: int) -> list[list[Encoded]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -39,10 +40,8 @@ def sentencepiece_bpe(texts: Sequence[str], vocab_size: int) -> Any:
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     # The words are cut here for training only: a ▁ in front of every word, as SentencePiece does.
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("▁*[^▁\\n]+|▁+|\\n"), "isolated")
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"▁?[^▁\n.,:?!]+|▁?[.,:?!]|▁|\n"), "isolated")
+    tokenizer.decoder = _spaces_and_bytes()
     specials = ["<unk>", "<s>", "</s>"]
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=specials + byte_tokens, show_progress=False)
@@ -79,31 +78,42 @@ def byte_level_with_headers(texts: Sequence[str], vocab_size: int) -> Any:
 
 
 def unigram(texts: Sequence[str], vocab_size: int) -> Any:
-    """Build a character-heavy Unigram tokenizer: bytes, characters, and the most frequent pieces of two and three.
+    """Build a T5-like tokenizer: Unigram with ▁ and a byte for what it has no piece for.
 
-    `UnigramTrainer` gives another vocabulary at every run; these pieces depend on the texts alone.
+    `UnigramTrainer` gives another vocabulary at every run; this one depends on the texts alone. From all pieces of
+    all words, the pieces that the best segmentations use most are kept, twice, with their frequencies as scores.
     """
     specials = ["<unk>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
-    counts: Counter[str] = Counter()
-    for word, count in Counter(word for text in texts for word in text.split()).items():
-        marked = "▁" + word
-        for length in range(1, 4):
-            for start in range(len(marked) - length + 1):
-                counts[marked[start : start + length]] += count
-    total = sum(counts.values())
-    characters = sorted({piece for piece in counts if len(piece) == 1} | {"\n"})
-    longer = sorted((piece for piece in counts if len(piece) > 1), key=lambda piece: (-counts[piece], piece))
-    room = max(0, vocab_size - len(specials) - 256 - len(characters))
-    worst = math.log(1 / total) - 1
-    vocab = [(special, 0.0) for special in specials] + [(f"<0x{byte:02X}>", worst) for byte in range(256)]
-    vocab += [(piece, math.log(max(counts[piece], 1) / total)) for piece in characters + longer[:room]]
-    tokenizer = Tokenizer(models.Unigram(vocab, unk_id=0, byte_fallback=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.ByteFallback(), decoders.Fuse(), decoders.Metaspace(prepend_scheme="first")]
+    words = Counter(
+        word for text in texts for word in re.findall(r"▁[^▁\s.,:?!]+|[.,:?!]", "▁" + text.replace(" ", "▁"))
     )
+    counts: Counter[str] = Counter()
+    for word, count in words.items():
+        for start in range(len(word)):
+            for end in range(start + 1, len(word) + 1):
+                counts[word[start:end]] += count
+    characters = sorted({character for word in words for character in word} | {"\n"})
+    room = max(0, vocab_size - len(specials) - 256 - len(characters))
+    for kept in (4 * room, room):
+        longer = sorted((piece for piece in counts if len(piece) > 1), key=lambda piece: (-counts[piece], piece))
+        tokenizer = Tokenizer(_unigram_model(specials, characters + longer[:kept], counts))
+        counts = Counter(dict.fromkeys(characters, 1))
+        for word, count in words.items():
+            for piece in tokenizer.encode(word).tokens:
+                counts[piece] += count
+    tokenizer = Tokenizer(_unigram_model(specials, characters + longer[:room], counts))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = _spaces_and_bytes()
     tokenizer.add_special_tokens([AddedToken(special, special=True, normalized=False) for special in specials])
     return _finish(tokenizer, ZEPHYR_TEMPLATE, bos="<s>", eos="</s>", pad="</s>", unk="<unk>")
+
+
+def _unigram_model(specials: Sequence[str], pieces: Sequence[str], counts: Counter[str]) -> models.Unigram:
+    total = sum(counts[piece] for piece in pieces)
+    vocab = [(special, 0.0) for special in specials]
+    vocab += [(f"<0x{byte:02X}>", math.log(1 / total) - 1) for byte in range(256)]
+    vocab += [(piece, math.log(max(counts[piece], 1) / total)) for piece in pieces]
+    return models.Unigram(vocab, unk_id=0, byte_fallback=True)
 
 
 KINDS: dict[str, Callable[[Sequence[str], int], Any]] = {
@@ -112,6 +122,12 @@ KINDS: dict[str, Callable[[Sequence[str], int], Any]] = {
     "byte_level_with_headers": byte_level_with_headers,
     "unigram": unigram,
 }
+
+
+def _spaces_and_bytes() -> decoders.Decoder:
+    return decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
 
 
 def _byte_level(texts: Sequence[str], vocab_size: int, specials: list[str]) -> Tokenizer:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from fusechat.loss.choice import Choice, candidate_weights, mix_candidates
 from fusechat.loss.linear import linear_sparse_soft_ce
 from fusechat.loss.logits import sparse_soft_ce
 from fusechat.loss.options import Divergence, LossOptions, Missing
@@ -11,10 +12,13 @@ from fusechat.loss.rows import IGNORE_LABEL, Cells, LossOutput
 __all__ = [
     "IGNORE_LABEL",
     "Cells",
+    "Choice",
     "Divergence",
     "LossOptions",
     "LossOutput",
     "Missing",
+    "candidate_weights",
     "linear_sparse_soft_ce",
+    "mix_candidates",
     "sparse_soft_ce",
 ]

@@ -1,8 +1,9 @@
-"""Which code computes the rows of the fusion loss: the compiled engine on the CPU, torch elsewhere."""
+"""Which code computes the rows of the fusion loss: the compiled engine on the CPU, Triton on a GPU, torch elsewhere."""
 
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -25,11 +26,18 @@ _NATIVE_FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.f
 
 
 def backend_for(device: torch.device) -> str:
-    """Return `native` or `torch`; FUSECHAT_LOSS forces one, FUSECHAT_NATIVE=require forbids to do without."""
+    """Return `native`, `triton` or `torch`, the best there is for the device.
+
+    FUSECHAT_LOSS forces one; FUSECHAT_NATIVE=require refuses to do without the compiled engine.
+    """
     forced = os.environ.get("FUSECHAT_LOSS", "")
-    if forced not in ("", "native", "torch"):
-        raise ConfigError(f"FUSECHAT_LOSS is {forced!r}: use native or torch")
-    if forced == "torch" or device.type != "cpu":
+    if forced not in ("", "native", "triton", "torch"):
+        raise ConfigError(f"FUSECHAT_LOSS is {forced!r}: use native, triton or torch")
+    if forced in ("torch", "triton"):
+        return forced
+    if device.type == "cuda":
+        return "triton" if find_spec("triton") is not None else "torch"
+    if device.type != "cpu":
         return "torch"
     if _native is not None:
         return "native"
@@ -39,13 +47,21 @@ def backend_for(device: torch.device) -> str:
 
 
 def forward_rows(logits: Tensor, rows: Rows, options: LossOptions, grad: Tensor | None) -> tuple[Tensor, ...]:
-    """Compute loss, hard, soft, lse and correct of each row, and write row_scale · ∂loss/∂logits to `grad` if
-    given.
+    """Compute loss, hard, soft, lse and correct of each row, and write row_scale · ∂loss/∂logits to `grad` if given.
 
-    Raises ConfigError when, on the CPU, a label or an id lies outside the vocabulary.
+    Raises ConfigError when, on the CPU, a label or an id lies outside the vocabulary; on a GPU, where asking would wait
+    for the device, such a row's loss is NaN.
     """
-    if backend_for(logits.device) == "native" and logits.dtype in _NATIVE_FORMATS and logits.stride(1) == 1:
+    backend = backend_for(logits.device)
+    known = logits.dtype in _NATIVE_FORMATS and logits.stride(1) == 1
+    if backend == "native" and known:
         return _native_rows(logits, rows, options, grad)
+    # Rows with ranges have no Triton kernel yet.
+    if backend == "triton" and known and rows.order is None:
+        from fusechat.kernels.sparse_soft_ce import sparse_soft_ce_rows
+
+        values: tuple[Tensor, ...] = sparse_soft_ce_rows(logits, *rows[:6], **options.scalars(), grad=grad)
+        return values
     return _torch_rows(logits, rows, options, grad)
 
 

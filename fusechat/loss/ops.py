@@ -75,7 +75,10 @@ def linear_loss(
     d_hidden = torch.zeros_like(hidden) if want_hidden else hidden.new_empty(0)
     d_weight = weight.new_empty(0)
     if want_weight:
-        d_weight = weight.new_zeros(weight.shape, dtype=torch.float32 if several else weight.dtype)
+        # A single product overwrites it, several add to it.
+        d_weight = (
+            torch.empty_like(weight) if 0 < n_kept <= chunk_rows else torch.zeros_like(weight, dtype=torch.float32)
+        )
     d_bias = hidden.new_zeros(vocabulary if want_bias else 0, dtype=torch.float32)
     row_loss, hard, soft, lse = (hidden.new_zeros(n_rows, dtype=torch.float32) for _ in range(4))
     correct = torch.zeros(n_rows, dtype=torch.bool, device=hidden.device)

@@ -21,7 +21,7 @@ from fusechat.errors import DataError, MismatchError
 from fusechat.model import load_model
 from fusechat.store import open_aligned, open_topk
 from fusechat.tokenizer import load_tokenizer
-from fusechat.train.dataset import FusionDataset, collate
+from fusechat.train.dataset import FusionDataset
 
 __all__ = ["train"]
 make_callable(__name__)
@@ -115,6 +115,7 @@ def _fit(
     import torch
     from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
+    from fusechat.train.collate import collate
     from fusechat.train.trainer import FusionTrainer, MarkComplete, last_whole_checkpoint
 
     class Report(TrainerCallback):  # type: ignore[misc]
@@ -131,7 +132,7 @@ def _fit(
     set_seed(seed)
     tokenizer = load_tokenizer(directory)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    model = load_model(directory).train()
+    model = load_model(directory, device="cpu").train()
     own_dtype = model.dtype
     model = model.float()  # master weights; half precision is the Trainer's autocast
     if config.gradient_checkpointing:
@@ -157,7 +158,8 @@ def _fit(
             save_strategy="steps",
             save_steps=config.save_steps,
             save_total_limit=2,
-            logging_steps=50,
+            logging_steps=10,
+            logging_first_step=True,
             logging_nan_inf_filter=False,
             seed=seed,
             data_seed=seed,
@@ -170,6 +172,7 @@ def _fit(
         data_collator=partial(collate, pad_token_id=pad),
         callbacks=[Report(), MarkComplete()],
         missing=config.missing,
+        byte_order=None if dataset.byte_order is None else torch.from_numpy(dataset.byte_order),
         loss_budget_bytes=config.loss_budget_bytes,
     )
     trainer.remove_callback(PrinterCallback)

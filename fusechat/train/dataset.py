@@ -7,17 +7,16 @@ the lower cross-entropy on the dialogue's own text (arXiv 2408.07990, §3.2; tie
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from fusechat.align import RowKind
+from fusechat.align import RowKind, read_byte_order
 from fusechat.artifact import MANIFEST, sha256_file
 from fusechat.errors import MismatchError
 from fusechat.store import Store, row_positions
-
-Array = npt.NDArray[Any]
+from fusechat.train.targets import Array, Targets
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,16 +24,13 @@ class Example:
     """One dialogue.
 
     input_ids int64[T]; labels int64[T], −100 where not the assistant's; rows int64[R], the positions that predict an
-    assistant token; ids int64[R,K], −1 absent; logprobs float32[R,K]; partition bool[R], true where the ids are cells
-    of a partition, so that the missing mass is its last cell; hard_weight float32[R], λ, or 1 where nothing is taught.
+    assistant token, and their targets; hard_weight float32[R], λ, or 1 where nothing is taught.
     """
 
     input_ids: Array
     labels: Array
     rows: Array
-    ids: Array
-    logprobs: Array
-    partition: Array
+    targets: Targets
     hard_weight: Array
 
 
@@ -58,9 +54,12 @@ class FusionDataset:
         self.hard_weight = hard_weight
         self.indices = sorted(pivot)
         self.unaligned = ""
+        self.byte_order: npt.NDArray[np.int32] | None = None
         if aligned is not None:
             _require_same_pivot(pivot, aligned)
             self.unaligned = aligned.manifest["unaligned"]
+            if aligned.manifest["granularity"] == "cells":
+                self.byte_order = read_byte_order(aligned.directory)
         self.from_source = {i: self._source_wins(i, select, ce_unit) for i in self.indices}
 
     def _source_wins(self, dialogue: int, select: str, ce_unit: str) -> bool:
@@ -82,10 +81,6 @@ class FusionDataset:
         """Share of dialogues whose taught distribution is the source's."""
         return sum(self.from_source.values()) / max(len(self.indices), 1)
 
-    def lengths(self) -> list[int]:
-        """Return every example's number of tokens."""
-        return [len(self.pivot[i]["token.input_ids"]) for i in self.indices]
-
     def __len__(self) -> int:
         return len(self.indices)
 
@@ -94,42 +89,36 @@ class FusionDataset:
         record = self.pivot[dialogue]
         mask = record["token.loss_mask"]
         input_ids = record["token.input_ids"].astype(np.int64)
-        rows = row_positions(mask)
-        ids, logprobs = record["row.ids"], record["row.logprobs"]
-        partition = np.zeros(len(rows), dtype=np.bool_)
-        hard_weight = np.full(len(rows), self.hard_weight, dtype=np.float32)
-        if self.aligned is not None and self.from_source[dialogue]:
-            ids, logprobs, partition, taught = self._source_rows(dialogue, ids, logprobs)
-            hard_weight[~taught] = 1.0
         if self.aligned is None:
-            ids, logprobs = ids[:, :0], logprobs[:, :0]
-            hard_weight[:] = 1.0
+            taught = Targets.by(record["row.ids"][:, :0], record["row.logprobs"][:, :0])
+        elif self.from_source[dialogue]:
+            taught = self._source_rows(self.aligned[dialogue], record)
+        else:
+            taught = Targets.by(record["row.ids"], record["row.logprobs"])
+        absent = np.isneginf(taught.logprobs)
         return Example(
             input_ids=input_ids,
             labels=np.where(mask, input_ids, -100),
-            rows=rows,
-            ids=np.where(np.isneginf(logprobs), -1, ids.astype(np.int64)),
-            logprobs=logprobs.astype(np.float32),
-            partition=partition,
-            hard_weight=hard_weight,
+            rows=row_positions(mask),
+            targets=taught,
+            hard_weight=np.where(absent.all(axis=1), 1.0, self.hard_weight).astype(np.float32),
         )
 
-    def _source_rows(self, dialogue: int, pivot_ids: Array, pivot_logprobs: Array) -> tuple[Array, Array, Array, Array]:
+    def _source_rows(self, source: dict[str, Array], pivot: dict[str, Array]) -> Targets:
         """The source's rows; where it has none, what `unaligned` asks for (`gold` rows are in the store already)."""
-        assert self.aligned is not None
-        record = self.aligned[dialogue]
-        kind = record["row.kind"]
-        ids, logprobs = record["row.ids"], record["row.logprobs"]
-        none = kind == RowKind.NONE
-        partition = kind == RowKind.FINER
-        taught = np.isfinite(logprobs).any(axis=1)
-        if self.unaligned == "pivot" and none.any():
-            ids, logprobs = _widen(ids, logprobs, pivot_ids.shape[1])
-            pivot_ids, pivot_logprobs = _widen(pivot_ids, pivot_logprobs, ids.shape[1])
-            ids = np.where(none[:, None], pivot_ids, ids)
-            logprobs = np.where(none[:, None], pivot_logprobs, logprobs)
-            taught |= none
-        return ids, logprobs, partition, np.asarray(taught)
+        kind = source["row.kind"]
+        taught = Targets.by(source["row.ids"], source["row.logprobs"])
+        if self.unaligned == "pivot":
+            # One-hot rows of `tokens: dtw` are of this kind too, and have their entry.
+            nothing = (kind == RowKind.NONE) & np.isneginf(taught.logprobs).all(axis=1)
+            taught = taught.replaced(nothing, Targets.by(pivot["row.ids"], pivot["row.logprobs"]))
+        finer = kind == RowKind.FINER
+        if self.byte_order is not None:
+            ranges = {"low": source["cell.low"], "high": source["cell.high"]}
+            cells = Targets.by(source["cell.ids"], source["cell.logprobs"], **ranges)
+            taught = taught.replaced(finer, cells.spread(finer))
+        taught.partition[:] = finer
+        return taught
 
 
 def _require_same_pivot(pivot: Store, aligned: Store) -> None:
@@ -140,40 +129,3 @@ def _require_same_pivot(pivot: Store, aligned: Store) -> None:
             f"{aligned.directory} was aligned to another pivot store: {theirs[:12]}… there, {ours[:12]}… is "
             f"{pivot.directory}; run the alignment again"
         )
-
-
-def _widen(ids: Array, logprobs: Array, width: int) -> tuple[Array, Array]:
-    missing = max(width - ids.shape[1], 0)
-    return (
-        np.pad(ids, ((0, 0), (0, missing))),
-        np.pad(logprobs, ((0, 0), (0, missing)), constant_values=-np.inf),
-    )
-
-
-def collate(examples: list[Example], pad_token_id: int) -> dict[str, Any]:
-    """Batch examples: padded tokens int64[B,S], and the targets of all rows as flat sparse arrays [R,K].
-
-    `rows` int64[R] index the flattened [B·S] positions. No dense target is ever built.
-    """
-    import torch
-
-    longest = max(len(e.input_ids) for e in examples)
-    width = max(e.ids.shape[1] for e in examples)
-
-    def padded(values: list[Array], fill: int) -> torch.Tensor:
-        out = np.full((len(values), longest), fill, dtype=np.int64)
-        for b, value in enumerate(values):
-            out[b, : len(value)] = value
-        return torch.from_numpy(out)
-
-    targets = [_widen(e.ids + 1, e.logprobs, width) for e in examples]  # +1: padding becomes id −1 below
-    return {
-        "input_ids": padded([e.input_ids for e in examples], pad_token_id),
-        "attention_mask": padded([np.ones(len(e.input_ids), dtype=np.int64) for e in examples], 0),
-        "labels": padded([e.labels for e in examples], -100),
-        "rows": torch.from_numpy(np.concatenate([b * longest + e.rows for b, e in enumerate(examples)])),
-        "target_ids": torch.from_numpy(np.concatenate([ids for ids, _ in targets]) - 1),
-        "target_logprobs": torch.from_numpy(np.concatenate([logprobs for _, logprobs in targets])),
-        "partition": torch.from_numpy(np.concatenate([e.partition for e in examples])),
-        "hard_weight": torch.from_numpy(np.concatenate([e.hard_weight for e in examples])),
-    }

@@ -9,18 +9,26 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from fusechat.loss import Missing, linear_sparse_soft_ce
+from fusechat.loss import Cells, Missing, linear_sparse_soft_ce
 from fusechat.model import head, hidden_states
 
 COMPLETE = "complete"
 
 
 class FusionTrainer(Trainer):  # type: ignore[misc]
-    """Trains on batches of fusechat.train.dataset.collate; the loss is the mean over all rows of the optimiser step."""
+    """Trains on batches of fusechat.train.collate.collate; the loss is the mean over all rows of the optimiser step."""
 
-    def __init__(self, *args: Any, missing: Missing, loss_budget_bytes: int | None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        missing: Missing,
+        byte_order: torch.Tensor | None,
+        loss_budget_bytes: int | None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.missing = missing
+        self.byte_order = byte_order
         self.loss_budget_bytes = loss_budget_bytes
         # The Trainer then counts the labels of a whole optimiser step and leaves the division to compute_loss.
         self.model_accepts_loss_kwargs = True
@@ -49,12 +57,18 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
             softcap=parts.softcap,
             hard_weight=inputs["hard_weight"],
             partition=inputs["partition"],
+            cells=None if self.byte_order is None else self._cells(self.byte_order, inputs),
             missing=self.missing,
             row_weight=torch.ones(len(rows), device=rows.device),
             budget_bytes=self.loss_budget_bytes,
         )
         loss = result.loss / count * self.accelerator.num_processes
         return (loss, {}) if return_outputs else loss
+
+    @staticmethod
+    def _cells(order: torch.Tensor, inputs: dict[str, torch.Tensor]) -> Cells:
+        low, high = inputs["target_low"], inputs["target_high"]
+        return Cells(order=order.to(low.device), low=low, high=high)
 
 
 class MarkComplete(TrainerCallback):  # type: ignore[misc]

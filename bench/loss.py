@@ -1,0 +1,230 @@
+"""The fusion loss on the CPU against a copy of the logits, torch's own losses and the research code's dense loss.
+
+    python bench/loss.py [--json OUT] [--check] [--quick]
+
+Equality first, then interleaved rounds in one process, one thread unless said; every call computes loss and gradient.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from baselines import collate_dense, dense_loss, gather_loss
+from claims import Claim, at_least, at_most, interleave, parser, peak_rss_mib, ratio, report
+
+from fusechat.loss import linear_sparse_soft_ce, sparse_soft_ce
+from fusechat.loss.backend import forward_rows
+from fusechat.loss.options import LossOptions
+from fusechat.loss.rows import Cells, check_rows
+
+N, V, K, D = 512, 32_000, 10, 512
+BATCH, LENGTH = 4, 512
+HARD_WEIGHT = 0.9
+
+
+def make_rows(n_rows: int, vocabulary: int, n_entries: int) -> tuple[torch.Tensor, ...]:
+    """Return labels, distinct ids and log-probabilities of a seeded batch."""
+    rng = torch.Generator().manual_seed(0)
+    labels = torch.randint(vocabulary, (n_rows,), generator=rng)
+    # Distinct within a row: one of each of n_entries equal parts of the vocabulary.
+    part = vocabulary // n_entries
+    ids = torch.randint(part, (n_rows, n_entries), generator=rng) + torch.arange(n_entries) * part
+    return labels, ids, torch.log_softmax(torch.randn(n_rows, n_entries, generator=rng), 1)
+
+
+def check_equal(logits: torch.Tensor, rows: tuple[torch.Tensor, ...]) -> None:
+    """Stop when loss or any element of the gradient differs from autograd's in fp64."""
+    exact = logits.double().requires_grad_(True)
+    reference = gather_loss(exact, *rows[:2], rows[2].double(), HARD_WEIGHT)
+    reference.backward()
+    ours = logits.clone().requires_grad_(True)
+    out = sparse_soft_ce(ours * 1, *rows, hard_weight=HARD_WEIGHT)
+    out.loss.backward()
+    torch.testing.assert_close(out.loss.double(), reference, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=5e-6, atol=1e-12)
+
+
+def logits_claims(rounds: int, compiled: bool) -> list[Claim]:
+    """Compare on logits [N, V] in float32."""
+    rows = make_rows(N, V, K)
+    logits = torch.randn(N, V)
+    check_equal(logits, rows)
+    buffer, copy = logits.clone(), torch.empty_like(logits)
+    columns = check_rows(*rows, HARD_WEIGHT, None, None, None, shape=(N, V))
+    options = LossOptions()
+
+    def autograd(loss: object) -> object:
+        def call() -> None:
+            loss(logits.detach().requires_grad_(True)).backward()  # type: ignore[operator]
+
+        return call
+
+    calls = {
+        "ours": lambda: forward_rows(buffer, columns, options, buffer),
+        "copy": lambda: copy.copy_(logits),
+        "cross_entropy": autograd(lambda z: F.cross_entropy(z, rows[0])),
+        "gather": autograd(lambda z: gather_loss(z, *rows, HARD_WEIGHT)),
+    }
+    if compiled:
+        calls["compiled"] = autograd(torch.compile(lambda z: gather_loss(z, *rows, HARD_WEIGHT)))
+    seconds = interleave(calls, rounds)
+    claims = [
+        at_most("sparse_soft_ce, forward and backward", "copying the logits once", ratio(seconds, "ours", "copy"), 1.3),
+        at_least("sparse_soft_ce", "F.cross_entropy, hard labels", ratio(seconds, "cross_entropy", "ours"), 20),
+        at_least("sparse_soft_ce", "gather and autograd", ratio(seconds, "gather", "ours"), 40),
+    ]
+    if compiled:
+        claims.append(at_least("sparse_soft_ce", "torch.compile of the same", ratio(seconds, "compiled", "ours"), 20))
+    return claims
+
+
+def thread_claim(rounds: int) -> Claim:
+    """Compare two threads with one, by the wall clock."""
+    if torch.get_num_threads() < 2:
+        return Claim(name="sparse_soft_ce, two threads", against="one thread", value=None, unit="×", to_reach="≥ 1.7",
+                     holds=None, note="one core")  # fmt: skip
+    columns = check_rows(*make_rows(N, V, K), HARD_WEIGHT, None, None, None, shape=(N, V))
+    buffer = torch.randn(N, V)
+
+    def on(threads: int) -> object:
+        def call() -> None:
+            torch.set_num_threads(threads)
+            forward_rows(buffer, columns, LossOptions(), buffer)
+
+        return call
+
+    seconds = interleave({"one": on(1), "two": on(2)}, rounds, time.perf_counter)  # type: ignore[dict-item]
+    return at_least("sparse_soft_ce, two threads", "one thread", ratio(seconds, "one", "two"), 1.7, note="wall clock")
+
+
+def range_claims(rounds: int) -> list[Claim]:
+    """Compare rows whose cells are ranges with rows of single ids; ranges hold 10 % of the vocabulary together."""
+    labels, ids, logprobs = make_rows(N, V, K)
+    order = torch.randperm(V).int()
+    width = V // (10 * K)
+    low = torch.randint(V - width, (N, 1)).int() // K + torch.arange(K).int() * (V // K)
+    low = low.clamp(max=V - width).int()
+    plain = check_rows(labels, ids, logprobs, HARD_WEIGHT, None, None, None, shape=(N, V))
+    unused = Cells(order, torch.zeros(N, K).int(), torch.zeros(N, K).int())
+    with_argument = check_rows(labels, ids, logprobs, HARD_WEIGHT, None, None, unused, shape=(N, V))
+    cells = Cells(order, low, low + width)
+    ranges = check_rows(labels, ids, logprobs, HARD_WEIGHT, None, None, cells, shape=(N, V))
+    buffer, options = torch.randn(N, V), LossOptions(missing="tail")
+    calls = {
+        name: (lambda columns=columns: forward_rows(buffer, columns, options, buffer))
+        for name, columns in (("plain", plain), ("unused", with_argument), ("ranges", ranges))
+    }
+    seconds = interleave(calls, rounds)
+    note = f"{K} ranges of {width} tokens a row"
+    return [
+        at_most("rows without ranges among rows with", "rows of single ids", ratio(seconds, "unused", "plain"), 1.05),
+        at_most("rows with ranges", "rows of single ids", ratio(seconds, "ranges", "plain"), 1.5, note=note),
+    ]
+
+
+def linear_claims(rounds: int) -> list[Claim]:
+    """Compare the linear form with the three products it cannot do without."""
+    labels, ids, logprobs = make_rows(N, V, K)
+    claims = []
+    for dtype, limit in ((torch.float32, 1.1), (torch.bfloat16, 1.25)):
+        hidden = torch.randn(N, D).to(dtype).requires_grad_(True)
+        weight = (torch.randn(V, D) / D**0.5).to(dtype).requires_grad_(True)
+        h, w = hidden.detach(), weight.detach()
+
+        def ours(hidden: torch.Tensor = hidden, weight: torch.Tensor = weight) -> None:
+            linear_sparse_soft_ce(hidden, weight, labels, ids, logprobs, hard_weight=HARD_WEIGHT).loss.backward()
+            hidden.grad = weight.grad = None
+
+        def products(h: torch.Tensor = h, w: torch.Tensor = w) -> None:
+            # Into new memory, as everybody's: touching it for the first time is part of the cost.
+            logits = h @ w.t()
+            _ = logits @ w, logits.t() @ h
+
+        seconds = interleave({"ours": ours, "products": products}, rounds)
+        name = f"linear_sparse_soft_ce, {str(dtype).removeprefix('torch.')}"
+        claims.append(at_most(name, "its three bare products", ratio(seconds, "ours", "products"), limit))
+    return claims
+
+
+def dense_batch() -> tuple[torch.Tensor, ...]:
+    """Return logits and the two distributions of a batch."""
+    labels, ids, logprobs = make_rows(BATCH * LENGTH, V, K)
+    return torch.randn(BATCH, LENGTH, V), labels, ids, logprobs
+
+
+def run_dense() -> None:
+    """Collate and compute as the research code does."""
+    logits, labels, ids, logprobs = DENSE
+    shape = (BATCH, LENGTH, K)
+    targets = [collate_dense(ids.view(shape), logprobs.view(shape), V) for _ in range(2)]
+    z = logits.detach().requires_grad_(True)
+    dense_loss(z, labels.view(BATCH, LENGTH), *targets, torch.rand(BATCH, 2), HARD_WEIGHT).backward()
+
+
+def run_sparse() -> None:
+    """Collate and compute as fusechat does: choose per sequence, then one pass over the logits."""
+    logits, labels, ids, logprobs = DENSE
+    chosen = torch.rand(BATCH, 2).argmin(1).repeat_interleave(LENGTH)
+    candidates_ids, candidates = torch.stack([ids, ids], 1), torch.stack([logprobs, logprobs], 1)
+    rows = torch.arange(BATCH * LENGTH)
+    z = logits.detach().view(-1, V).requires_grad_(True)
+    sparse_soft_ce(
+        z, labels, candidates_ids[rows, chosen], candidates[rows, chosen], hard_weight=HARD_WEIGHT
+    ).loss.backward()
+
+
+DENSE: tuple[torch.Tensor, ...] = ()
+
+
+def extra_mib(which: str) -> float:
+    """Return the memory that one dense or sparse step adds, measured in a process of its own."""
+    out = subprocess.run([sys.executable, __file__, "--memory", which], check=True, capture_output=True, text=True)
+    return float(out.stdout.split()[-1])
+
+
+def dense_claims() -> list[Claim]:
+    """Compare time and memory with the research code's dense loss, collator included."""
+    global DENSE  # noqa: PLW0603
+    DENSE = dense_batch()
+    seconds = interleave({"dense": run_dense, "ours": run_sparse}, 2)
+    saved = extra_mib("dense") - extra_mib("sparse")
+    name = f"collate and loss, B={BATCH} S={LENGTH}"
+    return [
+        at_least(name, "dense targets, as the research code", ratio(seconds, "dense", "ours"), 100),
+        at_least(f"{name}, memory saved", "dense targets", saved / 1024, 1, "GiB"),
+    ]
+
+
+def main() -> int:
+    """Measure everything and report."""
+    global DENSE  # noqa: PLW0603
+    options = parser(__doc__ or "")
+    options.add_argument("--quick", action="store_true", help="fewer rounds, no torch.compile, no dense loss")
+    options.add_argument("--memory", choices=["dense", "sparse"], help="print the MiB that one step adds, and stop")
+    chosen = options.parse_args()
+    if chosen.memory:
+        DENSE = dense_batch()
+        before = peak_rss_mib()
+        (run_dense if chosen.memory == "dense" else run_sparse)()
+        print(peak_rss_mib() - before)
+        return 0
+    rounds = 5 if chosen.quick else 15
+    threads = thread_claim(rounds)
+    torch.set_num_threads(1)
+    claims = [
+        *logits_claims(rounds, not chosen.quick),
+        threads,
+        *range_claims(rounds),
+        *linear_claims(3 if chosen.quick else 5),
+    ]
+    if not chosen.quick:
+        claims += dense_claims()
+    return report(claims, chosen)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""The Triton kernels under Triton's interpreter, run by test_kernels.py in a process with TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from dense_loss import dense_loss, make_rows
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_loss import FORMS, assert_elementwise, run_ours
+
+from fusechat.kernels import reference
+from fusechat.kernels.sparse_soft_ce import sparse_soft_ce_rows
+from fusechat.loss import linear_sparse_soft_ce
+from fusechat.loss.options import LossOptions
+from fusechat.loss.rows import check_rows
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def triton_backend(monkeypatch):
+    monkeypatch.setenv("FUSECHAT_LOSS", "triton")
+
+
+@pytest.mark.parametrize("options", FORMS, ids=str)
+@pytest.mark.parametrize(("vocabulary", "n_entries"), [(2, 1), (257, 33)])
+def test_every_form_matches_its_definition_element_by_element(options, vocabulary, n_entries):
+    """Catches a formula that differs from reference.py's, and a cell whose −∞ reaches the result."""
+    rows = make_rows(1, 10, vocabulary, n_entries)
+    common = {"hard_weight": torch.linspace(0, 1, 10), "partition": torch.arange(10) % 5 == 0, **options}
+    loss, gradient, size, hard, soft = dense_loss(*rows, **common)
+    out, ours = run_ours(*rows, **common)
+    torch.testing.assert_close(out.loss.double(), loss, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(out.hard.double(), hard, rtol=2e-6, atol=3e-6)
+    torch.testing.assert_close(out.soft.double(), soft, rtol=2e-5, atol=5e-6)
+    assert_elementwise(ours, gradient, 2 * size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("vocabulary", "n_entries"), [(777, 0), (8191, 10), (8193, 10), (20001, 128)])
+def test_rows_of_several_blocks(vocabulary, n_entries, dtype):
+    """Catches the unmasked main loop reading past the row, and a remainder left out of either pass."""
+    logits, labels, ids, logprobs = make_rows(2, 3, vocabulary, n_entries)
+    logits = (logits + torch.linspace(-9, 9, vocabulary)).to(dtype)
+    rows = check_rows(labels, ids, logprobs, 0.4, torch.ones(3), None, None, shape=(3, vocabulary))
+    options = LossOptions(missing="tail").scalars()
+    exact = torch.full_like(logits, float("nan"))
+    expected = reference.sparse_soft_ce_chunk(logits, *rows, **options, grad=exact)
+    # Columns behind the row are another's, and results start as NaN.
+    memory = torch.full((3, vocabulary + 24), 7.0, dtype=dtype)
+    for inplace in (True, False):
+        memory[:, :vocabulary] = logits
+        ours = memory[:, :vocabulary] if inplace else torch.full_like(logits, float("nan"))
+        values = sparse_soft_ce_rows(memory[:, :vocabulary], *rows[:6], **options, grad=ours)
+        for value, reference_value in zip(values, expected):
+            torch.testing.assert_close(value, reference_value, rtol=1e-5, atol=1e-5)
+        rtol, atol = {torch.float32: (1e-5, 1e-9), torch.bfloat16: (8e-3, 1e-9), torch.float16: (1e-3, 1e-7)}[dtype]
+        torch.testing.assert_close(ours, exact, rtol=rtol, atol=atol)
+        assert (memory[:, vocabulary:] == 7).all()
+        assert inplace or torch.equal(memory[:, :vocabulary], logits)
+
+
+def test_without_a_gradient_the_logits_come_back():
+    """Catches the −∞ of the cells left in the caller's logits."""
+    logits, labels, ids, logprobs = make_rows(3, 6, 100, 7)
+    rows = check_rows(labels, ids, logprobs, 0.4, None, None, None, shape=(6, 100))
+    before = logits.clone()
+    sparse_soft_ce_rows(logits, *rows[:6], **LossOptions(missing="tail").scalars(), grad=None)
+    assert torch.equal(logits, before)
+
+
+def test_an_index_outside_the_vocabulary_makes_the_loss_nan():
+    """Catches a wrong id that passes for an absent one: nothing on a GPU can raise without a wait."""
+    logits, labels, ids, logprobs = make_rows(4, 4, 50, 3)
+    labels[:] = torch.tensor([3, 50, -7, 4])
+    ids[0, 1] = 50
+    rows = check_rows(labels, ids, logprobs, 0.4, None, None, None, shape=(4, 50))
+    loss = sparse_soft_ce_rows(logits, *rows[:6], **LossOptions().scalars(), grad=None)[0]
+    assert loss.isnan().tolist() == [True, True, True, False]
+
+
+def test_ignored_rows_are_zero_and_no_row_is_no_launch():
+    """Catches a grid of zero programs, and NaN logits of padding that reach the gradient."""
+    logits, labels, ids, logprobs = make_rows(5, 4, 50, 3)
+    labels[:2] = -100
+    logits[:2] = float("nan")
+    out, gradient = run_ours(logits, labels, ids, logprobs, hard_weight=0.5)
+    assert out.loss.isfinite()
+    assert not gradient[:2].any()
+    out, gradient = run_ours(logits[:0], labels[:0], ids[:0], logprobs[:0], hard_weight=0.5)
+    assert out.loss == 0
+
+
+def test_the_linear_form_uses_it():
+    """Catches a chunk's buffer whose rows are apart."""
+    _, labels, ids, logprobs = make_rows(6, 7, 60, 4)
+    hidden, weight = torch.randn(7, 5, requires_grad=True), torch.randn(60, 5)
+    out = linear_sparse_soft_ce(hidden, weight, labels, ids, logprobs, hard_weight=0.5, budget_bytes=3 * 60 * 4)
+    logits = (hidden.detach() @ weight.T).double()
+    loss, *_ = dense_loss(logits, labels, ids, logprobs, hard_weight=0.5)
+    torch.testing.assert_close(out.loss.double(), loss, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 10_000),
+    vocabulary=st.integers(2, 300),
+    n_entries=st.integers(0, 130),
+    form=st.sampled_from(FORMS),
+)
+def test_any_shape(seed, vocabulary, n_entries, form):
+    """Catches cells that are the whole vocabulary, and more entries than a power of two."""
+    rows = make_rows(seed, 2, vocabulary, n_entries)
+    loss, gradient, size, _, _ = dense_loss(*rows, hard_weight=0.5, **form)
+    out, ours = run_ours(*rows, hard_weight=0.5, **form)
+    torch.testing.assert_close(out.loss.double(), loss, rtol=1e-5, atol=1e-5)
+    assert_elementwise(ours, gradient, 3 * size)
