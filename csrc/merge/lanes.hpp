@@ -3,17 +3,10 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>  // defines __GLIBC__
 #include <cstring>
 
-// Function multiversioning needs IFUNC (glibc) and a compiler that clones by architecture level.
-#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__) && \
-    ((defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12) || (defined(__clang__) && __clang_major__ >= 17))
-#define FUSECHAT_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
-#else
-#define FUSECHAT_CLONES
-#endif
-#define FUSECHAT_INLINE inline __attribute__((always_inline))
+#include "clones.hpp"
+
 #pragma GCC diagnostic ignored "-Wpsabi"  // lanes cross no boundary that is not inlined
 
 namespace fusechat::merge {
