@@ -3,7 +3,7 @@
     python bench/align.py [--json OUT] [--check] [--quick]
 
 Real tokenizers and texts are needed: ../shared/data, or the folder FUSECHAT_SHARED_DATA names. Equality with the plain
-definitions of bench/baselines.py first; figures are CPU-seconds of one thread unless said.
+definitions of bench/align_baselines.py first; figures are CPU-seconds of one thread unless said.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from baselines import plain_dtw, plain_match, plain_remap
+from align_baselines import plain_dtw, plain_match, plain_remap
 from claims import Claim, at_least, at_most, interleave, parser, peak_rss_mib, ratio, report
 
 from fusechat.align import dtw, vocab_map
@@ -301,7 +301,7 @@ def main() -> int:
         *row_claims(vocabularies, pieces, rounds),
         *warp_claims(data, vocabularies, rounds, chosen.quick),
         *map_claims(vocabularies, pieces, chosen.quick),
-        *stage_claims(data, 4 if chosen.quick else 16),
+        *stage_claims(data, 16 if chosen.quick else 40),
     ]
     return report(claims, chosen)
 

@@ -140,7 +140,7 @@ class Table:
     @staticmethod
     def line(*cells: str) -> None:
         """Print one row."""
-        widths = (42, 22, 34, 12, 12)
+        widths = (46, 22, 34, 9, 12)
         print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip(), flush=True)
 
     def add(self, claim: str, against: str, value: float | None, text: str, reach: str, met: bool | None) -> None:
@@ -188,7 +188,7 @@ def run(options: argparse.Namespace, folder: Path) -> Table:
         if case == "sce 0.1":
             peak = result["ours"]["rss_mb"]
             table.add("  peak RSS", "", peak, f"{peak:.0f} MB", "< 100 MB", peak < 100)
-            _add_floor(table, folder / f"{options.size}-plain", families["plain"], result)
+            _add_floor(table, folder / f"{options.size}-plain", families["plain"], result, claimed=claimed)
     if "sce 0.1" in options.cases:
         result = compare(folder / f"{options.size}-wide", families["wide"], "sce 0.1", options.repeats)
         _add_ratio(table, "sce 0.1, wide embedding", result, against, 25.0 if claimed else None)
@@ -197,7 +197,8 @@ def run(options: argparse.Namespace, folder: Path) -> Table:
         growth = memory_growth(folder, options.size)["growth_mb"]
         table.add("RSS, 4M against largest tensor", "", growth, f"{growth:.1f} MB", "< 5 MB", growth < 5)
         ratio = threads_ratio(folder / f"{options.size}-plain", families["plain"], max(3, options.repeats))
-        table.add("two threads, wall", "one thread", ratio, f"{ratio:.2f}×", "≥ 1.6×", ratio >= 1.6)
+        reach, met = ("≥ 1.6×", ratio >= 1.6) if claimed else ("-", None)
+        table.add("two threads, wall", "one thread", ratio, f"{ratio:.2f}×", reach, met)
     return table
 
 
@@ -208,20 +209,25 @@ def _add_ratio(table: Table, case: str, result: dict[str, Any], against: str, re
         table.add(f"{case}, CPU", against, None, f"ours {ours['cpu_s']:.2f} s", wanted, None)
         return
     if result["differing_share"] is not None:
+        # Exact halves and ties abound among bf16 numbers: mergekit's fp32 sums fall to either side of a half, and
+        # its sort takes any of the tied. tests/test_merge_peer.py compares these methods on inputs without ties.
         share = result["differing_share"]
-        table.add(f"{case}, elements that differ", against, share, f"{share:.1e}", "≤ 1e-4", share <= 1e-4)
+        exact = case.startswith("sce")
+        met = share <= 1e-4 if exact else None
+        table.add(f"{case}, elements that differ", against, share, f"{share:.1e}", "≤ 1e-4" if exact else "-", met)
     ratio = theirs["cpu_s"] / ours["cpu_s"]
     text = f"{ratio:.1f}× ({ours['cpu_s']:.2f} s, {theirs['cpu_s']:.1f} s, {theirs['rss_mb']:.0f} MB)"
     table.add(f"{case}, CPU", against, ratio, text, wanted, ratio >= reach if reach else None)
 
 
-def _add_floor(table: Table, folder: Path, models: list[Path], result: dict[str, Any]) -> None:
+def _add_floor(table: Table, folder: Path, models: list[Path], result: dict[str, Any], *, claimed: bool) -> None:
     inputs = [model / "model.safetensors" for model in models]
     floor = io_floor(inputs, folder / "floor", inputs[0].stat().st_size)
     (folder / "floor").unlink()
     ratio = result["ours"]["cpu_s"] / floor.cpu_s
     text = f"{ratio:.1f}× ({floor.cpu_s:.2f} s)"
-    table.add("  distance from the I/O floor, CPU", "read once, write once", ratio, text, "≤ 4×", ratio <= 4)
+    reach, met = ("≤ 4×", ratio <= 4) if claimed else ("-", None)
+    table.add("  distance from the I/O floor, CPU", "read once, write once", ratio, text, reach, met)
 
 
 if __name__ == "__main__":

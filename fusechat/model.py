@@ -29,8 +29,11 @@ class Head:
     softcap: float | None
 
 
-def load_model(directory: Path, *, dtype: str = "auto", device: str = "cpu") -> Any:
-    """Load a directory's causal language model in evaluation mode; raises DataError or FormatError in one line."""
+def load_model(directory: Path, *, dtype: str = "auto", device: str = "auto") -> Any:
+    """Load a directory's causal language model in evaluation mode; raises DataError or FormatError in one line.
+
+    `device: auto` is a CUDA device where there is one, else the CPU.
+    """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -56,6 +59,8 @@ def load_model(directory: Path, *, dtype: str = "auto", device: str = "cpu") -> 
         raise DataError(
             f"{directory} does not load as a causal language model: {str(error).splitlines()[0]}"
         ) from error
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval()
 
 

@@ -20,7 +20,7 @@ import yaml
 from fusechat.artifact import Json, atomic_write, read_json, write_json
 from fusechat.callable_module import make_callable
 from fusechat.config import RunConfig, load_config, source_name
-from fusechat.dialogue import dataset_fingerprint, load_dialogues, split_held_out
+from fusechat.dialogue import dataset_fingerprint, load_dialogues, read_dialogues, split_held_out
 from fusechat.errors import FormatError, MismatchError
 from fusechat.records import Dialogue
 
@@ -84,7 +84,7 @@ def run(config: RunConfig | Path | str, overrides: Sequence[str] = (), *, report
     report = reporter or Reporter()
     layout = Layout(out=Path(config.out))
     layout.out.mkdir(parents=True, exist_ok=True)
-    train_set, held_out = _load_data(config)
+    train_set, held_out = _load_data(config, report)
     _write_config(config, layout)
 
     names = [source_name(source) for source in config.sources]
@@ -95,13 +95,18 @@ def run(config: RunConfig | Path | str, overrides: Sequence[str] = (), *, report
     return _evaluate(config, layout, names, held_out, report)
 
 
-def _load_data(config: RunConfig) -> tuple[list[Dialogue], list[Dialogue]]:
+def _load_data(config: RunConfig, report: Reporter) -> tuple[list[Dialogue], list[Dialogue]]:
     data = config.data
     options: dict[str, Any] = {"format": data.format, "separator": data.separator, "max_bytes": data.max_bytes}
-    dialogues = load_dialogues(data.train, limit=data.limit, **options)
+    report.stage("read data", "dialogues")
+    dialogues, loaded = read_dialogues(data.train, limit=data.limit, **options)
     if data.held_out is not None:
-        return dialogues, load_dialogues(data.held_out, **options)
-    return split_held_out(dialogues, data.held_out_fraction, config.seed)
+        held_out = load_dialogues(data.held_out, **options)
+    else:
+        dialogues, held_out = split_held_out(dialogues, data.held_out_fraction, config.seed)
+    dropped = "".join(f"; dropped: {count} × {reason}" for reason, count in loaded.dropped.items())
+    report.done("read data", f"{len(dialogues):,} to fuse on, {len(held_out):,} held out{dropped}")
+    return dialogues, held_out
 
 
 def _write_config(config: RunConfig, layout: Layout) -> None:
@@ -129,8 +134,12 @@ def _extract_all(config: RunConfig, layout: Layout, dialogues: list[Dialogue], r
             progress=report.stage(f"extract {name}", "tokens"),
         )
         rows = sum(shard["n_rows"] for shard in manifest["shards"])
-        skipped = f", {len(manifest['skipped'])} dialogues skipped" if manifest["skipped"] else ""
-        report.done(f"extract {name}", f"{rows:,} rows, top {manifest['top_k']}{skipped}")
+        left_out = "".join(
+            f", {len(manifest[key])} dialogues {what}"
+            for key, what in (("skipped", "skipped"), ("cut_turns", "cut"))
+            if manifest[key]
+        )
+        report.done(f"extract {name}", f"{rows:,} rows, top {manifest['top_k']}{left_out}")
 
 
 def _align_all(config: RunConfig, layout: Layout, names: list[str], report: Reporter) -> None:
@@ -161,7 +170,7 @@ def _train_all(config: RunConfig, layout: Layout, names: list[str], report: Repo
             seed=config.seed,
             progress=report.stage(f"train {name}", "steps"),
         )
-        share = "" if name == SFT else f", the source is taught in {provenance['source_share']:.0%} of dialogues"
+        share = "" if name == SFT else f", source taught in {provenance['source_share']:.0%}"
         report.done(f"train {name}", f"loss {provenance['losses'][-1]:.4f}{share}" if provenance["losses"] else "done")
 
 

@@ -191,6 +191,50 @@ def sparse_soft_ce_chunk(
     return loss, hard, soft, lse, correct
 
 
+def soft_from_cells(
+    log_sums: Tensor,
+    p: Tensor,
+    is_cell: Tensor,
+    partition: Tensor,
+    n_rest: Tensor,
+    sum_rest: Tensor,
+    *,
+    divergence: str,
+    missing: str,
+    temperature: float,
+    beta: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the divergence [C], what each cell receives of its gradient [C, K + 1], and the tail's flat part
+    a token [C].
+
+    log_sums [C, K + 1] are the cells' logsumexp, the tail last, relative to any number; n_rest [C] tokens are
+    in the tail and their logits sum to sum_rest [C] relative to the same number.
+    """
+    tail_counts = (n_rest > 0) & (partition if missing == "renormalise" else torch.ones_like(partition))
+    p, p_tail = teacher_masses(torch.where(is_cell, p, 0.0), tail_counts, temperature)
+    cells = torch.cat([is_cell, (n_rest > 0).unsqueeze(1)], 1)
+    log_sums = torch.where(cells, log_sums, float("-inf"))
+    lse = torch.logsumexp(log_sums, 1)
+    log_q = log_sums - lse.unsqueeze(1)
+    f, g = divergence_terms(divergence, torch.cat([p, p_tail.unsqueeze(1)], 1), log_q, beta)
+    f, g = torch.where(cells, f, 0.0), torch.where(cells, g, 0.0)
+    if missing == "zero":
+        f[:, -1], g[:, -1] = torch.where(partition, f[:, -1], 0.0), torch.where(partition, g[:, -1], 0.0)
+    sum_g = g.sum(1)
+    spread = torch.zeros_like(lse)
+    if missing == "uniform":
+        n_rest = n_rest.clamp(min=1)
+        f_spread = p_tail * (lse - sum_rest / n_rest)
+        if divergence == "kl":
+            f_spread = f_spread + torch.where(p_tail > 0, p_tail * (p_tail / n_rest).log(), 0.0)
+        f[:, -1] = torch.where(partition, f[:, -1], f_spread)
+        # The tail's gradient is flat, −p_tail / n_rest a token, instead of following the student inside the
+        # tail.
+        spread = torch.where(partition, 0.0, p_tail / n_rest)
+        g[:, -1] = torch.where(partition, g[:, -1], 0.0)
+    return f.sum(1), g - log_q.exp() * sum_g.unsqueeze(1), spread
+
+
 def _soft_term(
     x: Tensor,
     top: Tensor,
@@ -242,38 +286,23 @@ def _soft_term(
         p = torch.where(is_cell, p, 0.0)
         active, n_rest = is_cell.any(1, keepdim=True), n_tokens[:, -1]
         rest = torch.where(cell == n_entries, x, float("-inf"))
-    tail_counts = (n_rest > 0) & (partition if missing == "renormalise" else torch.ones_like(partition))
-    p, p_tail = teacher_masses(p, tail_counts, temperature)
-
     log_sums = torch.where(sums > 0, shift - top + sums.log(), float("-inf"))
-    lse = torch.logsumexp(log_sums, 1)
-    log_q = log_sums - lse.unsqueeze(1)  # [C, K + 1]
-    cells = torch.cat([is_cell, torch.ones_like(active)], 1)
-    f, g = divergence_terms(divergence, torch.cat([p, p_tail.unsqueeze(1)], 1), log_q, beta)
-    f, g = torch.where(cells, f, 0.0), torch.where(cells, g, 0.0)
-    if missing == "zero":
-        f[:, -1], g[:, -1] = torch.where(partition, f[:, -1], 0.0), torch.where(partition, g[:, -1], 0.0)
-    sum_g = g.sum(1)
-    spread = torch.zeros_like(lse)
-    if missing == "uniform":
-        n_rest = n_rest.clamp(min=1)
-        mean_rest = torch.where(rest == float("-inf"), 0.0, rest - top).sum(1) / n_rest
-        f_spread = p_tail * (lse - mean_rest)
-        if divergence == "kl":
-            f_spread = f_spread + torch.where(p_tail > 0, p_tail * (p_tail / n_rest).log(), 0.0)
-        f[:, -1] = torch.where(partition, f[:, -1], f_spread)
-        # The tail's gradient is flat, −p_tail / n_rest a token, instead of following the student inside the
-        # tail.
-        spread = torch.where(partition, 0.0, p_tail / n_rest)
-        g[:, -1] = torch.where(partition, g[:, -1], 0.0)
+    sum_rest = (
+        torch.where(rest == float("-inf"), 0.0, rest - top).sum(1)
+        if missing == "uniform"
+        else torch.zeros_like(p[:, 0])
+    )
+    soft, alpha, spread = soft_from_cells(
+        log_sums, p, is_cell, partition, n_rest, sum_rest,
+        divergence=divergence, missing=missing, temperature=temperature, beta=beta,
+    )  # fmt: skip
     if not want_grad:
-        return f.sum(1), active.squeeze(1), None
+        return soft, active.squeeze(1), None
 
-    alpha = g - torch.where(cells, log_q.exp(), 0.0) * sum_g.unsqueeze(1)
     per_e = alpha / sums.clamp(min=torch.finfo(torch.float32).tiny)
     if order is None:
         grad = torch.exp(rest - shift[:, -1:]).mul_(per_e[:, -1:]).sub_(spread.unsqueeze(1))
-        grad.scatter_(1, slot, torch.where(active, alpha.gather(1, owner), 0.0))
+        grad.scatter_(1, slot, torch.where(active, alpha[:, :-1].gather(1, owner), 0.0))
     else:
         grad = e.mul_(per_e.gather(1, cell)).sub_(torch.where(cell == n_entries, spread.unsqueeze(1), 0.0))
-    return f.sum(1), active.squeeze(1), grad
+    return soft, active.squeeze(1), grad

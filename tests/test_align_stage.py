@@ -247,7 +247,7 @@ def test_coverage_adds_up(tmp_path: Path, stores: tuple[Path, Path]) -> None:
 def test_cells_partition_what_the_source_says(tmp_path: Path, stores: tuple[Path, Path]) -> None:
     """Catches cells of other rows, a gold token counted twice, mass that grows, and ranges of other prefixes."""
     fusechat.align(stores[1], stores[0], tmp_path / "out", granularity="cells")
-    chain = fusechat.align(stores[1], stores[0], tmp_path / "chain")
+    chain = fusechat.align(stores[1], stores[0], tmp_path / "chain", granularity="chain")
     pivot, source, aligned = open_topk(stores[1]), open_topk(stores[0]), open_aligned(tmp_path / "out")
     plain = open_aligned(tmp_path / "chain")
     order = read_byte_order(tmp_path / "out")
@@ -394,7 +394,7 @@ def test_choices_and_damage_are_named(tmp_path: Path, stores: tuple[Path, Path])
     """Catches a misspelt choice, an unfinished store, and a truncated shard."""
     with pytest.raises(ConfigError, match=r"align.vocab: 'fuzzy' is not one of exact, "):
         fusechat.align(*stores, tmp_path / "out", vocab="fuzzy")
-    with pytest.raises(ConfigError, match="'chain' needs bytes"):
+    with pytest.raises(ConfigError, match="'cells' needs bytes"):
         fusechat.align(*stores, tmp_path / "out", tokens="dtw")
     with pytest.raises(ConfigError, match="'papre' is not one of paper"):
         fusechat.align(*stores, tmp_path / "out", preset="papre")

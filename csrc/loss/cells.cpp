@@ -55,11 +55,15 @@ void Cells::add_range(const Range &range, const std::int32_t *order, RowScratch 
     const std::size_t begin = tokens.size();
     tokens.resize(begin + padded(range.high - range.low));
     std::int64_t n_tokens = 0;
+    std::int32_t *to = &tokens[begin];
+    std::uint64_t *holes = scratch.holes.data();
     for (std::int32_t rank = range.low; rank < range.high; ++rank) {
-        const std::int32_t token = order[rank];
-        tokens[begin + n_tokens] = token;
-        n_tokens += !scratch.is_hole(token);  // else it lies in a smaller cell
-        scratch.set_hole(token);
+        const std::uint32_t token = static_cast<std::uint32_t>(order[rank]);
+        std::uint64_t &word = holes[token / 64];
+        const std::uint64_t bit = std::uint64_t{1} << (token % 64);
+        to[n_tokens] = static_cast<std::int32_t>(token);
+        n_tokens += (word & bit) == 0;  // else it lies in a smaller cell
+        word |= bit;
     }
     tokens.resize(begin + (n_tokens == 1 ? 1 : padded(n_tokens)));
     std::fill(tokens.begin() + begin + n_tokens, tokens.end(), -1);
@@ -87,7 +91,7 @@ void Cells::normalise_teacher(bool tail_counts, double temperature) {
 void Cells::summarise(float top, double tau) {
     for (Cell &cell : cells) {
         float *logits = &z[cell.begin], *exponentials = &e[cell.begin];
-        cell.shift = *std::max_element(logits, logits + cell.n_tokens);
+        cell.shift = cell.n_tokens == 1 ? logits[0] : max_cell(logits, padded(cell.n_tokens));
         if (cell.n_tokens == 1 || cell.shift == kMinusInfinity) {
             std::fill_n(exponentials, cell.n_tokens, 1.0F);
             cell.sum = static_cast<double>(cell.n_tokens);
@@ -100,8 +104,12 @@ void Cells::summarise(float top, double tau) {
 }
 
 void Cells::clear(RowScratch &scratch) {
-    for (const std::int32_t token : tokens) {
-        if (token >= 0) scratch.clear_hole(token);
+    if (tokens.size() > scratch.holes.size()) {
+        std::fill(scratch.holes.begin(), scratch.holes.end(), 0);
+    } else {
+        for (const std::int32_t token : tokens) {
+            if (token >= 0) scratch.clear_hole(token);
+        }
     }
     cells.clear();
     tokens.clear();

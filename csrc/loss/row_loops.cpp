@@ -220,6 +220,8 @@ FUSECHAT_CLONES void scan_row(const Float16 *logits, std::int64_t n, const ScanO
     scan_row_body(logits, n, options, row);
 }
 
+FUSECHAT_CLONES float max_cell(const float *z, std::int64_t n) { return max_block(z, n); }
+
 FUSECHAT_CLONES double exp_cell(const float *z, std::int64_t n, float shift, float inverse_tau, float *e) {
     double sum = 0;
     for (std::int64_t begin = 0; begin < n; begin += kBlock) {

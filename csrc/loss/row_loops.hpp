@@ -51,6 +51,9 @@ void scan_row(const float *logits, std::int64_t n, const ScanOptions &options, R
 void scan_row(const BFloat16 *logits, std::int64_t n, const ScanOptions &options, RowScratch &row);
 void scan_row(const Float16 *logits, std::int64_t n, const ScanOptions &options, RowScratch &row);
 
+// The maximum of n elements, a multiple of kLanes.
+float max_cell(const float *z, std::int64_t n);
+
 // e_j = exp((z_j − shift) · inverse_tau) over n elements, a multiple of kLanes; returns Σ e.
 double exp_cell(const float *z, std::int64_t n, float shift, float inverse_tau, float *e);
 

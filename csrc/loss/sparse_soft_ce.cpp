@@ -13,7 +13,7 @@ namespace fusechat::loss {
 namespace {
 
 // Below this sum the tail lies so far under the row's maximum that its exponents are taken again from its own maximum.
-constexpr double kSmallTail = 1e-26;
+constexpr double kSmallTail = 1e-12;
 
 ScanOptions scan_options(const Options &options) {
     return {
@@ -38,8 +38,10 @@ public:
         cells_.collect(rows_, row, options_, n_, scratch_);
         scan_row(logits, n_, scan_, scratch_);
         // After the scan, which left the row in the cache.
-        for (std::size_t i = 0; i < cells_.tokens.size(); ++i) {
-            cells_.z[i] = cells_.tokens[i] < 0 ? kMinusInfinity : logit(logits, cells_.tokens[i]);
+        for (const Cell &cell : cells_.cells) {
+            const std::int64_t end = cell.begin + cell.n_tokens;
+            for (std::int64_t i = cell.begin; i < end; ++i) cells_.z[i] = logit(logits, cells_.tokens[i]);
+            if (cell.n_tokens > 1) std::fill_n(cells_.z.data() + end, padded(cell.n_tokens) - cell.n_tokens, kMinusInfinity);
         }
         hard_term(logits);
         soft_term();
@@ -144,26 +146,31 @@ private:
             .hard = per_hard * tail_to_top,
             .offset = flat - per_soft * spread_,
         };
-        const double label_value = dense_at(dense, label_);
         write_row(scratch_, dense, scan_.inverse_tau, n_, gradient);
 
         const float *slope = scratch_.slope.empty() ? nullptr : scratch_.slope.data();
-        const auto put = [&](std::int64_t token, float value) {
-            if (token == label_) value += static_cast<float>(at_label);
-            if (slope != nullptr) value *= slope[token];
-            narrow_one(gradient[token], value);
-        };
-        // The label first: where it lies in a cell, the cell's own value replaces this one.
-        put(label_, static_cast<float>(label_value));
+        double label_value = dense_at(dense, label_);
         for (const Cell &cell : cells_.cells) {
             const double per_e = per_soft * cell.alpha / cell.sum;
-            const double cell_to_top = std::exp(static_cast<double>(cell.shift) - top_);
-            const float a = static_cast<float>(per_e + (tau == 1.0 ? per_hard * cell_to_top : 0.0));
-            for (std::int64_t i = cell.begin; i < cell.begin + cell.n_tokens; ++i) {
-                const float hard = tau == 1.0 ? 0.0F : static_cast<float>(per_hard * hard_exp(i));
-                put(cells_.tokens[i], a * cells_.e[i] + hard + static_cast<float>(flat));
+            const double to_top = std::exp(static_cast<double>(cell.shift) - top_);
+            const float a = static_cast<float>(per_e + (tau == 1.0 ? per_hard * to_top : 0.0));
+            const float offset = static_cast<float>(flat);
+            const std::int32_t *tokens = &cells_.tokens[cell.begin];
+            float *e = &cells_.e[cell.begin];
+            for (std::int64_t i = 0; i < cell.n_tokens; ++i) {
+                e[i] = a * e[i] + offset;
+                if (tau != 1.0) e[i] += static_cast<float>(per_hard * hard_exp(cell.begin + i));
+            }
+            if (scratch_.is_hole(label_)) {
+                const std::int32_t *found = std::find(tokens, tokens + cell.n_tokens, static_cast<std::int32_t>(label_));
+                if (found != tokens + cell.n_tokens) label_value = e[found - tokens];
+            }
+            for (std::int64_t i = 0; i < cell.n_tokens; ++i) {
+                narrow_one(gradient[tokens[i]], slope == nullptr ? e[i] : e[i] * slope[tokens[i]]);
             }
         }
+        label_value += at_label;
+        narrow_one(gradient[label_], static_cast<float>(slope == nullptr ? label_value : label_value * slope[label_]));
     }
 
     double dense_at(const DenseGradient &dense, std::int64_t token) const {

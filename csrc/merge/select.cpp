@@ -16,7 +16,7 @@ namespace {
 
 constexpr std::int64_t kListBytes = 4 << 20;  // what may be kept of a bracket
 constexpr int kBins = 1 << 16;
-constexpr int kSampleRun = 64;                // neighbours taken together: a read costs more than their arithmetic
+constexpr int kSampleRun = 128;               // neighbours taken together: a read costs more than their arithmetic
 constexpr std::int64_t kSampledFrom = 1 << 16;  // smaller tensors are kept or narrowed at once
 
 // Keys are non-negative doubles, whose bits order as integers: a bracket is a range of bits.
@@ -143,8 +143,8 @@ class Selector {
             share = static_cast<double>(quota.numerator) / static_cast<double>(quota.denominator) *
                     static_cast<double>(n_nonzero) / static_cast<double>(n);
         }
-        // Six standard deviations of independent draws, for neighbours resemble each other.
-        double margin = 6 * std::sqrt(share * (1 - std::min(share, 1.0)) / static_cast<double>(n)) + 1e-5;
+        // Four standard deviations of independent draws: neighbours resemble each other, but a miss costs only time.
+        double margin = 4 * std::sqrt(share * (1 - std::min(share, 1.0)) / static_cast<double>(n)) + 1e-5;
         margin = std::min(margin, 0.4 * static_cast<double>(list_limit()) / static_cast<double>(inputs_.n));
         auto bits_at_rank = [&](double from_top) {
             const auto rank = static_cast<std::int64_t>(from_top * static_cast<double>(n));
@@ -177,7 +177,7 @@ class Selector {
                 const KeyCounts counts = count_keys(keys, padded, low, high);
                 count.n_above += counts.above;
                 count.n_nonzero += counts.nonzero;
-                for (int c = 0; c < width_; ++c) {
+                for (int c = 0; c < width_ && key_ == Key::variance; ++c) {
                     count.above[c] += energy_above(scratch.delta(c), keys, padded, high);
                 }
                 if (counts.inside == 0) return;
@@ -186,7 +186,7 @@ class Selector {
                 std::array<std::int32_t, kTile> at;
                 const int m = find_inside(keys, n, low, high, at.data());
                 for (int i = 0; i < m; ++i) {
-                    for (int c = 0; c < width_; ++c) {
+                    for (int c = 0; c < width_ && key_ == Key::variance; ++c) {
                         const double delta = scratch.delta(c)[at[i]];
                         count.inside[c] += delta * delta;
                         if (keep) count.payload.push_back(static_cast<float>(delta));
@@ -262,7 +262,7 @@ class Selector {
                     --ties;
                     selection.tie_stop = kept.index + 1;
                 }
-                for (int c = 0; c < width_; ++c) {
+                for (int c = 0; c < width_ && key_ == Key::variance; ++c) {
                     const double delta = count.payload[i * width_ + c];
                     selection.energy[c] += delta * delta;
                 }
@@ -324,7 +324,9 @@ std::int64_t Quota::resolve(std::int64_t n_nonzero) const {
 
 Selection select(const Inputs &inputs, ScratchPool &pool, Key key, const Quota &quota, int threads,
                  std::vector<NonFinite> &bad) {
-    return Selector(inputs, pool, key, threads, bad).run(quota);
+    Selection selection = Selector(inputs, pool, key, threads, bad).run(quota);
+    if (key == Key::magnitude) selection.energy.clear();
+    return selection;
 }
 
 Selection select_all(const Inputs &inputs, ScratchPool &pool, int threads, std::vector<NonFinite> &bad) {

@@ -30,7 +30,7 @@ struct Selection {
     std::int64_t n_nonzero = 0;        // elements with a non-zero key
     double threshold = 0;              // selected: key > threshold, or key == threshold and index < tie_stop
     std::int64_t tie_stop = 0;
-    std::vector<double> energy;        // per target: sum of delta² over the selected
+    std::vector<double> energy;        // by variance only: per target, sum of delta² over the selected
 
     bool none() const { return k == 0; }
 };

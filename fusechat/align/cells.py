@@ -12,7 +12,6 @@ import bisect
 from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
@@ -24,7 +23,6 @@ Array = npt.NDArray[Any]
 EXTRA_ENTRIES = 2
 """The pivot's next token and the source's, which the K candidates may lack."""
 CELL_COLUMNS = ("ids", "logprobs", "low", "high")
-_SMALLEST = 2.0**-24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,53 +106,25 @@ def cell_rows(
     probabilities = np.zeros((len(rows), width), np.float64)
     low, high = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), np.int32)
     if len(rows):
+        # Loaded where it is needed: numba is slow to import, and most stores are read without it.
+        from fusechat.align.cells_kernel import fill
+
         source_rows = matches.source_row[rows]
-        _fill(
+        used, map_of = np.unique(map_index[rows], return_inverse=True)
+        fill(
             pivot.gold[rows],
             np.exp(remapped.gold_logprob[rows].astype(np.float64)),
             source_rows,
-            np.searchsorted(np.unique(map_index[rows]), map_index[rows]),
+            map_of,
             source.block["row.ids"][source_rows],
             np.exp(source.block["row.logprobs"][source_rows].astype(np.float64)),
             source.gold[source_rows],
             np.exp(source.block["row.gold_logprob"][source_rows].astype(np.float64)),
-            np.stack([maps[m].low for m in np.unique(map_index[rows])]),
-            np.stack([maps[m].high for m in np.unique(map_index[rows])]),
-            np.stack([maps[m].target for m in np.unique(map_index[rows])]),
+            np.stack([maps[m].low for m in used]),
+            np.stack([maps[m].high for m in used]),
+            np.stack([maps[m].target for m in used]),
             (ids, probabilities, low, high),
         )
     with np.errstate(divide="ignore"):
         logprobs = np.minimum(np.log(probabilities), 0).astype(np.float16)
     return CellRows(ids=ids, logprobs=logprobs, low=low, high=high)
-
-
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def _fill(
-    gold: Array, chain: Array, source_rows: Array, map_of: Array, candidates: Array, probability: Array,
-    source_gold: Array, source_gold_probability: Array, map_low: Array, map_high: Array, map_target: Array, out: Any,
-) -> None:  # fmt: skip
-    ids, mass, low, high = out
-    for r in range(len(gold)):
-        m = map_of[r]
-        ids[r, 0], mass[r, 0] = gold[r], chain[r]
-        n = 1
-        for k in range(-1, candidates.shape[1]):
-            # −1: the source's own next token, whose mass the pivot's next token has a share of already.
-            token = source_gold[r] if k < 0 else candidates[r, k]
-            p = source_gold_probability[r] - chain[r] if k < 0 else probability[r, k]
-            if p < _SMALLEST or (k >= 0 and token == source_gold[r]):
-                continue
-            begin, end, single = map_low[m, token], map_high[m, token], -1
-            if end <= begin:
-                begin, end, single = 0, 0, map_target[m, token]
-                if single < 0:
-                    continue
-            slot = n
-            for i in range(n):
-                if low[r, i] == begin and high[r, i] == end and (end > begin or ids[r, i] == single):
-                    slot = i
-                    break
-            if slot == n:
-                low[r, n], high[r, n], ids[r, n] = begin, end, max(single, 0)
-                n += 1
-            mass[r, slot] += p

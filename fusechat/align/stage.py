@@ -60,7 +60,7 @@ def align(
     *,
     tokens: str = "bytes",
     vocab: str = "prefix",
-    granularity: str = "chain",
+    granularity: str = "cells",
     unaligned: str = "gold",
     collisions: str = "sum",
     preset: str | None = None,

@@ -16,7 +16,7 @@ def align(
     vocab: Annotated[
         str, typer.Option(help="candidates without byte twin: exact, prefix, mined, ms, ms-soft or ms-upstream")
     ] = "prefix",
-    granularity: Annotated[str, typer.Option(help="what finer rows teach: chain, first or gold")] = "chain",
+    granularity: Annotated[str, typer.Option(help="what finer rows teach: cells, chain, first or gold")] = "cells",
     unaligned: Annotated[str, typer.Option(help="rows without common boundary: gold, pivot or skip")] = "gold",
     collisions: Annotated[str, typer.Option(help="several source ids on one pivot id: sum or first")] = "sum",
     preset: Annotated[str | None, typer.Option(help="paper: all five choices as the research code's default")] = None,

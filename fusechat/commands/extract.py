@@ -23,8 +23,6 @@ def extract(
     max_bytes: Annotated[int | None, typer.Option(help="cut running text into pieces of so many bytes")] = None,
 ) -> None:
     """Write a model's top-k next-token log-probabilities over a dialogue set."""
-    import torch
-
     from fusechat.commands.progress import terminal_reporter
     from fusechat.dialogue import load_dialogues
     from fusechat.extract import extract as extract_store
@@ -39,7 +37,6 @@ def extract(
             template=template,
             max_length_tokens=max_length,
             dtype=dtype,
-            device="cuda" if torch.cuda.is_available() else "cpu",
             progress=reporter.stage("extract", "tokens"),
         )
         rows = sum(shard["n_rows"] for shard in manifest["shards"])

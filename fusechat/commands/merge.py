@@ -18,6 +18,7 @@ def merge(
     allow_nonfinite: Annotated[bool, typer.Option(help="keep the base's value where an input is NaN")] = False,
     shard_size: Annotated[str, typer.Option(help="largest size of one output file")] = "5GB",
     report: Annotated[bool, typer.Option(help="print the numbers of every tensor")] = False,
+    ray: Annotated[str | None, typer.Option(help="address of a Ray cluster, or local: shards as tasks")] = None,
     verify: Annotated[Path | None, typer.Option(help="check a merged model against its checksums")] = None,
 ) -> None:
     """Merge models into one, tensor by tensor, in constant memory."""
@@ -45,6 +46,7 @@ def merge(
             resume=resume,
             allow_nonfinite=allow_nonfinite,
             max_shard_bytes=parse_size(shard_size),
+            ray=ray,
             progress=progress,  # type: ignore[arg-type]
         )
 

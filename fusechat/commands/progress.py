@@ -46,7 +46,7 @@ class TerminalReporter(Reporter):
         """Replace the bar by a line."""
         self.progress.remove_task(self.tasks.pop(name))
         seconds = time.perf_counter() - self.began[name]
-        self.console.print(f"[bold]{name:<18}[/bold] {seconds:7.1f} s  {note}", highlight=False)
+        self.console.print(f"[bold]{name:<21}[/bold] {seconds:6.1f} s  {note}", highlight=False)
 
 
 @contextlib.contextmanager
@@ -54,7 +54,7 @@ def terminal_reporter() -> Iterator[TerminalReporter]:
     """Give a reporter whose bars are on stderr, so that stdout stays clean for results."""
     console = Console(stderr=True)
     columns = (
-        TextColumn("{task.description:<18}"),
+        TextColumn("{task.description:<21}"),
         BarColumn(bar_width=24),
         TextColumn("{task.percentage:>3.0f}%"),
         _Rate(),

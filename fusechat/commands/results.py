@@ -9,28 +9,38 @@ from rich.table import Table
 
 
 def print_results(results: dict[str, Any]) -> None:
-    """Print bits per byte by group and model, with intervals, and the paired difference to the control."""
+    """Print bits per byte by group and model, then the paired differences to the control."""
     console = Console()
     groups = results["groups"]
-    names = list(groups["overall"]["models"])
-    key = next(key for key in groups["overall"]["models"][names[0]] if key.startswith("difference_to_"))
-    against = key.removeprefix("difference_to_")
-    table = Table(title="held-out bits per byte, lower is better", title_justify="left", pad_edge=False, box=None)
-    table.add_column("model", no_wrap=True)
-    for group in groups:
-        table.add_column(group, justify="right")
-    table.add_column("±", justify="right")
-    table.add_column(f"− {against}, paired", justify="right", no_wrap=True)
-    for name in names:
-        cells = [f"{group['models'][name]['bits_per_byte'][0]:.3f}" for group in groups.values()]
-        _, low, high = groups["overall"]["models"][name]["bits_per_byte"]
-        value, least, most = groups["overall"]["models"][name][key]
-        paired = "" if name == against else f"{value:+.3f} [{least:+.3f}, {most:+.3f}]"
-        table.add_row(name, *cells, f"{(high - low) / 2:.3f}", paired)
-    console.print(table, highlight=False)
+    models = groups["overall"]["models"]
+    difference = next(key for key in next(iter(models.values())) if key.startswith("difference_to_"))
+    against = difference.removeprefix("difference_to_")
+    console.print(_table("held-out bits per byte, lower is better", groups, list(models), "bits_per_byte"))
+    console.print()
+    others = [name for name in models if name != against and not name.startswith("source ")]
+    console.print(_table(f"difference to {against}, paired", groups, others, difference))
     overall = groups["overall"]
     console.print(
-        f"{overall['n_dialogues']} dialogues, {overall['content_bytes']:,} bytes; ± and brackets: bootstrap",
+        f"{overall['n_dialogues']} dialogues, {overall['content_bytes']:,} bytes. "
+        "±: half the bootstrap interval over dialogues;\n*: it excludes 0. The JSON has the interval of every cell.",
         highlight=False,
         style="dim",
     )
+
+
+def _table(title: str, groups: dict[str, Any], models: list[str], key: str) -> Table:
+    paired = key.startswith("difference_to_")
+    table = Table(title=title, title_justify="left", pad_edge=False, box=None, padding=(0, 0, 0, 1))
+    table.add_column("", no_wrap=True)
+    for group in groups:
+        table.add_column(group, justify="right", no_wrap=True)
+    for name in models:
+        cells = []
+        for group, content in groups.items():
+            value, low, high = content["models"][name][key]
+            cell = f"{value:+.3f}" if paired else f"{value:.3f}"
+            if group == "overall":
+                cell += f"±{(high - low) / 2:.3f}".replace("±0.", "±.")
+            cells.append(cell + ("*" if paired and (low > 0 or high < 0) else " " * paired))
+        table.add_row(name, *cells)
+    return table

@@ -43,7 +43,7 @@ def score_dialogues(
     template: str = "own",
     max_length_tokens: int = 2048,
     dtype: str = "auto",
-    device: str = "cpu",
+    device: str = "auto",
     batch_tokens: int = 8192,
 ) -> Scores:
     """Score a model on every dialogue in full; one it would cut or skip is NaN: the bytes would differ."""

@@ -41,7 +41,7 @@ def extract(
     template: str = "own",
     max_length_tokens: int = 2048,
     dtype: str = "auto",
-    device: str = "cpu",
+    device: str = "auto",
     batch_tokens: int = 8192,
     shard_dialogues: int = 512,
     progress: Progress | None = None,

@@ -1,8 +1,7 @@
 """Choosing between the candidate distributions of a row by their cross-entropies, before any logit is read.
 
 FuseChat's fusion function (arXiv 2408.07990, section 3.2; FuseLLM, arXiv 2401.10491, eq. 4) compares how well
-each candidate
-predicted the text: `min_ce` takes the best, `avg_ce` weighs all by exp(−cross-entropy).
+each candidate predicted the text: `min_ce` takes the best, `avg_ce` weighs all by exp(−cross-entropy).
 """
 
 from __future__ import annotations
@@ -56,11 +55,11 @@ def candidate_weights(
 
 
 def mix_candidates(ids: Tensor, logprobs: Tensor, weights: Tensor, *, renormalise: bool) -> tuple[Tensor, Tensor]:
-    """Return the mixture Σ_c weights_c · p_c of sparse candidates as one sparse distribution, ids and
-    logprobs [N, C·K].
+    """Return the mixture Σ_c weights_c · p_c of sparse candidates as one sparse distribution.
 
-    The entries stand side by side, for the loss adds up equal ids; entries of weight zero become absent. No
-    pass over logits is needed, since losses of the same logits differ only in the K entries.
+    Its ids and logprobs are [N, C·K]. The entries stand side by side, for the loss adds up equal ids; entries of
+    weight zero become absent. No pass over logits is needed, since losses of the same logits differ only in the K
+    entries.
 
     Args:
         ids: int64[N, C, K], −1 where absent. logprobs: float[N, C, K]. weights: float32[N, C].

@@ -36,6 +36,7 @@ def merge(
     progress: Progress | None = None,
     allow_nonfinite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    ray: str | None = None,
 ) -> Json:
     """Merge models into the Hugging Face directory `out` and return its provenance (or, dry, what it would need).
 
@@ -43,7 +44,8 @@ def merge(
     checked before the first byte is written. `out` appears whole or not at all; a merge that was killed leaves
     `out` + ".partial", which `resume` continues with an identical result. The bytes do not depend on `threads` or
     `max_memory_bytes`. A finished merge of the same inputs is returned as it is. `progress(done_bytes, all_bytes)`
-    counts input bytes. `allow_nonfinite` keeps the base's value where any input is NaN or infinite.
+    counts input bytes. `allow_nonfinite` keeps the base's value where any input is NaN or infinite. `ray` is the
+    address of a Ray cluster on the same file system ("local": one started here) that merges the shards as tasks.
 
     Raises ConfigError, DataError (models that do not fit, NaN), FormatError (corrupt files), MismatchError (`out` holds
     something else) and FusechatError (disk).
@@ -74,7 +76,7 @@ def merge(
         held = sum(path.stat().st_size for path in workplace.directory.iterdir())
         require_free_bytes(out.absolute().parent, sum(shard.size_bytes for shard in shards) - held)
         try:
-            _write(job, workplace, shards, plans, progress)
+            _write(job, workplace, shards, plans, progress, ray)
         except (RuntimeError, OSError) as error:
             if isinstance(error, FusechatError):
                 raise
@@ -97,24 +99,39 @@ def merge(
 
 
 def _write(
-    job: Job, workplace: Workplace, shards: Sequence[Shard], plans: Sequence[TensorPlan], progress: Progress | None
+    job: Job,
+    workplace: Workplace,
+    shards: Sequence[Shard],
+    plans: Sequence[TensorPlan],
+    progress: Progress | None,
+    ray: str | None,
 ) -> None:
     total = sum(_input_bytes(plan) for plan in plans)
     done = 0
+
+    def advance(*finished: TensorPlan) -> None:
+        nonlocal done
+        done += sum(_input_bytes(plan) for plan in finished)
+        if progress is not None:
+            progress(done, total)
+
     job = _with_unit_weights(job, plans)
+    if ray is not None:
+        from fusechat.merge.on_ray import write_on_ray
+
+        write_on_ray(job, workplace, shards, ray, lambda shard: advance(*(slot.plan for slot in shard.slots)))
+        return
     ahead = iter([slot.plan for shard in shards for slot in shard.slots][1:])
     for shard in shards:
         fd = workplace.open_shard(shard)
         try:
             for slot in shard.slots:
                 following = next(ahead, None)
-                if following is not None:
+                if following is not None and job.handles is not None:
                     job.handles.read_ahead([following.base, *following.targets])
                 if slot.plan.name not in workplace.finished:
                     workplace.note(slot.plan.name, merge_one(job, slot.plan, fd, slot.offset))
-                done += _input_bytes(slot.plan)
-                if progress is not None:
-                    progress(done, total)
+                advance(slot.plan)
             os.fsync(fd)
         finally:
             os.close(fd)

@@ -40,6 +40,26 @@ def existing(out: Path, request: Json) -> Json | None:
     return provenance
 
 
+def open_shard(directory: Path, shard: Shard) -> tuple[int, bool]:
+    """Open a shard for writing, reserve its whole size and write its header.
+
+    Returns its descriptor and whether it holds nothing yet; raises FusechatError when the disk is full.
+    """
+    path = directory / shard.name
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        fresh = os.fstat(fd).st_size != shard.size_bytes
+        if fresh:
+            os.ftruncate(fd, 0)
+            os.posix_fallocate(fd, 0, shard.size_bytes)
+        os.pwrite(fd, shard.header, 0)
+    except OSError as error:
+        raise FusechatError(
+            f"cannot write {path} ({shard.size_bytes} bytes): {error.strerror}; free space or choose another place"
+        ) from error
+    return fd, fresh
+
+
 class Workplace:
     """OUT.partial: becomes OUT by a rename when everything in it is whole."""
 
@@ -80,20 +100,10 @@ class Workplace:
                 self.finished[note["tensor"]] = note["statistics"]
 
     def open_shard(self, shard: Shard) -> int:
-        """Open a shard for writing, reserving its whole size and writing its header; returns its descriptor."""
-        path = self.directory / shard.name
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            if os.fstat(fd).st_size != shard.size_bytes:
-                os.ftruncate(fd, 0)
-                os.posix_fallocate(fd, 0, shard.size_bytes)
-                for slot in shard.slots:
-                    self.finished.pop(slot.plan.name, None)
-            os.pwrite(fd, shard.header, 0)
-        except OSError as error:
-            raise FusechatError(
-                f"cannot write {path} ({shard.size_bytes} bytes): {error.strerror}; free space or choose another place"
-            ) from error
+        """Open a shard for writing; returns its descriptor."""
+        fd, fresh = open_shard(self.directory, shard)
+        for slot in shard.slots if fresh else ():
+            self.finished.pop(slot.plan.name, None)
         return fd
 
     def note(self, tensor: str, statistics: Json) -> None:

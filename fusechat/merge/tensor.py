@@ -31,11 +31,16 @@ class Job:
     config: MergeConfig
     base: Model
     targets: Sequence[Model]
-    handles: Handles
+    handles: Handles | None  # None while a job travels to another process
     n_layers: int
     threads: int
     allow_nonfinite: bool
     unit_weights: Mapping[str, Sequence[float]]  # VaRM over layers or the model: weights by tensor
+
+
+def _handles(job: Job) -> Handles:
+    assert job.handles is not None
+    return job.handles
 
 
 def merge_one(job: Job, plan: TensorPlan, out_fd: int, out_offset: int) -> Json:
@@ -55,10 +60,10 @@ def merge_one(job: Job, plan: TensorPlan, out_fd: int, out_offset: int) -> Json:
 
 def sources(job: Job, plan: TensorPlan, *, with_base: bool) -> list[tuple[Any, ...]]:
     """Return the engine's sources of a tensor: the base (or zeros), then the targets, over the base's elements."""
-    base = engine_source(plan.base, job.handles, plan.n, job.base.low_rank(plan.base.name))
+    base = engine_source(plan.base, _handles(job), plan.n, job.base.low_rank(plan.base.name))
     found = [base if with_base else zeros_source(plan.n)]
     for model, entry in zip(job.targets, plan.targets):
-        found.append(engine_source(entry, job.handles, plan.n, model.low_rank(entry.name)))
+        found.append(engine_source(entry, _handles(job), plan.n, model.low_rank(entry.name)))
     return found
 
 
@@ -87,7 +92,7 @@ def _merge_extra(job: Job, plan: TensorPlan, extra: Extra, out_fd: int, out_offs
     """Write rows the base lacks: the plain mean of the targets that have them."""
     n = extra.end - extra.begin
     inputs = [zeros_source(n)]
-    inputs += [engine_source(plan.targets[j], job.handles, n, None, extra.begin) for j in extra.targets]
+    inputs += [engine_source(plan.targets[j], _handles(job), n, None, extra.begin) for j in extra.targets]
     report = _native.merge_tensor(
         inputs, n, weights=[1 / len(extra.targets)] * len(extra.targets), allow_nonfinite=job.allow_nonfinite,
         out_dtype=plan.dtype, out_fd=out_fd, out_offset=out_offset, threads=job.threads,
@@ -97,11 +102,11 @@ def _merge_extra(job: Job, plan: TensorPlan, extra: Extra, out_fd: int, out_offs
 
 
 def _copy(job: Job, plan: TensorPlan, out_fd: int, out_offset: int) -> Json:
-    ours = os.pread(job.handles.fd(plan.base.file), plan.base.size_bytes, plan.base.begin)
+    ours = os.pread(_handles(job).fd(plan.base.file), plan.base.size_bytes, plan.base.begin)
     for model, entry in zip(job.targets, plan.targets):
         if (
             entry.dtype != plan.base.dtype
-            or os.pread(job.handles.fd(entry.file), entry.size_bytes, entry.begin) != ours
+            or os.pread(_handles(job).fd(entry.file), entry.size_bytes, entry.begin) != ours
         ):
             raise DataError(
                 f"tensor {plan.name} ({plan.base.dtype}) cannot be merged and differs between {model.ref} and the base"

@@ -132,7 +132,7 @@ def _fit(
     set_seed(seed)
     tokenizer = load_tokenizer(directory)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    model = load_model(directory).train()
+    model = load_model(directory, device="cpu").train()
     own_dtype = model.dtype
     model = model.float()  # master weights; half precision is the Trainer's autocast
     if config.gradient_checkpointing:
@@ -158,7 +158,8 @@ def _fit(
             save_strategy="steps",
             save_steps=config.save_steps,
             save_total_limit=2,
-            logging_steps=50,
+            logging_steps=10,
+            logging_first_step=True,
             logging_nan_inf_filter=False,
             seed=seed,
             data_seed=seed,

@@ -109,7 +109,9 @@ class FusionDataset:
         kind = source["row.kind"]
         taught = Targets.by(source["row.ids"], source["row.logprobs"])
         if self.unaligned == "pivot":
-            taught = taught.replaced(kind == RowKind.NONE, Targets.by(pivot["row.ids"], pivot["row.logprobs"]))
+            # One-hot rows of `tokens: dtw` are of this kind too, and have their entry.
+            nothing = (kind == RowKind.NONE) & np.isneginf(taught.logprobs).all(axis=1)
+            taught = taught.replaced(nothing, Targets.by(pivot["row.ids"], pivot["row.logprobs"]))
         finer = kind == RowKind.FINER
         if self.byte_order is not None:
             ranges = {"low": source["cell.low"], "high": source["cell.high"]}

@@ -1,0 +1,71 @@
+"""Shards of the output as Ray tasks: they are independent, and all see the same file system."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fusechat.artifact import Json
+from fusechat.errors import ConfigError, FusechatError
+from fusechat.merge.inputs import Handles
+from fusechat.merge.layout import Shard
+from fusechat.merge.output import Workplace, open_shard
+from fusechat.merge.tensor import Job, merge_one
+
+
+def merge_shard(job: Job, shard: Shard, directory: Path, finished: frozenset[str]) -> dict[str, Json]:
+    """Merge the unfinished tensors of one shard, in whatever process this is, and return their statistics."""
+    with ExitStack() as stack:
+        here = replace(job, handles=Handles(stack))
+        fd, fresh = open_shard(directory, shard)
+        stack.callback(os.close, fd)
+        done = {
+            slot.plan.name: merge_one(here, slot.plan, fd, slot.offset)
+            for slot in shard.slots
+            if fresh or slot.plan.name not in finished
+        }
+        os.fsync(fd)
+        return done
+
+
+def write_on_ray(
+    job: Job, workplace: Workplace, shards: Sequence[Shard], address: str, note_progress: Callable[[Shard], None]
+) -> None:
+    """Merge every shard as a task of the Ray cluster at `address` ("local" starts one here).
+
+    Raises ConfigError when Ray is absent or cannot be reached, and whatever a task raised.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise ConfigError("--ray needs Ray: pip install 'fusechat[ray]'") from error
+    started = not ray.is_initialized()
+    if started:
+        try:
+            ray.init(address=None if address == "local" else address, log_to_driver=False, include_dashboard=False)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ConfigError(f"no Ray cluster at {address}: {str(error).splitlines()[0]}") from error
+    try:
+        # Descriptors do not travel: every task opens its own.
+        travelling = replace(job, handles=None)
+        remote: Any = ray.remote(num_cpus=job.threads)(merge_shard)
+        finished = frozenset(workplace.finished)
+        waiting = {remote.remote(travelling, shard, workplace.directory, finished): shard for shard in shards}
+        while waiting:
+            (ready,), _ = ray.wait(list(waiting), num_returns=1)
+            shard = waiting.pop(ready)
+            try:
+                statistics = ray.get(ready)
+            except ray.exceptions.RayTaskError as error:
+                cause = error.cause
+                raise cause if isinstance(cause, FusechatError) else FusechatError(str(cause)) from error
+            for tensor, numbers in statistics.items():
+                workplace.note(tensor, numbers)
+            note_progress(shard)
+    finally:
+        if started:
+            ray.shutdown()

@@ -1,0 +1,67 @@
+"""fusechat merge on the command line: what it prints, refuses, and leaves."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from merge_family import make_family, recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def fusechat(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the command."""
+    return subprocess.run(
+        [sys.executable, "-m", "fusechat", "merge", *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A merge of three models as a file."""
+    path = tmp_path / "merge.yml"
+    path.write_text(yaml.safe_dump(recipe(make_family(tmp_path))))
+    return path
+
+
+def test_dry_run_merge_report_verify(config: Path, tmp_path: Path) -> None:
+    """Catches an option that is read and not followed."""
+    out = tmp_path / "out"
+    dry = fusechat(config, out, "--dry-run")
+    assert dry.returncode == 0, dry.stderr
+    assert re.search(r"memory\s+\d+", dry.stdout)
+    assert not out.exists()
+    done = fusechat(config, out, "--report", "--threads", 2, "--max-memory", "1GB", "--shard-size", "3kB")
+    assert done.returncode == 0, done.stderr
+    assert "model.layers.1.mlp.up_proj.weight" in done.stdout
+    assert len(list(out.glob("model-*.safetensors"))) > 1
+    assert "match their checksums" in fusechat("--verify", out).stdout
+    (out / "config.json").write_text("{}")
+    bad = fusechat("--verify", out)
+    assert bad.returncode == 2
+    assert "config.json has" in bad.stderr
+
+
+def test_errors_are_one_line_and_exit_2(config: Path, tmp_path: Path) -> None:
+    """Catches tracebacks."""
+    broken = tmp_path / "broken.yml"
+    broken.write_text(config.read_text().replace("select_topk", "select_top_k"))
+    for arguments, message in [
+        ((broken, tmp_path / "out"), "did you mean `select_topk`"),
+        ((config,), "needs CONFIG.yml and OUT"),
+        ((config, tmp_path / "out", "--max-memory", "a lot"), "is no size"),
+        ((config, tmp_path / "out", "--max-memory", "1MB"), "is too little"),
+        (("--verify", tmp_path), "does not exist"),
+    ]:
+        done = fusechat(*arguments)
+        assert done.returncode == 2, done.stderr
+        assert message in " ".join(done.stderr.split())
+        assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
