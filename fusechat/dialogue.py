@@ -119,7 +119,8 @@ def _items(path_or_hub_id: str | Path, *, separator: str | Sequence[str] | None,
     text = read_text(path)
     documents = re.split("|".join(map(re.escape, separators)), text) if separators else [text]
     for number, document in enumerate(documents, 1):
-        yield f"{path} document {number}", {"text": document}
+        if document.strip() or len(documents) == 1:  # nothing stands between two separators, or after the last
+            yield f"{path} document {number}", {"text": document}
 
 
 def _plain(text: str, category: str) -> Dialogue:

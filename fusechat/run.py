@@ -154,7 +154,7 @@ def _align_all(config: RunConfig, layout: Layout, names: list[str], report: Repo
             progress=report.stage(f"align {name}", "rows"),
         )
         coverage = manifest["coverage"]["rows"]
-        report.done(f"align {name}", ", ".join(f"{kind} {share:.1%}" for kind, share in coverage.items()))
+        report.done(f"align {name}", ", ".join(f"{kind} {share:.0%}" for kind, share in coverage.items()))
 
 
 def _train_all(config: RunConfig, layout: Layout, names: list[str], report: Reporter) -> None:

@@ -204,7 +204,7 @@ def test_running_text_is_split_at_the_separator_and_marked_plain(tmp_path: Path)
     dialogues, report = read_dialogues(path, separator="<|end|>")
     assert [contents(d) for d in dialogues] == [[("assistant", "One.")], [("assistant", "Two é.")]]
     assert all(d.plain for d in dialogues)
-    assert (report.format, report.items, report.dropped) == ("text", 3, {"empty running text": 1})
+    assert (report.format, report.items, report.dropped) == ("text", 2, {})
     assert len(load_dialogues(write(tmp_path / "t.jsonl", [{"text": "a b"}]), max_bytes=1)) == 2
 
 

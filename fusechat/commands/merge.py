@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -53,11 +54,15 @@ def merge(
     if dry_run:
         typer.echo(needs(run(None), out))
         return
-    from fusechat.commands.progress import terminal_reporter
+    if sys.stderr.isatty():
+        from fusechat.commands.progress import terminal_reporter
 
-    with terminal_reporter() as reporter:
-        provenance = run(reporter.stage("merge", "bytes"))
-        reporter.done("merge", f"{provenance['n_tensors']} tensors in {out}")
+        with terminal_reporter() as reporter:
+            provenance = run(reporter.stage("merge", "bytes"))
+            reporter.done("merge", f"{provenance['n_tensors']} tensors in {out}")
+    else:  # without a bar to draw, a small merge need not pay for the library that draws it
+        provenance = run(None)
+        typer.echo(f"{provenance['n_tensors']} tensors in {out}", err=True)
     for warning in provenance["warnings"]:  # type: ignore[attr-defined]
         typer.echo(f"warning: {warning}", err=True)
     if report:
