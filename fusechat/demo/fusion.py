@@ -136,7 +136,7 @@ def answer(directory: Path, dialogue: Dialogue, turn: int, *, max_new_tokens: in
     import torch
 
     tokenizer: Any = load_tokenizer(directory)
-    model = load_model(directory)
+    model = load_model(directory, device="cpu")
     messages = [{"role": m.role, "content": m.content} for m in dialogue.messages[:turn]]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
