@@ -23,7 +23,7 @@ from fusechat.records import Dialogue
 Progress = Callable[[int, int], None]
 
 TRAIN_DIALOGUES = 200
-HELD_OUT_DIALOGUES = 400
+HELD_OUT_DIALOGUES = 800
 TOKENIZER_DIALOGUES = 1000
 BATCH_DIALOGUES = 16
 NOTE = "demo.json"
