@@ -15,10 +15,11 @@ def print_results(results: dict[str, Any]) -> None:
     models = groups["overall"]["models"]
     difference = next(key for key in next(iter(models.values())) if key.startswith("difference_to_"))
     against = difference.removeprefix("difference_to_")
-    console.print(_table("held-out bits per byte, lower is better", groups, list(models), "bits_per_byte"))
-    console.print()
+    console.print("[bold]held-out bits per byte[/bold], lower is better")
+    console.print(_table(groups, list(models), "bits_per_byte"))
     others = [name for name in models if name != against and not name.startswith("source ")]
-    console.print(_table(f"difference to {against}, paired", groups, others, difference))
+    console.print(f"\n[bold]difference to {against}[/bold], paired")
+    console.print(_table(groups, others, difference))
     overall = groups["overall"]
     console.print(
         f"{overall['n_dialogues']} dialogues, {overall['content_bytes']:,} bytes. "
@@ -28,9 +29,9 @@ def print_results(results: dict[str, Any]) -> None:
     )
 
 
-def _table(title: str, groups: dict[str, Any], models: list[str], key: str) -> Table:
+def _table(groups: dict[str, Any], models: list[str], key: str) -> Table:
     paired = key.startswith("difference_to_")
-    table = Table(title=title, title_justify="left", pad_edge=False, box=None, padding=(0, 0, 0, 1))
+    table = Table(pad_edge=False, box=None, padding=(0, 0, 0, 1))
     table.add_column("", no_wrap=True)
     for group in groups:
         table.add_column(group, justify="right", no_wrap=True)
