@@ -37,6 +37,15 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture(params=["require", "off"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run a test on the compiled engine (when built) and on the numba fallback."""
+    if request.param == "require":
+        pytest.importorskip("fusechat._native", reason="the compiled engine is not built")
+    monkeypatch.setenv("FUSECHAT_NATIVE", request.param)
+    return str(request.param)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TinyWorld:
     """A pivot and a source with different tokenizers and architectures, untrained, and dialogues to fuse on."""

@@ -12,17 +12,10 @@ from hypothesis import strategies as st
 from fusechat.align import dtw
 from fusechat.align.backend import engine
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 # The backend is the same for all examples of one test.
 FIXTURE_IS_CONSTANT = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@pytest.fixture(params=["require", "off"], autouse=True)
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Run every test on the compiled engine (when built) and on the numba fallback."""
-    if request.param == "require":
-        pytest.importorskip("fusechat._native", reason="the compiled engine is not built")
-    monkeypatch.setenv("FUSECHAT_NATIVE", request.param)
-    return str(request.param)
 
 
 def levenshtein(a: str, b: str) -> int:
