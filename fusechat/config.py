@@ -84,6 +84,10 @@ class TrainConfig(_Section):
     select: Literal["min_ce", "source"] = Field(
         "min_ce", description="per dialogue, the distribution with the lower cross-entropy; or always the source's"
     )
+    when_pivot_wins: Literal["labels", "pivot"] = Field(
+        "labels",
+        description="min_ce: such a dialogue teaches its labels alone or, as in the paper, the pivot's rows",
+    )
     ce_unit: Literal["byte", "token"] = Field(
         "byte", description="unit of the cross-entropies compared; token is the paper's"
     )

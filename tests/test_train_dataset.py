@@ -89,11 +89,14 @@ def test_source_rows_are_taught_where_the_source_wins(tmp_path: Path) -> None:
     np.testing.assert_allclose(example.hard_weight, [0.9, 0.9, 1.0])
 
 
-def test_a_dialogue_the_source_lacks_is_taught_by_the_pivot(tmp_path: Path) -> None:
-    dataset = _dataset(tmp_path, select="source")
+def test_a_dialogue_the_source_lacks_is_taught_by_its_labels_or_by_the_pivot(tmp_path: Path) -> None:
+    dataset = _dataset(tmp_path / "a", select="source", when_pivot_wins="pivot")
     assert dataset.from_source == {0: True, 1: False}
     assert dataset[1].targets.ids.tolist() == [[1, 1]] * 3
     assert dataset.source_share == 0.5
+    labels_only = _dataset(tmp_path / "b", select="source")[1]
+    assert labels_only.targets.ids.shape == (3, 0)
+    assert (labels_only.hard_weight == 1).all()
 
 
 def test_min_ce_compares_per_byte_or_per_token_and_ties_go_to_the_pivot(tmp_path: Path) -> None:

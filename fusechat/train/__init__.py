@@ -72,6 +72,7 @@ def train(
         open_aligned(aligned_store) if aligned_store else None,
         hard_weight=config.hard_weight if aligned_store else 1.0,
         select=config.select,
+        when_pivot_wins=config.when_pivot_wins,
         ce_unit=config.ce_unit,
     )
     with full_disk_is_named(work):

@@ -1,7 +1,8 @@
 """Training examples: the pivot's tokens, and for every row the distribution that is to be taught there.
 
-For a dialogue the distribution is the source's, aligned to the pivot, or the pivot's own: with `min_ce` whichever had
-the lower cross-entropy on the dialogue's own text (arXiv 2408.07990, §3.2; ties go to the pivot).
+With `min_ce` a source teaches the dialogues on whose text it had a lower cross-entropy than the pivot (arXiv
+2408.07990, §3.2; ties go to the pivot). On the others the paper teaches the pivot its own distribution, which holds the
+target back where training moves it far (docs/quality.md); the default is to leave them to their labels.
 """
 
 from __future__ import annotations
@@ -47,11 +48,13 @@ class FusionDataset:
         *,
         hard_weight: float,
         select: Literal["min_ce", "source"] = "min_ce",
+        when_pivot_wins: Literal["labels", "pivot"] = "labels",
         ce_unit: Literal["byte", "token"] = "byte",
     ) -> None:
         self.pivot = pivot
         self.aligned = aligned
         self.hard_weight = hard_weight
+        self.when_pivot_wins = when_pivot_wins
         self.indices = sorted(pivot)
         self.unaligned = ""
         self.byte_order: npt.NDArray[np.int32] | None = None
@@ -89,12 +92,12 @@ class FusionDataset:
         record = self.pivot[dialogue]
         mask = record["token.loss_mask"]
         input_ids = record["token.input_ids"].astype(np.int64)
-        if self.aligned is None:
-            taught = Targets.by(record["row.ids"][:, :0], record["row.logprobs"][:, :0])
-        elif self.from_source[dialogue]:
+        if self.aligned is not None and self.from_source[dialogue]:
             taught = self._source_rows(self.aligned[dialogue], record)
-        else:
+        elif self.aligned is not None and self.when_pivot_wins == "pivot":
             taught = Targets.by(record["row.ids"], record["row.logprobs"])
+        else:
+            taught = Targets.by(record["row.ids"][:, :0], record["row.logprobs"][:, :0])
         absent = np.isneginf(taught.logprobs)
         return Example(
             input_ids=input_ids,
