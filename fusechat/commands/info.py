@@ -11,9 +11,8 @@ def info() -> None:
     import os
     import platform
 
-    from fusechat.align.backend import live_backend
-
     from fusechat import __version__
+    from fusechat.align.backend import live_backend
 
     typer.echo(f"fusechat      {__version__}, Python {platform.python_version()}, {len(os.sched_getaffinity(0))} cores")
     typer.echo(f"alignment     {live_backend()}")
