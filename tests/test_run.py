@@ -39,7 +39,9 @@ elif stage == "train":
     on_save = trainer.MarkComplete.on_save
     def second(self, args, state, control, **_):
         if state.global_step >= 4:
-            die()  # this checkpoint stays without its mark
+            # As if the kill had come in the middle of writing this checkpoint: half of it, and no mark.
+            (pathlib.Path(args.output_dir) / f"checkpoint-{state.global_step}" / "trainer_state.json").unlink()
+            die()
         on_save(self, args, state, control)
     trainer.MarkComplete.on_save = second
 elif stage == "merge":
