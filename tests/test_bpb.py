@@ -24,13 +24,14 @@ def test_values_are_total_bits_over_total_bytes_and_not_a_mean_of_ratios() -> No
 
 def test_intervals_are_those_of_resampled_totals() -> None:
     """Catches a bootstrap of the mean of ratios: one long dialogue weighs what its bytes weigh."""
-    scores = {"a": Scores(nll=np.log(2) * np.array([900.0, 1.0, 1.0]), content_bytes=np.array([1000, 10, 10]))}
-    levels, _ = bits_per_byte(scores, np.arange(3), against="a", samples=4000, seed=2)
+    bits, size = np.array([900.0] + [1.0] * 30), np.array([1000] + [10] * 30)
+    scores = {"a": Scores(nll=np.log(2) * bits, content_bytes=size)}
+    levels, _ = bits_per_byte(scores, np.arange(31), against="a", samples=4000, seed=2)
     rng = np.random.default_rng(7)
     totals = []
     for _ in range(4000):
-        pick = rng.integers(0, 3, 3)
-        totals.append(scores["a"].nll[pick].sum() / np.log(2) / scores["a"].content_bytes[pick].sum())
+        pick = rng.integers(0, 31, 31)
+        totals.append(bits[pick].sum() / size[pick].sum())
     assert levels["a"].low == pytest.approx(np.quantile(totals, 0.025), abs=0.02)
     assert levels["a"].high == pytest.approx(np.quantile(totals, 0.975), abs=0.02)
 
