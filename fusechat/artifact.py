@@ -129,9 +129,6 @@ class ShardedWriter:
             raise FormatError(f"{directory} exists and is not a directory")
         if directory.is_dir() and any(directory.iterdir()):
             self._resume()
-        else:
-            directory.mkdir(parents=True, exist_ok=True)
-            write_json(directory / REQUEST, request)
 
     @property
     def complete(self) -> bool:
@@ -144,7 +141,6 @@ class ShardedWriter:
         elif (self.directory / REQUEST).exists():
             found = read_json(self.directory / REQUEST)
         elif all(entry.name.endswith(PARTIAL_SUFFIX) for entry in self.directory.iterdir()):
-            write_json(self.directory / REQUEST, self.request)
             return
         else:
             raise MismatchError(f"{self.directory} holds something that is not ours: choose another place")
@@ -159,8 +155,15 @@ class ShardedWriter:
             if file.exists() and sha256_file(file) == shard["sha256"]:
                 self.done[shard["file"]] = shard
 
+    def _begin(self) -> None:
+        # Not before there is something to write: a stage that refuses its inputs leaves nothing behind.
+        if not (self.directory / REQUEST).exists():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_json(self.directory / REQUEST, self.request)
+
     def add(self, name: str, write: Any, **facts: Any) -> None:
         """Write one shard through `write(path)` and note its checksum and `facts`."""
+        self._begin()
         path = self.directory / name
         with atomic_write(path) as partial:
             write(partial)
@@ -170,6 +173,7 @@ class ShardedWriter:
 
     def finish(self, **facts: Any) -> Json:
         """Write the manifest, which makes the artefact complete, and return it."""
+        self._begin()
         request = dict(self.request)
         manifest = {
             "format": request.pop("format"),
