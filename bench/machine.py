@@ -42,7 +42,7 @@ def machine_name(environment: dict[str, object]) -> str:
 
 
 def ceilings(device: str = "cpu", rounds: int = 5) -> dict[str, float]:
-    """Measure what bounds a kernel here, the best of some rounds: copy in GB/s (read and write counted), fp32 and bf16 products in GFLOP/s."""
+    """Return the best of some rounds: copy in GB/s (read and write counted), fp32 and bf16 products in GFLOP/s."""
     import torch
 
     values = torch.ones(COPY_BYTES // 4, device=device)
