@@ -22,6 +22,7 @@ from fusechat.config import TrainConfig
 from fusechat.errors import ConfigError, Stopped
 from fusechat.loss import LossOptions
 from fusechat.model import load_model, unwrapped
+from fusechat.processes import n_processes, rank
 from fusechat.tokenizer import load_tokenizer
 from fusechat.train.batches import StepBatches
 from fusechat.train.callbacks import MarkComplete, Watch, last_whole_checkpoint
@@ -29,7 +30,6 @@ from fusechat.train.dataset import FusionDataset
 from fusechat.train.forward import LossSettings, install_loss, router_weight
 from fusechat.train.held_out import HeldOut
 from fusechat.train.meter import Meter
-from fusechat.train.processes import n_processes, rank
 from fusechat.train.trainer import FusionTrainer, rewind_log
 
 LOG_FILE = "training.jsonl"
