@@ -1,0 +1,13 @@
+"""fusechat eval: one light module per subcommand."""
+
+from __future__ import annotations
+
+import typer
+
+from fusechat.commands.evaluate.agreement import agreement
+from fusechat.commands.evaluate.bpb import bpb
+
+app = typer.Typer(name="eval", help="Evaluate models, with intervals.", no_args_is_help=True)
+
+app.command()(bpb)
+app.command()(agreement)
