@@ -116,8 +116,9 @@ def test_the_overall_comparison_is_adjusted_over_models_only() -> None:
     size = np.full(40, 10.0)
     base = rng.normal(20, 3, 40)
     ratios = {name: _ratio(base + shift, size) for name, shift in (("sft", 0), ("a", -1), ("b", -2), ("c", 0.0))}
-    groups = {"overall": np.arange(40), "x": np.arange(20), "y": np.arange(20, 40)}
-    table = comparison_table(ratios, groups, value_name="v", against="sft", samples=50, confidence=0.95, seed=0)
+    members = {"overall": np.arange(40), "x": np.arange(20), "y": np.arange(20, 40)}
+    groups = {group: {name: ratio.of(m) for name, ratio in ratios.items()} for group, m in members.items()}
+    table = comparison_table(groups, value_name="v", against="sft", samples=50, confidence=0.95, seed=0)
     least = 1 / 10_001
     assert table["overall"]["a"]["p_holm"] == pytest.approx(3 * least, rel=0.7)
     assert table["x"]["a"]["p_holm"] == pytest.approx(6 * table["x"]["a"]["p"], rel=0.7)

@@ -192,8 +192,13 @@ def agreement(
         groups = category_groups(measured, dialogues)
         tables = {
             key: comparison_table(
-                {n: Ratio(numerator=sums[n][source][key], denominator=sums[n][source]["rows"]) for n in models},
-                groups,
+                {
+                    group: {
+                        n: Ratio(numerator=sums[n][source][key][members], denominator=sums[n][source]["rows"][members])
+                        for n in models
+                    }
+                    for group, members in groups.items()
+                },
                 value_name="value",
                 against=against,
                 samples=samples,

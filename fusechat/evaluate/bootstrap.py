@@ -140,8 +140,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def comparison_table(
-    ratios: Mapping[str, Ratio],
-    groups: Mapping[str, npt.NDArray[np.int64]],
+    groups: Mapping[str, Mapping[str, Ratio]],
     *,
     value_name: str,
     against: str,
@@ -149,24 +148,18 @@ def comparison_table(
     confidence: float,
     seed: int,
 ) -> dict[str, dict[str, Any]]:
-    """Return by group and model, as JSON values: `value_name` and `difference_to_AGAINST` as [value, low, high],
-    `p` and `p_holm` of the difference (null for `against`). The first group is the one that decides, "overall".
+    """Return for ratios by group and model, as JSON values: `value_name` and `difference_to_AGAINST` as
+    [value, low, high], `p` and `p_holm` of the difference (null for `against`). The first group is the one that
+    decides, "overall".
     """
     compared = {
-        group: compare(
-            {name: ratio.of(members) for name, ratio in ratios.items()},
-            against=against,
-            samples=samples,
-            confidence=confidence,
-            seed=seed,
-        )
-        for group, members in groups.items()
+        group: compare(ratios, against=against, samples=samples, confidence=confidence, seed=seed)
+        for group, ratios in groups.items()
     }
-    others = [name for name in ratios if name != against]
     overall, *parts = groups
     p_holm: dict[tuple[str, str], float] = {}
     for family in ([overall], parts):
-        cells = [(group, name) for group in family for name in others]
+        cells = [(group, name) for group in family for name in groups[group] if name != against]
         p_holm |= zip(cells, holm([compared[group][name].p for group, name in cells]))
     return {
         group: {

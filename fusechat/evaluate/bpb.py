@@ -110,8 +110,10 @@ def results_table(
     common = common_dialogues(scores)
     groups = category_groups(common, dialogues)
     compared = comparison_table(
-        {name: bits_per_byte(one) for name, one in scores.items()},
-        groups,
+        {
+            group: {name: bits_per_byte(one).of(members) for name, one in scores.items()}
+            for group, members in groups.items()
+        },
         value_name="bits_per_byte",
         against=against,
         samples=samples,
