@@ -7,7 +7,7 @@ import typer
 from fusechat.commands.align import align
 from fusechat.commands.bench import bench
 from fusechat.commands.demo import demo
-from fusechat.commands.evaluate import evaluate
+from fusechat.commands.evaluate import app as evaluate
 from fusechat.commands.extract import extract
 from fusechat.commands.info import info
 from fusechat.commands.inspect import inspect
@@ -30,7 +30,7 @@ app.command()(extract)
 app.command()(align)
 app.command()(train)
 app.command()(merge)
-app.command(name="eval")(evaluate)
+app.add_typer(evaluate)
 app.command()(bench)
 app.command()(inspect)
 app.command()(info)
