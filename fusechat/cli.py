@@ -5,12 +5,14 @@ from __future__ import annotations
 import typer
 
 from fusechat.commands.align import align
+from fusechat.commands.compare import compare
 from fusechat.commands.demo import demo
 from fusechat.commands.evaluate import evaluate
 from fusechat.commands.extract import extract
 from fusechat.commands.info import info
 from fusechat.commands.inspect import inspect
 from fusechat.commands.merge import merge
+from fusechat.commands.report import report
 from fusechat.commands.run import run
 from fusechat.commands.train import train
 
@@ -30,5 +32,7 @@ app.command()(align)
 app.command()(train)
 app.command()(merge)
 app.command(name="eval")(evaluate)
+app.command()(report)
+app.command()(compare)
 app.command()(inspect)
 app.command()(info)

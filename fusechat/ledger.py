@@ -40,6 +40,7 @@ class Ledger(Reporter):
         self.reporter = reporter
         self.path = path
         self.work: dict[str, _Work] = {}
+        self.worked = False  # whether any stage had something to do
 
     def stage(self, name: str, unit: str) -> Advance:
         """Begin a stage."""
@@ -51,6 +52,7 @@ class Ledger(Reporter):
         def advance_and_note(done: int, total: int) -> None:
             if work.first is None:
                 work.first = done
+                self.worked = True
                 self._write({"event": "begin", "stage": name, "at": began, "environment": environment()})
             work.last, work.total = done, total
             advance(done, total)

@@ -8,6 +8,7 @@ out/merged/          the fused model
 out/results.json     held-out bits per byte of all of them
 out/categories.json  the category of every dialogue that was fused on
 out/stages.jsonl     what each stage took
+out/report.html      what came out, for people; report.md and report.json beside it
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ def run(config: RunConfig | Path | str, overrides: Sequence[str] = (), *, report
     _align_all(config, layout, names, report)
     _train_all(config, layout, names, report)
     _merge(config, layout, names, report)
-    return _evaluate(config, layout, names, held_out, report)
+    results = _evaluate(config, layout, names, held_out, report)
+    _report(layout, report)
+    return results
 
 
 def _load_data(config: RunConfig, report: Reporter) -> tuple[list[Dialogue], list[Dialogue]]:
@@ -224,3 +227,11 @@ def _evaluate(config: RunConfig, layout: Layout, names: list[str], held_out: lis
     write_json(layout.results, results)
     report.done("evaluate", f"{results['n_dialogues']} held-out dialogues")
     return results
+
+
+def _report(layout: Layout, report: Ledger) -> None:
+    from fusechat.report import report as write_report
+
+    if report.worked or not layout.report.exists():
+        report.stage("report", "pages")
+        report.done("report", str(write_report(layout.out)))
