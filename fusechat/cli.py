@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from fusechat.commands.align import align
+from fusechat.commands.bench import bench
 from fusechat.commands.compare import compare
 from fusechat.commands.demo import demo
 from fusechat.commands.evaluate import evaluate
@@ -34,5 +35,6 @@ app.command()(merge)
 app.command(name="eval")(evaluate)
 app.command()(report)
 app.command()(compare)
+app.command()(bench)
 app.command()(inspect)
 app.command()(info)
