@@ -23,11 +23,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from align import shared_data
-from claims import environment, parser
 
 from fusechat.align import align
 from fusechat.artifact import sha256_json
+from fusechat.bench.align import shared_data
+from fusechat.bench.machine import environment
+from fusechat.bench.report import parser
 from fusechat.config import TrainConfig
 from fusechat.dialogue import dataset_fingerprint, read_dialogues, split_held_out
 from fusechat.evaluate.bpb import Scores, bits_per_byte, common_dialogues, score_dialogues
