@@ -66,7 +66,7 @@ PIECE_BYTES, FUSED, HELD_OUT = 170, 192, 1200  # what the shortest context holds
 OPTIONS: dict[str, Any] = {"max_length_tokens": 256, "dtype": "float32"}
 
 
-class OutOfTime(Exception):
+class OutOfTimeError(Exception):
     """The minutes given are over; what was done is kept."""
 
 
@@ -115,7 +115,7 @@ class Experiment:
         )
         if key not in self.nll:
             if time.monotonic() > self.deadline:
-                raise OutOfTime
+                raise OutOfTimeError
             out = self.work / "target"
             for left in (out, out.with_name("target.partial")):
                 shutil.rmtree(left, ignore_errors=True)
@@ -220,7 +220,7 @@ def main() -> int:
     experiment = Experiment(data, chosen.work, chosen.minutes)
     try:
         pairs = [experiment.pair(*pair) for pair in PAIRS]
-    except OutOfTime:
+    except OutOfTimeError:
         print(f"{len(experiment.nll)} runs are done; the same command goes on")
         return 3
     print("\n".join(markdown(pairs)))
