@@ -7,7 +7,7 @@ STAMP := $(VENV)/.fusechat-installed
 PIP := PIP_CONSTRAINT=$(ROOT)constraints.txt $(RUN) -m pip --disable-pip-version-check
 SOURCES := $(shell find $(ROOT)csrc -name '*.?pp') $(ROOT)CMakeLists.txt $(ROOT)pyproject.toml $(ROOT)constraints.txt
 
-.PHONY: setup demo test test-vllm lint wheel clean
+.PHONY: setup demo test test-vllm lint wheel bench docs readme-table clean
 
 setup: $(STAMP)
 
@@ -32,7 +32,7 @@ VLLM_STAMP := $(VLLM_VENV)/.fusechat-installed-$(VLLM)
 VLLM_PIP := PIP_CONSTRAINT=$(ROOT)constraints-vllm.txt $(VLLM_RUN) -m pip --disable-pip-version-check
 
 test-vllm: $(VLLM_STAMP)
-	cd $(ROOT) && $(VLLM_RUN) -m pytest -q -m vllm --durations 5
+	cd $(ROOT) && $(VLLM_RUN) -m pytest -q -m vllm --durations 5 tests/test_extract_vllm.py
 
 $(VLLM_STAMP): $(SOURCES) $(ROOT)constraints-vllm.txt
 	test -x $(VLLM_RUN) || $(PYTHON) -m venv $(VLLM_VENV)
@@ -50,6 +50,18 @@ wheel: setup
 	cd $(ROOT)dist/unpacked && $(RUN) -P -c "import sys; sys.path.insert(0, '.'); sys.meta_path = [f for f in \
 	sys.meta_path if 'ScikitBuild' not in type(f).__name__]; import fusechat._native, fusechat.kernels; \
 	print('wheel imports from', fusechat.__file__)"
+
+bench: setup
+	cd $(ROOT) && $(RUN) -m fusechat bench all
+
+# The site of docs/ in build/site; a broken link is an error.
+docs: setup
+	$(PIP) install --quiet --editable "$(ROOT)[docs]"
+	cd $(ROOT) && NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
+# README's table and docs/performance.md, from bench/results/*.json.
+readme-table: setup
+	cd $(ROOT) && $(RUN) -m fusechat.bench.tables
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) $(ROOT)build $(ROOT)dist
