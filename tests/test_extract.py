@@ -91,8 +91,8 @@ def test_a_dialogue_that_one_source_cannot_take_is_listed_and_skipped_for_that_s
     (picky / "refuse.jinja").write_text(refusal)
     system = Dialogue(messages=(Message(role="system", content="Be brief."), *dialogues[0].messages))
     turns = (Message(role="user", content="the cat?"), Message(role="assistant", content="the cat sat on a mat."))
-    some = [*dialogues[:3], system, Dialogue(messages=turns * 4)]
-    options: Any = {"max_length_tokens": 40, "shard_dialogues": 2, "template": str(picky / "refuse.jinja")}
+    some = [*dialogues[:3], system, Dialogue(messages=turns * 9)]
+    options: Any = {"max_length_tokens": 70, "shard_dialogues": 2, "template": str(picky / "refuse.jinja")}
     manifest = fusechat.extract(str(picky), some, tmp_path / "s", **options)
     assert manifest["skipped"] == {"3": "the template refuses it: no system"}
     assert set(manifest["cut_turns"]) == {"4"}
