@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from extract_world import shard_bytes
+from extract_world import check_store, shard_bytes
 from safetensors.torch import load_file, save_file
 
 import fusechat
@@ -224,6 +224,35 @@ def test_heads_with_scales_caps_and_routers_give_the_models_own_logits(family: s
     config = getattr(transformers, f"{family}Config")(**sizes)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     check_head(model, np.arange(20, dtype=np.int32))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("Gemma2", {"final_logit_softcapping": 2.0, "head_dim": 16, "query_pre_attn_scalar": 16}),
+        ("Cohere", {"logit_scale": 0.3}),
+        ("Granite", {"logits_scaling": 4.0}),
+    ],
+)
+def test_rows_of_heads_that_change_their_logits_are_the_models_own(
+    tiny_world: Any, dialogues: list[Dialogue], tmp_path: Path, family: str, changes: dict[str, Any]
+) -> None:
+    import transformers
+
+    directory = tmp_path / family
+    shutil.copytree(tiny_world.pivot, directory)
+    size = json.loads((directory / "config.json").read_text())["vocab_size"]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=size + 9, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2, **changes,
+    )  # fmt: skip
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    with torch.no_grad():  # so that a cap or a scale matters
+        model.get_output_embeddings().weight.mul_(30)
+    model.save_pretrained(directory)
+    fusechat.extract(str(directory), dialogues[:4], tmp_path / "s", top_k=5, dtype="float32")
+    check_store(tmp_path / "s", directory, logprob_atol=2e-5)
 
 
 def test_an_unknown_change_of_the_logits_is_detected() -> None:
