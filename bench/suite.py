@@ -14,7 +14,9 @@ from fusechat.errors import ConfigError
 
 MODULES = {
     "align": "align",
+    "extract": "extract",
     "loss": "loss",
+    "store": "store",
 }
 CUDA_MODULES = {"loss": "loss_gpu"}
 

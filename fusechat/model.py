@@ -67,7 +67,10 @@ def load_model(directory: Path, *, dtype: str = "auto", device: str = "auto", de
         return model.eval()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device).eval()
+    try:
+        return model.to(device).eval()
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise DataError(f"{directory} does not go to device {device}: {str(error).splitlines()[0]}") from error
 
 
 def unwrapped(model: Any) -> Any:

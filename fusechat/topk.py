@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -63,21 +65,60 @@ def topk_logprob(
     logprobs = torch.empty(n_rows, k, dtype=torch.float32, device=hidden.device)
     lse = torch.empty(n_rows, dtype=torch.float32, device=hidden.device)
     label_logprob = torch.full((n_rows,), float("nan"), device=hidden.device)
-    step = budget_bytes // row_bytes
     with torch.no_grad():
-        for start in range(0, n_rows, step):
-            part = slice(start, start + step)
-            z = torch.nn.functional.linear(hidden[part], weight, bias).float()
-            if scale is not None:
-                z *= scale
-            if softcap is not None:
-                z = z.div_(softcap).tanh_().mul_(softcap)
+        for part, z in _chunks(hidden, weight, budget_bytes // row_bytes, bias, softcap, scale):
             lse[part] = torch.logsumexp(z, 1)
             top, index = z.topk(k, dim=1)
             ids[part] = index
             logprobs[part] = top - lse[part].unsqueeze(1)
             if labels is not None:
-                label = labels[part].long()
-                z_label = z.gather(1, label.clamp(min=0).unsqueeze(1)).squeeze(1)
-                label_logprob[part] = torch.where(label >= 0, z_label - lse[part], float("nan"))
+                label_logprob[part] = _label_logprob(z, lse[part], labels[part])
     return ids, logprobs, lse, label_logprob
+
+
+def drawn_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    uniform: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return ids int64[N, k] drawn from each row's softmax, with replacement, and the labels' logprob float32[N].
+
+    `uniform` float64[N, k] in [0, 1) decides the draws: the first token at which the cumulative probability exceeds
+    it. Logits as in `topk_logprob`; the cumulative sums are float64, for a vocabulary's worth of float32 additions
+    moves probability between tokens.
+    """
+    ids = torch.empty(uniform.shape, dtype=torch.int64, device=hidden.device)
+    label_logprob = torch.empty(len(ids), dtype=torch.float32, device=hidden.device)
+    row_bytes = weight.shape[0] * (hidden.element_size() + 4 + 2 * 8)
+    with torch.no_grad():
+        for part, z in _chunks(hidden, weight, max(1, _DEFAULT_BUDGET_BYTES // row_bytes), bias, softcap, None):
+            lse = torch.logsumexp(z, 1)
+            cumulative = torch.exp(z - lse.unsqueeze(1)).double().cumsum(1)
+            point = uniform[part] * cumulative[:, -1:]
+            ids[part] = torch.searchsorted(cumulative, point, right=True).clamp_(max=weight.shape[0] - 1)
+            label_logprob[part] = _label_logprob(z, lse, labels[part])
+    return ids, label_logprob
+
+
+def _chunks(
+    hidden: Tensor, weight: Tensor, step: int, bias: Tensor | None, softcap: float | None, scale: float | None
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the fp32 logits of `step` rows at a time."""
+    for start in range(0, hidden.shape[0], step):
+        part = slice(start, start + step)
+        z = torch.nn.functional.linear(hidden[part], weight, bias).float()
+        if scale is not None:
+            z *= scale
+        if softcap is not None:
+            z = z.div_(softcap).tanh_().mul_(softcap)
+        yield part, z
+
+
+def _label_logprob(z: Tensor, lse: Tensor, labels: Tensor) -> Tensor:
+    label = labels.long()
+    z_label = z.gather(1, label.clamp(min=0).unsqueeze(1)).squeeze(1)
+    return torch.where(label >= 0, z_label - lse, float("nan"))

@@ -1,0 +1,68 @@
+"""What the extraction benchmarks compute on: a 20M-parameter Llama with V = 32,000, and sequences of mixed lengths."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusechat.records import Encoded
+
+VOCAB_SIZE = 32_000
+MAX_TOKENS = 2048
+
+
+def make_model(directory: Path) -> Path:
+    """Write the model (untrained, heads of 64 so that vLLM's CPU kernels take it) and a tokenizer of as many words."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=MAX_TOKENS + 1, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():  # untrained logits are all but equal: no top k to speak of
+        model.lm_head.weight.mul_(10)
+    model.save_pretrained(directory)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB_SIZE)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(directory)
+    (directory / "chat.json").write_text(json.dumps({"n_parameters": sum(p.numel() for p in model.parameters())}))
+    return directory
+
+
+def sequences(count: int, *, seed: int = 0) -> list[Encoded]:
+    """Return dialogues in random tokens, lengths lognormal (mean 457, as instruction data has them), three quarters of
+    the tokens the assistant's."""
+    rng = np.random.default_rng(seed)
+    lengths = np.clip(np.exp(rng.normal(5.86, 0.74, count)), 16, MAX_TOKENS).astype(int)
+    return [sequence(int(n), rng) for n in lengths]
+
+
+def sequence(n: int, rng: np.random.Generator) -> Encoded:
+    """Return one dialogue of n tokens."""
+    mask = np.arange(n) >= n // 4
+    byte_end = np.where(mask, np.cumsum(rng.integers(1, 9, n) * mask), -1)
+    return Encoded(
+        input_ids=rng.integers(0, VOCAB_SIZE, n, dtype=np.int32),
+        loss_mask=mask,
+        turn=np.where(mask, 0, -1).astype(np.int32),
+        byte_end=byte_end.astype(np.int32),
+    )
+
+
+def n_tokens(encoded: list[Encoded]) -> int:
+    """Return the number of tokens of all sequences."""
+    return sum(len(member.input_ids) for member in encoded)
+
+
+def load(directory: Path) -> Any:
+    """Load the model in float32 on the CPU."""
+    from fusechat.model import load_model
+
+    return load_model(directory, dtype="float32", device="cpu")
