@@ -28,6 +28,12 @@ class DataConfig(_Section):
         None, description="file of dialogues only the evaluation sees; else a split of `train`"
     )
     held_out_fraction: float = Field(0.1, gt=0, lt=1, description="share of `train` held out when `held_out` is absent")
+    validation: str | None = Field(
+        None, description="file of dialogues that only `merge.sweep` sees; else a split of `train`, made for a sweep"
+    )
+    validation_fraction: float = Field(
+        0.1, gt=0, lt=1, description="share of what remains of `train` for `merge.sweep` to choose on"
+    )
     format: Literal["auto", "sharegpt", "messages", "alpaca", "text"] = Field("auto", description="layout of the file")
     separator: str | list[str] | None = Field(None, description="what separates documents in a text file")
     max_bytes: int | None = Field(None, gt=0, description="running text is cut into pieces of at most this many bytes")
@@ -193,6 +199,10 @@ class MergeConfig(_Section):
     variant: Literal["fuseai", "paper", "mergekit"] = Field("fuseai", description="sce: which of its three readings")
     select_topk: float = Field(0.1, gt=0, le=1, description="sce: τ, the share of elements selected by variance")
     weights: list[float] | None = Field(None, description="linear: one weight per source; equal when absent")
+    sweep: list[dict[str, Any]] | None = Field(
+        None,
+        description="merges to compare on validation dialogues, in place of the above: merge_method, parameters, each",
+    )
 
 
 class EvalConfig(_Section):
@@ -362,6 +372,6 @@ def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
         values["sources"] = [s | {"model": resolve(s.get("model"))} if isinstance(s, dict) else s for s in named]
     data = values.get("data")
     if isinstance(data, dict):
-        for key in ("train", "held_out"):
+        for key in ("train", "held_out", "validation"):
             if key in data:
                 data[key] = resolve(data[key])

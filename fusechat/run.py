@@ -48,7 +48,7 @@ def run(config: RunConfig | Path | str, overrides: Sequence[str] = (), *, report
     layout = Layout(out=Path(config.out))
     layout.out.mkdir(parents=True, exist_ok=True)
     report = Ledger(reporter or Reporter(), layout.ledger)
-    train_set, held_out = _load_data(config, report)
+    train_set, validation, held_out = _load_data(config, report)
     _write_config(config, layout)
 
     names = [source_name(source) for source in config.sources]
@@ -56,13 +56,14 @@ def run(config: RunConfig | Path | str, overrides: Sequence[str] = (), *, report
     _write_categories(train_set, layout)
     _align_all(config, layout, names, report)
     _train_all(config, layout, names, report)
-    _merge(config, layout, names, report)
+    _merge(config, layout, names, validation, report)
     results = _evaluate(config, layout, names, held_out, report)
     _report(layout, report)
     return results
 
 
-def _load_data(config: RunConfig, report: Reporter) -> tuple[list[Dialogue], list[Dialogue]]:
+def _load_data(config: RunConfig, report: Reporter) -> tuple[list[Dialogue], list[Dialogue], list[Dialogue]]:
+    """Return what is fused on, what a sweep of merges chooses on (nothing without one), and what is tested on."""
     data = config.data
     options: dict[str, Any] = {"format": data.format, "separator": data.separator, "max_bytes": data.max_bytes}
     report.stage("read data", "dialogues")
@@ -71,9 +72,15 @@ def _load_data(config: RunConfig, report: Reporter) -> tuple[list[Dialogue], lis
         held_out = load_dialogues(data.held_out, **options)
     else:
         dialogues, held_out = split_held_out(dialogues, data.held_out_fraction, config.seed)
+    validation: list[Dialogue] = []
+    if config.merge.sweep and data.validation is not None:
+        validation = load_dialogues(data.validation, **options)
+    elif config.merge.sweep:
+        dialogues, validation = split_held_out(dialogues, data.validation_fraction, config.seed)
     dropped = "".join(f"; dropped: {count} × {reason}" for reason, count in loaded.dropped.items())
-    report.done("read data", f"{len(dialogues):,} to fuse on, {len(held_out):,} held out{dropped}")
-    return dialogues, held_out
+    chosen_on = f", {len(validation):,} to choose on" * bool(validation)
+    report.done("read data", f"{len(dialogues):,} to fuse on{chosen_on}, {len(held_out):,} held out{dropped}")
+    return dialogues, validation, held_out
 
 
 def _write_config(config: RunConfig, layout: Layout) -> None:
@@ -164,9 +171,28 @@ def merge_recipe(config: RunConfig, layout: Layout, names: list[str]) -> Json:
     }
 
 
-def _merge(config: RunConfig, layout: Layout, names: list[str], report: Reporter) -> None:
+def _merge(config: RunConfig, layout: Layout, names: list[str], validation: list[Dialogue], report: Reporter) -> None:
     from fusechat.merge import merge
 
+    if config.merge.sweep:
+        from fusechat.merge.sweep import sweep
+
+        models = [{"model": str(layout.target(name))} for name in names]
+        table = sweep(
+            {"base_model": config.pivot, "models": models},
+            config.merge.sweep,
+            layout.merged,
+            validation,
+            max_length_tokens=config.extract.max_length_tokens,
+            dtype=config.extract.dtype,
+            batch_tokens=config.extract.batch_tokens,
+            samples=config.eval.bootstrap_samples,
+            confidence=config.eval.confidence,
+            seed=config.seed,
+            progress=report.stage("merge", "merges"),
+        )
+        report.done("merge", f"{table['best']}, best of {len(table['merges'])}")
+        return
     recipe = merge_recipe(config, layout, names)
     provenance = merge(recipe, layout.merged, progress=report.stage("merge", "bytes"))
     report.done("merge", f"{config.merge.method}, {provenance['n_tensors']} tensors")

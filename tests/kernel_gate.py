@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as compile_source
 
-from fusechat.kernels import sparse_soft_ce
+from fusechat.kernels import sce, sparse_soft_ce
 
 TOOLS = Path(nvidia.__file__).parent / "bin"
 NVIDIA = (80, 90, 100)
@@ -87,6 +87,30 @@ def compile_variant(variant: Variant, target: int | str, aligned: bool = True) -
     gpu = GPUTarget("hip", target, 64) if isinstance(target, str) else GPUTarget("cuda", target, 32)
     compiled = compile_source(source, target=gpu, options={"num_warps": warps})
     return _amd(compiled.asm["amdgcn"]) if isinstance(target, str) else _nvidia(compiled.asm["cubin"])
+
+
+def compile_sce(dtype: str, target: int, n_targets: int = 5) -> dict[str, Resources]:
+    """Compile the kernels of the merge for an NVIDIA architecture, models in one dtype."""
+    pointers = dict.fromkeys(("BASE", "TARGETS"), f"*{dtype}") | {"HISTOGRAM": "*i64", "COUNTS": "*i32", "OUT": "*fp32"}
+    pointers |= dict.fromkeys(("SUMS", "WEIGHTS"), "*fp64")
+    scalars = dict.fromkeys(("stride", "n", "begin"), "i32") | dict.fromkeys(("low", "high", "threshold"), "i64")
+    scalars |= {"shift": "i32", "tie_stop": "i64", "least_share": "fp64"}
+    constants = {"J": n_targets, "BLOCK": sce.BLOCK, "SELECT": True, "DIVIDE": True}
+    found = {}
+    for kernel in (sce._tally, sce._energies, sce._combine):
+        names = kernel.arg_names
+        source = ASTSource(
+            fn=kernel,
+            signature={name: (pointers | scalars).get(name, "constexpr") for name in names},
+            constexprs={(names.index(name),): value for name, value in constants.items() if name in names},
+            attrs={
+                (names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, "stride", "n") if name in names
+            },
+        )
+        options = {"num_warps": sce.WARPS, "enable_fp_fusion": False}
+        compiled = compile_source(source, target=GPUTarget("cuda", target, 32), options=options)
+        found[kernel.fn.__name__] = _nvidia(compiled.asm["cubin"])
+    return found
 
 
 def _nvidia(cubin: bytes) -> Resources:
