@@ -15,6 +15,7 @@ from fusechat.errors import ConfigError
 MODULES = {
     "align": "align",
     "loss": "loss",
+    "plan": "plan",
 }
 CUDA_MODULES = {"loss": "loss_gpu"}
 

@@ -12,6 +12,8 @@ from fusechat.commands.extract import extract
 from fusechat.commands.info import info
 from fusechat.commands.inspect import inspect
 from fusechat.commands.merge import merge
+from fusechat.commands.plan import plan
+from fusechat.commands.profile import profile
 from fusechat.commands.run import run
 from fusechat.commands.train import train
 
@@ -26,11 +28,13 @@ app = typer.Typer(
 
 app.command()(demo)
 app.command()(run)
+app.command()(plan)
 app.command()(extract)
 app.command()(align)
 app.command()(train)
 app.command()(merge)
 app.command(name="eval")(evaluate)
 app.command()(bench)
+app.command()(profile)
 app.command()(inspect)
 app.command()(info)
