@@ -6,14 +6,16 @@ import typer
 
 from fusechat.commands.align import align
 from fusechat.commands.bench import bench
+from fusechat.commands.compare import compare
 from fusechat.commands.demo import demo
-from fusechat.commands.evaluate import evaluate
+from fusechat.commands.evaluate import app as evaluate
 from fusechat.commands.extract import extract
 from fusechat.commands.info import info
 from fusechat.commands.inspect import inspect
 from fusechat.commands.merge import merge
 from fusechat.commands.plan import plan
 from fusechat.commands.profile import profile
+from fusechat.commands.report import report
 from fusechat.commands.run import run
 from fusechat.commands.train import train
 
@@ -33,7 +35,9 @@ app.command()(extract)
 app.command()(align)
 app.command()(train)
 app.command()(merge)
-app.command(name="eval")(evaluate)
+app.add_typer(evaluate)
+app.command()(report)
+app.command()(compare)
 app.command()(bench)
 app.command()(profile)
 app.command()(inspect)

@@ -24,7 +24,7 @@ from fusechat.plan.workload import Lengths, find_workload, lengths
 __all__ = ["Plan", "plan"]
 make_callable(__name__)
 
-SFT = "sft"
+SFT, MULTI = "sft", "multi"
 _GPU_HOST_BYTES = {"extract": GPU_PROCESS_BYTES, "train": GPU_PROCESS_BYTES, "align": 40_000_000, "merge": 40_000_000}
 
 
@@ -100,20 +100,23 @@ def plan(
     pivot, pivot_lengths = models["pivot"]
     threads = len(os.sched_getaffinity(0))
     rows: list[StagePlan] = []
+    own = {source_name(source): source.extract for source in config.sources}
     for name, (shape, found) in models.items():
-        rows.append(plan_extraction(name, shape, found, config.extract, hardware, base["extract"]))
+        settings = own.get(name) or config.extract
+        rows.append(plan_extraction(name, shape, found, settings, hardware, base["extract"]))
     for name in names:
         shape, found = models[name]
         rows.append(plan_alignment(name, pivot, shape, found, config.extract.top_k, hardware, base["align"]))
     strategies: dict[str, int] = {}
-    for name in names + [SFT] * config.train.sft_control:
+    trained = (names if config.train.mode == "pairwise" else [MULTI]) + [SFT] * config.train.sft_control
+    for name in trained:
         row, table = plan_training(name, pivot, pivot_lengths, config.train, hardware, base["train"])
         rows.append(row)
         strategies = dict(table)
     rows.append(plan_merge(pivot, len(names), threads, hardware, base["merge"], config.merge.method))
     if workload.n_held_out:
         scored = dict(models)
-        scored |= {f"target {name}": models["pivot"] for name in names + [SFT] * config.train.sft_control}
+        scored |= {f"target {name}": models["pivot"] for name in trained}
         scored |= {"merged": models["pivot"]}
         rows.append(plan_evaluation(scored, workload.n_held_out, config.extract, hardware, base["extract"]))
     shares = hardware.efficiency

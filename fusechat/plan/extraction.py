@@ -1,6 +1,9 @@
-"""What extracting one model's top-k takes: with vLLM on GPUs, with transformers on the CPU."""
+"""What extracting one model's top-k takes: with vLLM, with transformers, or from servers elsewhere."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 from fusechat.config import ExtractConfig
 from fusechat.extract.budget import GPU_MEMORY_UTILIZATION, max_batched_tokens, prompt_logprob_bytes
@@ -24,6 +27,7 @@ HEAP_BLOCK_BYTES = 32 << 20
 HEAD_CHUNK_BYTES = 64 << 20  # fusechat.topk's own budget
 _TOKEN_BYTES = 4 + 1 + 4 + 4  # input_ids, loss_mask, turn, byte_end
 _CUDA_BYTES = 1_000_000_000  # context and libraries
+_SERVER_TOKENS_PER_S = 7000.0  # one API process makes JSON of 750 bytes a token (docs/extraction.md)
 
 
 def store_bytes(lengths: Lengths, vocab: int, top_k: int) -> int:
@@ -39,16 +43,34 @@ def plan_extraction(
     flops = forward_flops(shape, lengths.tokens, lengths.typical, lengths.rows)
     disk = {"top-k store": store_bytes(lengths, shape.vocab, config.top_k)}
     dtype = shape.dtype if config.dtype == "auto" else config.dtype
-    if hardware.on_cpu:
-        parts = cpu_parts(shape, lengths, config, process_bytes)
+    common: dict[str, Any] = {
+        "stage": "extract", "name": name, "parameters": count_parameters(shape), "flops": flops, "disk_parts": disk,
+    }  # fmt: skip
+    if config.backend == "vllm-server":
         return StagePlan(
-            stage="extract", name=name, parameters=count_parameters(shape), devices=0, host_parts=parts,
-            host_limit_bytes=hardware.memory_bytes, disk_parts=disk, flops=flops,
-            seconds=flops / hardware.rate("extract", dtype),
-            settings={"backend": "hf", "batch_tokens": config.batch_tokens, "dtype": dtype},
-            changes=("a smaller extract.batch_tokens; extract.dtype: bfloat16; a smaller or served model",),
+            **common, devices=0, host_parts={"process": process_bytes}, host_limit_bytes=hardware.host_memory_bytes,
+            seconds=lengths.tokens / (_SERVER_TOKENS_PER_S * len(config.servers)), settings={"backend": config.backend},
         )  # fmt: skip
-    return _on_gpus(name, shape, lengths, config, hardware, flops, disk, dtype)
+    if config.backend == "vllm" and not hardware.on_cpu:
+        return _with_vllm(common, shape, config, hardware, dtype)
+    parts = hf_parts(shape, lengths, config, process_bytes)
+    settings = {"backend": "hf", "batch_tokens": config.batch_tokens, "dtype": dtype}
+    changes = ("a smaller extract.batch_tokens, extract.dtype: bfloat16, or extract.backend: vllm-server",)
+    if hardware.on_cpu:
+        return StagePlan(
+            **common, devices=0, host_parts=parts, host_limit_bytes=hardware.memory_bytes, settings=settings,
+            seconds=flops / hardware.rate("extract", dtype), changes=changes,
+        )  # fmt: skip
+    return StagePlan(
+        **common, devices=1, device_parts=on_device(parts), device_limit_bytes=hardware.memory_bytes,
+        host_parts={"process": process_bytes}, host_limit_bytes=hardware.host_memory_bytes, settings=settings,
+        seconds=flops / hardware.rate("extract", dtype), changes=("extract.backend: vllm", *changes),
+    )  # fmt: skip
+
+
+def on_device(parts: Mapping[str, int]) -> dict[str, int]:
+    """Return what of the transformers backend's parts lies on a GPU; its allocator reuses what a heap would keep."""
+    return {key: parts[key] for key in ("weights", "forward", "logits")} | {"cuda": _CUDA_BYTES}
 
 
 def gpu_parts(
@@ -71,12 +93,12 @@ def gpu_parts(
     }
 
 
-def cpu_parts(shape: ModelShape, lengths: Lengths, config: ExtractConfig, process_bytes: int) -> dict[str, int]:
-    """Return what the transformers backend holds on the CPU at its peak.
+def hf_parts(shape: ModelShape, lengths: Lengths, config: ExtractConfig, process_bytes: int) -> dict[str, int]:
+    """Return what the transformers backend holds at its peak on the CPU.
 
     Weights of the asked dtype are pages of their file, and of an untied embedding only the rows that occur are read. The
-    widest moment of a layer is its MLP (three intermediate widths) or its attention under a mask (keys and values
-    widened to all heads).
+    widest moment of a layer is its MLP (three intermediate widths) or its attention; in half precision sequences are
+    padded to batches, and under a mask keys and values are widened to all heads.
     """
     from fusechat.extract.hf import length_batches
 
@@ -86,40 +108,37 @@ def cpu_parts(shape: ModelShape, lengths: Lengths, config: ExtractConfig, proces
     weights = stored_bytes(shape, None if in_file else dtype)
     unread = 0 if shape.tied or not in_file else (shape.vocab - min(shape.vocab, lengths.distinct_ids)) * shape.hidden
     sample = lengths.sample[: config.shard_dialogues].tolist()
-    batches = [(len(batch), sample[batch[0]]) for batch in length_batches(sample, config.batch_tokens)]
-    count, longest = max(batches, key=lambda batch: batch[0] * batch[1])
+    count, longest = 1, max(sample)
+    if item < 4:
+        batches = [(len(batch), sample[batch[0]]) for batch in length_batches(sample, config.batch_tokens)]
+        count, longest = max(batches, key=lambda batch: batch[0] * batch[1])
     padded = count * longest
     query, key = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
-    width = 2 * shape.hidden + max(3 * shape.intermediate, 5 * query + 2 * key)
+    attention = 3 * query + 2 * (query if count > 1 else 0) + 2 * key
+    width = 2 * shape.hidden + max(3 * shape.intermediate, attention)
     rows = padded * lengths.row_share
     chunk = min(rows, HEAD_CHUNK_BYTES // (shape.vocab * (item + 4)))
     forward = padded * width * item
     head = int(chunk * shape.vocab * (8 + (item if item < 4 else 0)))
     heap = forward * (padded * shape.intermediate * item < HEAP_BLOCK_BYTES)
     heap += head * (chunk * shape.vocab * 4 < HEAP_BLOCK_BYTES)
-    shard_rows = sum(sample) * lengths.row_share
+    mask = count * longest**2 * (1 + item) if count > 1 else 0
     return {
         "process": process_bytes,
         "weights": weights - unread * item,
-        "forward": forward + count * longest**2 * (1 + item) + int(rows) * shape.hidden * item,
+        "forward": forward + mask + int(rows) * shape.hidden * item,
         "logits": head,
         "kept by the heap": int(heap),
-        "results": int(lengths.tokens * _TOKEN_BYTES + shard_rows * (config.top_k * 14 + 8)),
+        "results": int(lengths.tokens * _TOKEN_BYTES + sum(sample) * lengths.row_share * (config.top_k * 14 + 8)),
     }
 
 
-def _on_gpus(
-    name: str,
-    shape: ModelShape,
-    lengths: Lengths,
-    config: ExtractConfig,
-    hardware: Hardware,
-    flops: float,
-    disk: dict[str, int],
-    dtype: str,
+def _with_vllm(
+    common: dict[str, Any], shape: ModelShape, config: ExtractConfig, hardware: Hardware, dtype: str
 ) -> StagePlan:
     limit = min(config.max_length_tokens, shape.context_tokens)
-    sizes = [n for n in (1, 2, 4, 8, 16) if n <= hardware.devices and shape.heads % n == 0]
+    wanted = config.tensor_parallel_size
+    sizes = [n for n in (1, 2, 4, 8, 16) if wanted <= n <= hardware.devices and shape.heads % n == 0] or [wanted]
 
     def fits(parts: dict[str, int]) -> bool:
         inside = sum(size for part, size in parts.items() if part not in ("logits", "cuda"))
@@ -130,9 +149,11 @@ def _on_gpus(
 
     chosen = next((n for n in sizes if fits(gpu_parts(shape, limit, hardware.memory_bytes, n, dtype))), sizes[-1])
     parts = gpu_parts(shape, limit, hardware.memory_bytes, chosen, dtype)
-    engines = hardware.devices // chosen
+    engines = min(max(1, hardware.devices // chosen), config.engines or hardware.devices)
     used = engines * chosen
     changes: list[str] = []
+    if used > hardware.devices:
+        changes.append(f"extract.tensor_parallel_size {chosen} asks for more than {hardware.devices} GPUs")
     if not fits(parts):
         for smaller in ("fp8", "int4"):
             least = next((n for n in sizes if fits(gpu_parts(shape, limit, hardware.memory_bytes, n, smaller))), None)
@@ -142,10 +163,9 @@ def _on_gpus(
         changes.append("more GPUs (extract.tensor_parallel_size), or extract.backend: vllm-server")
     step = max_batched_tokens(shape.vocab, hardware.memory_bytes, dtype_bytes=int(ITEM_BYTES.get(dtype, 2)))
     return StagePlan(
-        stage="extract", name=name, parameters=count_parameters(shape), devices=used, device_parts=parts,
-        device_limit_bytes=hardware.memory_bytes, host_parts={"processes": GPU_PROCESS_BYTES * used},
-        host_limit_bytes=hardware.host_memory_bytes, disk_parts=disk, flops=flops,
-        seconds=flops / (used * hardware.rate("extract", dtype)),
+        **common, devices=used, device_parts=parts, device_limit_bytes=hardware.memory_bytes,
+        host_parts={"processes": GPU_PROCESS_BYTES * used}, host_limit_bytes=hardware.host_memory_bytes,
+        seconds=common["flops"] / (used * hardware.rate("extract", dtype)),
         settings={
             "backend": "vllm", "tensor_parallel_size": chosen, "engines": engines, "max_num_batched_tokens": step,
             "gpu_memory_utilization": GPU_MEMORY_UTILIZATION, "dtype": dtype,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fusechat.config import ExtractConfig
-from fusechat.plan.extraction import cpu_parts, store_bytes
+from fusechat.plan.extraction import hf_parts, on_device, store_bytes
 from fusechat.plan.hardware import Hardware
 from fusechat.plan.model_shape import ModelShape, count_parameters, forward_flops, stored_bytes
 from fusechat.plan.process import GPU_PROCESS_BYTES
@@ -76,7 +76,7 @@ def plan_evaluation(
         flops += work
         seconds += work / hardware.rate("extract", shape.dtype)
     name, (shape, lengths) = max(models.items(), key=lambda item: stored_bytes(item[1][0]))
-    parts = cpu_parts(shape, lengths, config, base_bytes)
+    parts = hf_parts(shape, lengths, config, base_bytes)
     common = {"stage": "evaluate", "name": "all", "parameters": count_parameters(shape), "flops": flops}
     common |= {"seconds": seconds, "settings": {"largest": name}}
     if hardware.on_cpu:
@@ -84,9 +84,8 @@ def plan_evaluation(
             **common, devices=0, host_parts=parts, host_limit_bytes=hardware.memory_bytes,  # type: ignore[arg-type]
             changes=(f"leave {name} out of the evaluation, or a smaller extract.batch_tokens",),
         )  # fmt: skip
-    on_device = {key: parts[key] for key in ("weights", "forward", "logits")} | {"cuda": 1_000_000_000}
     return StagePlan(
-        **common, devices=1, device_parts=on_device, device_limit_bytes=hardware.memory_bytes,  # type: ignore[arg-type]
+        **common, devices=1, device_parts=on_device(parts), device_limit_bytes=hardware.memory_bytes,  # type: ignore[arg-type]
         host_parts={"process": GPU_PROCESS_BYTES}, host_limit_bytes=hardware.host_memory_bytes,
         changes=(f"{name} does not fit one device for `fusechat run`'s evaluation: evaluate the others with fusechat eval",),
     )  # fmt: skip

@@ -28,7 +28,7 @@ _CODE = {
     "train": "import fusechat.train, fusechat.train.trainer, fusechat.loss" + _EMPTY_MODEL + "out.sum().backward()\n"
     "torch.optim.AdamW(model.parameters()).step()\n",
     "merge": "import fusechat.merge\n",
-    "align": "import fusechat.align\n",
+    "align": "import fusechat.align, fusechat.bytetable\nfrom transformers import PreTrainedTokenizerFast\n",
 }
 _PEAK = "print([l for l in open('/proc/self/status') if l.startswith('VmHWM')][0].split()[1])"
 

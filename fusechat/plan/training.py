@@ -101,7 +101,7 @@ def loss_bytes(shape: ModelShape, rows: int, config: TrainConfig, *, item: int, 
 
 
 def device_parts(
-    shape: ModelShape, config: TrainConfig, strategy: Strategy, gpus: int, tokens: int, rows: int
+    shape: ModelShape, config: TrainConfig, strategy: Strategy, gpus: int, tokens: int, mask_tokens: int, rows: int
 ) -> dict[str, int]:
     """Return what one GPU holds at the peak of a step: float32 master weights, their gradients and Adam's state, what
     is gathered or cast of them in the forward pass's dtype, activations and the loss."""
@@ -109,7 +109,8 @@ def device_parts(
     trained = _trained(shape, config)
     item = int(ITEM_BYTES[config.dtype])
     share = {key: gpus if getattr(strategy, key) else 1 for key in ("weights", "gradients", "optimizer")}
-    kept = 4.0 * n if config.lora is None or _quantised(config) is None else _quantised_bytes(shape, config)
+    narrow = {"4bit": "int4", "8bit": "int8"}
+    kept = 4 * n if config.quantization is None else stored_bytes(shape, narrow[config.quantization])
     adapters = 0 if config.lora is None else 4 * trained
     parts = {
         "weights": int(kept / share["weights"] + adapters),
@@ -124,7 +125,9 @@ def device_parts(
         parts["gathered"] = gathered * item + layer_parameters(shape) * 4
     elif item == 2:
         parts["casts"] = n * item  # autocast keeps its copies for the backward pass
-    parts["activations"] = activation_bytes(shape, tokens, item=item, checkpointing=config.gradient_checkpointing)
+    parts["activations"] = activation_bytes(
+        shape, tokens, item=item, checkpointing=config.gradient_checkpointing, mask_tokens=mask_tokens
+    )
     parts["loss"] = loss_bytes(shape, rows, config, item=item, weight_grad=config.lora is None)
     parts["fragmentation"] = int(_FRAGMENTATION * sum(parts.values()))
     parts["cuda"] = _CUDA_BYTES
@@ -138,9 +141,7 @@ def cpu_parts(
     n = count_parameters(shape)
     trained = _trained(shape, config)
     item = int(ITEM_BYTES[config.dtype])
-    packed = _packed(config)
-    longest = lengths.longest
-    tokens = config.micro_batch_size * (_mean(lengths) if packed else longest)
+    tokens, mask_tokens = _micro_batch(lengths, config)
     rows = int(tokens * lengths.row_share)
     temporaries = tokens * (3 * shape.intermediate + 3 * shape.hidden) * item
     heap = temporaries if tokens * shape.intermediate * item < HEAP_BLOCK_BYTES else 0
@@ -151,7 +152,7 @@ def cpu_parts(
         "gradients": 4 * trained * accumulates,
         "optimizer": int(optimizer_bytes_per_parameter(config.optimizer) * trained),
         "activations": activation_bytes(
-            shape, tokens, item=item, checkpointing=config.gradient_checkpointing, mask_tokens=0 if packed else longest
+            shape, tokens, item=item, checkpointing=config.gradient_checkpointing, mask_tokens=mask_tokens
         ),
         "backward": temporaries,
         "loss": loss_bytes(shape, rows, config, item=item, weight_grad=config.lora is None),
@@ -171,8 +172,7 @@ def plan_training(
 
     The plan is of the first strategy that fits, in the order of their communication; the last one where none does.
     """
-    packed = _packed(config)
-    padded = 1.0 if packed else lengths.padded_share(config.micro_batch_size)
+    padded = 1.0 if config.packing else lengths.padded_share(config.micro_batch_size)
     frozen = config.lora is not None
     steps = config.max_steps if config.max_steps > 0 else math.ceil(
         math.ceil(lengths.n_dialogues / config.batch_size) * config.epochs
@@ -231,11 +231,12 @@ def _needs(
     if hardware.on_cpu:
         parts = cpu_parts(shape, lengths, config, process_bytes)
         return Needs(device_parts={}, host_parts=parts, strategy="", strategies={})
-    tokens = config.micro_batch_size * (_mean(lengths) if _packed(config) else lengths.longest)
+    tokens, mask_tokens = _micro_batch(lengths, config)
     gpus = hardware.devices
     possible = [s for s in STRATEGIES if gpus > 1 or not s.optimizer or s.offload]
     table = {
-        s.name: device_parts(shape, config, s, gpus, tokens, int(tokens * lengths.row_share)) for s in possible
+        s.name: device_parts(shape, config, s, gpus, tokens, mask_tokens, int(tokens * lengths.row_share))
+        for s in possible
     }
     sizes = {name: sum(parts.values()) for name, parts in table.items()}
     chosen = next((s for s in possible if sizes[s.name] <= hardware.memory_bytes), possible[-1])
@@ -270,21 +271,16 @@ def _changes(config: TrainConfig, hardware: Hardware, needs: Callable[[TrainConf
     return (f"{' and '.join(taken)}, which is not enough: more GPUs, or more host memory",)
 
 
-def _mean(lengths: Lengths) -> int:
-    return round(lengths.tokens / lengths.n_dialogues)
-
-
-def _packed(config: TrainConfig) -> bool:
-    return getattr(config, "packing", False)
+def _micro_batch(lengths: Lengths, config: TrainConfig) -> tuple[int, int]:
+    """Return the tokens of the largest micro-batch, and the length its attention mask spans (0: no mask is kept)."""
+    longest = lengths.longest
+    if not config.packing:
+        tokens, spanned = config.micro_batch_size * longest, longest
+    else:
+        tokens = spanned = max(longest, config.micro_batch_size * round(lengths.tokens / lengths.n_dialogues))
+    return tokens, 0 if config.attention in ("flash_attention_2", "flex_attention") else spanned
 
 
 def _trained(shape: ModelShape, config: TrainConfig) -> int:
     return count_parameters(shape) if config.lora is None else lora_parameters(shape, config.lora.rank)
 
-
-def _quantised(config: TrainConfig) -> str | None:
-    return getattr(config, "quantization", None)
-
-
-def _quantised_bytes(shape: ModelShape, config: TrainConfig) -> float:
-    return float(stored_bytes(shape, "int4" if _quantised(config) == "4bit" else "int8"))

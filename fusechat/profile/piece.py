@@ -37,12 +37,9 @@ def prepare(stage: str, config: RunConfig, folder: Path, dialogues: int) -> Call
     def extract(which: str, model: str) -> Any:
         from fusechat.extract import extract as run
 
-        e = config.extract
-        template = config.pivot if e.template == "pivot" else e.template
-        return run(
-            model, chosen, layout.store(which), top_k=e.top_k, template=template, dtype=e.dtype,
-            max_length_tokens=e.max_length_tokens, batch_tokens=e.batch_tokens, shard_dialogues=e.shard_dialogues,
-        )  # fmt: skip
+        own = (source.extract if which == name else None) or config.extract
+        template = config.pivot if own.template == "pivot" else own.template
+        return run(model, chosen, layout.store(which), own.model_copy(update={"template": template}))
 
     def align() -> Any:
         from fusechat.align import align as run
