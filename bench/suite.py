@@ -16,6 +16,7 @@ MODULES = {
     "align": "align",
     "extract": "extract",
     "loss": "loss",
+    "plan": "plan",
     "store": "store",
 }
 CUDA_MODULES = {"loss": "loss_gpu"}

@@ -1,6 +1,6 @@
 """Where two tokenizers agree on a text: after which bytes both models predict the same next text.
 
-    python docs/examples/compare_tokenizers.py PIVOT SOURCE "some text"
+python docs/examples/compare_tokenizers.py PIVOT SOURCE "some text"
 """
 
 import sys

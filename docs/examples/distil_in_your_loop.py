@@ -1,6 +1,6 @@
 """K sparse targets in a training loop of your own: no dense target, no second pass over the logits.
 
-    python docs/examples/distil_in_your_loop.py
+python docs/examples/distil_in_your_loop.py
 """
 
 import torch
@@ -15,7 +15,9 @@ head = torch.nn.Linear(WIDTH, VOCABULARY, bias=False)
 labels = torch.randint(VOCABULARY, (ROWS,), generator=rng)
 labels[:32] = -100  # the user's tokens: ignored, and dropped before the matrix product
 
-teacher = torch.randn(ROWS, VOCABULARY, generator=rng).mul_(3).log_softmax(-1).topk(K)  # what a store keeps of a teacher
+teacher = (
+    torch.randn(ROWS, VOCABULARY, generator=rng).mul_(3).log_softmax(-1).topk(K)
+)  # what a store keeps of a teacher
 optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2)
 for step in range(5):
     out = linear_sparse_soft_ce(

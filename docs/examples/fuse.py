@@ -1,6 +1,6 @@
 """A whole fusion from Python: write the configuration, run it, read the result.
 
-    python docs/examples/fuse.py PIVOT SOURCE DIALOGUES OUT
+python docs/examples/fuse.py PIVOT SOURCE DIALOGUES OUT
 """
 
 import sys

@@ -1,6 +1,6 @@
 """How much of each target's update survives a merge, for several shares of selected elements. Torch is not needed.
 
-    python docs/examples/merge_sweep.py OUT BASE TARGET TARGET...
+python docs/examples/merge_sweep.py OUT BASE TARGET TARGET...
 """
 
 import json
