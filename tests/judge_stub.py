@@ -120,6 +120,8 @@ class Handler(BaseHTTPRequestHandler):
                 rated = "I would rather not say."
             case "high":
                 rated = "Rating: [[11]]"
+            case "bare":
+                request["logprobs"] = False
             case "echo":
                 asked = [m["content"] for m in request["messages"]]
                 rated = f"{len(asked)} {asked[-1][:20]} t={request.get('temperature')}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from fusechat.commands.evaluate.agreement import agreement
+from fusechat.commands.evaluate.alpaca import alpaca, winrates
 from fusechat.commands.evaluate.bpb import bpb
 from fusechat.commands.evaluate.judge import judge, ratings
 
@@ -14,3 +15,5 @@ app.command()(bpb)
 app.command()(agreement)
 app.command()(judge)
 app.command()(ratings)
+app.command()(alpaca)
+app.command()(winrates)

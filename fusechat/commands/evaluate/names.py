@@ -23,3 +23,13 @@ def file_names(files: Sequence[Path]) -> dict[str, Path]:
     if len(names) < len(files):
         raise ConfigError("two of the files have the same name, which is the model's: rename one")
     return names
+
+
+def output_names(files: Sequence[Path]) -> dict[str, Path]:
+    """Return alpaca_eval output files by the `generator` they name; raises ConfigError when two name the same."""
+    from fusechat.evaluate.alpaca import load_outputs
+
+    names = {str(load_outputs(file)[0].get("generator", file.stem)).replace("/", "_"): file for file in files}
+    if len(names) < len(files):
+        raise ConfigError("two of the files are of the same model (generator)")
+    return names
