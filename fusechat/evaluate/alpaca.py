@@ -26,6 +26,11 @@ from fusechat.evaluate.ledger import Ledger, open_ledger
 ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"
 
 
+def load_instructions(path: Path) -> list[Json]:
+    """Return the rows of any of alpaca_eval's files that has `instruction`s; raises FormatError."""
+    return _rows(path, ("instruction",), "give alpaca_eval.json or any model_outputs.json")
+
+
 def load_outputs(path: Path) -> list[Json]:
     """Return the rows of an alpaca_eval model_outputs.json; raises FormatError."""
     return _rows(path, ("instruction", "output"), "`fusechat eval answers --benchmark alpaca` writes such a file")

@@ -6,6 +6,7 @@ import typer
 
 from fusechat.commands.evaluate.agreement import agreement
 from fusechat.commands.evaluate.alpaca import alpaca, winrates
+from fusechat.commands.evaluate.answers import answers
 from fusechat.commands.evaluate.bpb import bpb
 from fusechat.commands.evaluate.judge import judge, ratings
 
@@ -13,6 +14,7 @@ app = typer.Typer(name="eval", help="Evaluate models, with intervals.", no_args_
 
 app.command()(bpb)
 app.command()(agreement)
+app.command()(answers)
 app.command()(judge)
 app.command()(ratings)
 app.command()(alpaca)
