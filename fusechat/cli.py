@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from fusechat.commands.align import align
+from fusechat.commands.bench import bench
 from fusechat.commands.demo import demo
 from fusechat.commands.evaluate import app as evaluate
 from fusechat.commands.extract import extract
@@ -30,5 +31,6 @@ app.command()(align)
 app.command()(train)
 app.command()(merge)
 app.add_typer(evaluate)
+app.command()(bench)
 app.command()(inspect)
 app.command()(info)
