@@ -262,27 +262,3 @@ def test_the_command_wants_the_url_with_the_server_only(questions: Path, tmp_pat
     for more in (["--backend", "server"], ["--url", "http://localhost/v1"]):
         done = CliRunner().invoke(app, [*command, *more])
         assert isinstance(done.exception, ConfigError)
-
-
-@pytest.mark.vllm
-def test_vllm_answers_as_transformers_does(shared_data: Path, questions: Path, tmp_path: Path) -> None:
-    pytest.importorskip("vllm", reason="vLLM is not here")
-    from fusechat.evaluate.write_vllm import VllmWriter
-
-    model = str(shared_data / "models/stories260K-hd32")
-    (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m['content'] }}\n{% endfor %}")
-    engine = {"enforce_eager": True, "max_model_len": 256, "gpu_memory_utilization": 0.2}
-    writers = {
-        "hf": lambda: HfWriter(model, template=str(tmp_path / "t.jinja"), block=4, dtype="float32"),
-        "vllm": lambda: VllmWriter(model, template=str(tmp_path / "t.jinja"), block=4, dtype="float32", **engine),
-    }
-    for name, writer in writers.items():
-        answer_benchmark(
-            load_benchmark(str(questions), None),
-            writer,
-            tmp_path / f"{name}.jsonl",
-            model_id="m",
-            temperature=0.0,
-            max_tokens=16,
-        )
-    assert load_answers(tmp_path / "vllm.jsonl") == load_answers(tmp_path / "hf.jsonl")
