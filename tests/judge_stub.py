@@ -103,7 +103,7 @@ class Handler(BaseHTTPRequestHandler):
             case "wide":
                 time.sleep(0.05)
             case "limited" if first:
-                return self._send(429, {"error": {"message": "slow down"}}, Retry_After="0")
+                return self._send(429, {"error": {"message": "slow down"}})
             case "closed":
                 return self._send(429, {"error": {"message": "quota used up"}}, Retry_After="0")
             case "flaky" if first:

@@ -14,6 +14,7 @@ from judge_stub import Judge, judge_process
 from typer.testing import CliRunner
 
 from fusechat.cli import app
+from fusechat.commands.evaluate.names import key_values
 from fusechat.errors import ConfigError, DataError, FusechatError, MismatchError
 from fusechat.evaluate.alpaca import load_outputs
 from fusechat.evaluate.answers import Reply, Request, answer_benchmark
@@ -23,6 +24,7 @@ from fusechat.evaluate.ledger import read_rows
 from fusechat.evaluate.mtbench import check_answers, load_answers, load_questions
 from fusechat.evaluate.write_hf import HfWriter
 from fusechat.evaluate.write_server import ServerWriter
+from fusechat.tokenizer import load_tokenizer
 
 CATEGORIES = ["writing", "math", "stem", "other"]
 
@@ -33,7 +35,7 @@ def questions(tmp_path: Path) -> Path:
         {
             "question_id": 81 + n,
             "category": CATEGORIES[n % 4],
-            "turns": [f"the cat {n}?", "and the dog?"][: 1 + (n != 3)],
+            "turns": [f"the cat {n}?" + " red" * (n % 4), "and the dog?"][: 1 + (n != 3)],
         }
         for n in range(10)
     ]
@@ -143,9 +145,9 @@ def test_the_real_benchmarks_are_read(shared_data: Path) -> None:
 @torch.no_grad()
 def _greedy(folder: Path, dialogue: list[dict[str, str]], max_tokens: int) -> str:
     """One token at a time, by hand."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    tokenizer, lm = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer, lm = load_tokenizer(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
     text = tokenizer.apply_chat_template(dialogue, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     new: list[int] = []
@@ -164,7 +166,7 @@ def test_transformers_answers_as_a_token_by_token_loop_does(tiny_world: Any, que
         out = tmp_path / f"tiny{block}.jsonl"
         answer_benchmark(
             benchmark,
-            lambda block=block: HfWriter(str(tiny_world.pivot), template="own", block=block),  # type: ignore[misc]
+            lambda block=block: HfWriter(str(tiny_world.source), template="own", block=block),  # type: ignore[misc]
             out,
             model_id="tiny",
             temperature=0.0,
@@ -172,11 +174,12 @@ def test_transformers_answers_as_a_token_by_token_loop_does(tiny_world: Any, que
         )
     answers = load_answers(tmp_path / "tiny4.jsonl")
     assert answers == load_answers(tmp_path / "tiny1.jsonl")
+    assert len({turns[0] for turns in answers.values()}) > 1  # a model that says one thing would hide a wrong prompt
     for question in benchmark.questions[2:5]:
         dialogue: list[dict[str, str]] = []
         for turn, answer in zip(question.turns, answers[question.id], strict=True):
             dialogue.append({"role": "user", "content": turn})
-            assert _greedy(tiny_world.pivot, dialogue, 6) == answer
+            assert _greedy(tiny_world.source, dialogue, 6) == answer
             dialogue.append({"role": "assistant", "content": answer})
 
 
@@ -244,7 +247,7 @@ def test_a_server_answers_both_turns(server: Judge, questions: Path, tmp_path: P
     out = tmp_path / "server.jsonl"
     benchmark = load_benchmark(str(questions), None)
     answer_benchmark(benchmark, lambda: _server(server.url("echo", "x")), out, model_id="m")
-    assert load_answers(out)[82] == ["1 the cat 1? t=0.0", "3 and the dog? t=0.0"]
+    assert load_answers(out)[82] == ["1 the cat 1? red t=0.0", "3 and the dog? t=0.0"]
     assert [row["question_id"] for row in read_rows(out)] == list(range(81, 91))
 
 
@@ -262,3 +265,9 @@ def test_the_command_wants_the_url_with_the_server_only(questions: Path, tmp_pat
     for more in (["--backend", "server"], ["--url", "http://localhost/v1"]):
         done = CliRunner().invoke(app, [*command, *more])
         assert isinstance(done.exception, ConfigError)
+
+
+def test_engine_arguments_are_read_as_yaml() -> None:
+    assert key_values(["a=2", "b=0.5", "c=true", "d=x=y"]) == {"a": 2, "b": 0.5, "c": True, "d": "x=y"}
+    with pytest.raises(ConfigError, match="should have the form key=value"):
+        key_values(["a"])

@@ -30,6 +30,7 @@ def answers(
     seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
     batch_size: Annotated[int | None, typer.Option(help="questions at a time; 8 hf, 128 vllm", min=1)] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; hf and vllm")] = "auto",
+    engine_arg: Annotated[list[str] | None, typer.Option(help="vllm's, as tensor_parallel_size=2; repeatable")] = None,
     url: Annotated[str | None, typer.Option(help="of the server, .../v1")] = None,
     concurrency: options.Concurrency = 8,
     requests_per_minute: options.RequestsPerMinute = None,
@@ -38,6 +39,7 @@ def answers(
     api_key_env: options.ApiKeyEnv = options.KEY_NAME,
 ) -> None:
     """A model's answers to a benchmark, for a judge; run again, it goes on where it stopped."""
+    from fusechat.commands.evaluate.names import key_values
     from fusechat.commands.progress import terminal_reporter
     from fusechat.errors import ConfigError
     from fusechat.evaluate.answers import TOO_LONG, answer_benchmark
@@ -55,7 +57,8 @@ def answers(
         if backend == "vllm":
             from fusechat.evaluate.write_vllm import VllmWriter
 
-            return VllmWriter(model, template=template, block=batch_size or _BLOCKS[backend], dtype=dtype)
+            engine = key_values(engine_arg or [])
+            return VllmWriter(model, template=template, block=batch_size or _BLOCKS[backend], dtype=dtype, **engine)
         from fusechat.evaluate.write_server import ServerWriter
 
         assert url is not None
