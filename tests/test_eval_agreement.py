@@ -133,14 +133,17 @@ def test_a_model_agrees_with_itself_on_every_row(tiny_world: Any) -> None:
     assert one["kl_bits"]["value"][0] == pytest.approx(0, abs=1e-4)
 
 
+@pytest.mark.parametrize("names", [("pivot", "source"), ("source", "pivot")])
 @torch.no_grad()
-def test_sums_equal_a_walk_over_every_row_with_full_distributions(tiny_world: Any) -> None:
+def test_sums_equal_a_walk_over_every_row_with_full_distributions(tiny_world: Any, names: tuple[str, str]) -> None:
+    """The source's vocabulary spells letters twice, as pieces and as bytes."""
     from transformers import AutoModelForCausalLM
 
     dialogues = load_dialogues(tiny_world.dialogues)[:8]
     seen: list[dict[tuple[int, int, int], np.ndarray]] = []
     tables = []
-    for folder in (tiny_world.pivot, tiny_world.source):
+    folders = [getattr(tiny_world, name) for name in names]
+    for folder in folders:
         tokenizer, lm = load_tokenizer(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
         table = ByteTable.from_tokenizer(tokenizer, lm.get_input_embeddings().weight.shape[0])
         found = encode_all(dialogues, tokenizer, table, template=load_template(tokenizer), max_length_tokens=256)
@@ -173,9 +176,7 @@ def test_sums_equal_a_walk_over_every_row_with_full_distributions(tiny_world: An
         )
         for name in sums:
             sums[name] += float(values[name][0])
-    table = agreement({"m": tiny_world.pivot}, {"s": tiny_world.source}, dialogues, top_k=5, samples=100)["sources"][
-        "s"
-    ]
+    table = agreement({"m": folders[0]}, {"s": folders[1]}, dialogues, top_k=5, samples=100)["sources"]["s"]
     assert table["shared_rows"]["m"] == len(shared)
     one = table["groups"]["overall"]["models"]["m"]
     for name, total in sums.items():

@@ -223,6 +223,6 @@ def for_each(
                     progress(done, len(items))
         except BaseException:
             stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
             raise
     return failures
