@@ -17,6 +17,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from fusechat.train import train
 from fusechat.train.dataset import FusionDataset
 
 # Passes over the data: the pivot that has never seen a story needs more of them than those made of stories.
-PASSES = {"aidreams231K": 20, "stories260K": 6, "babyllama-tok105": 2}
+PASSES = {"aidreams231K": 20, "stories260K": 3, "babyllama-tok105": 1}
 PAIRS = [
     ("aidreams231K", "babyllama-tok105"),
     ("aidreams231K", "stories260K"),
@@ -218,15 +219,16 @@ def main() -> int:
         return 0
     torch.set_num_threads(1)
     experiment = Experiment(data, chosen.work, chosen.minutes)
-    try:
-        pairs = [experiment.pair(*pair) for pair in PAIRS]
-    except OutOfTimeError:
-        print(f"{len(experiment.nll)} runs are done; the same command goes on")
-        return 3
+    pairs: list[dict[str, Any]] = []
+    with suppress(OutOfTimeError):
+        pairs += (experiment.pair(*pair) for pair in PAIRS)
     print("\n".join(markdown(pairs)))
     if chosen.json:
         result = {"environment": environment(), "seeds": SEEDS, "n_fused": FUSED, "pairs": pairs}
         Path(chosen.json).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if len(pairs) < len(PAIRS):
+        print(f"{len(pairs)} of {len(PAIRS)} pairs are done; the same command goes on")
+        return 3
     harmed = [p for p in pairs if p["settings"][DEFAULT]["difference_to_sft"][1] > 0]
     return int(chosen.check and bool(harmed))
 
