@@ -187,13 +187,13 @@ def markdown(pairs: Sequence[dict[str, Any]]) -> Iterator[str]:
         rows = ", ".join(f"{kind} {share:.0%}" for kind, share in pair["rows"].items())
         yield f"**{pair['pivot']} ← {pair['source']}**: {rows}; {pair['dialogues_taught_by_source']:.0%} of the"
         yield f"dialogues taught by the source; {pair['steps']} steps; {pair['n_held_out']:,} pieces held out.\n"
-        yield "| | bits per byte | difference to SFT | least … most of a seed | difference to the default |"
+        yield "| | bits per byte | difference to SFT | of the seeds | difference to the default |"
         yield "|---|---|---|---|---|"
         for name, line in pair["settings"].items():
             if name == SFT:
                 yield f"| SFT | {line['bits_per_byte']:.3f} | | | |"
                 continue
-            seeds = [f"{value:+.3f}" for value in sorted(line["difference_to_sft_by_seed"])]
+            seeds = [_signed(value) for value in sorted(line["difference_to_sft_by_seed"])]
             to_default = "" if name == DEFAULT else _difference(line["difference_to_default"])
             yield (
                 f"| {name} | {line['bits_per_byte']:.3f} | {_difference(line['difference_to_sft'])} "
@@ -204,7 +204,11 @@ def markdown(pairs: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 def _difference(bounds: Sequence[float]) -> str:
     value, low, high = bounds
-    return f"{value:+.3f} ± {(high - low) / 2:.3f}"
+    return f"{_signed(value)} ± {(high - low) / 2:.3f}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")
 
 
 def main() -> int:
