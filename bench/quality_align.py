@@ -17,6 +17,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from fusechat.train import train
 from fusechat.train.dataset import FusionDataset
 
 # Passes over the data: the pivot that has never seen a story needs more of them than those made of stories.
-PASSES = {"aidreams231K": 20, "stories260K": 6, "babyllama-tok105": 2}
+PASSES = {"aidreams231K": 20, "stories260K": 3, "babyllama-tok105": 1}
 PAIRS = [
     ("aidreams231K", "babyllama-tok105"),
     ("aidreams231K", "stories260K"),
@@ -186,13 +187,13 @@ def markdown(pairs: Sequence[dict[str, Any]]) -> Iterator[str]:
         rows = ", ".join(f"{kind} {share:.0%}" for kind, share in pair["rows"].items())
         yield f"**{pair['pivot']} ← {pair['source']}**: {rows}; {pair['dialogues_taught_by_source']:.0%} of the"
         yield f"dialogues taught by the source; {pair['steps']} steps; {pair['n_held_out']:,} pieces held out.\n"
-        yield "| | bits per byte | difference to SFT | least … most of a seed | difference to the default |"
+        yield "| | bits per byte | difference to SFT | of the seeds | difference to the default |"
         yield "|---|---|---|---|---|"
         for name, line in pair["settings"].items():
             if name == SFT:
                 yield f"| SFT | {line['bits_per_byte']:.3f} | | | |"
                 continue
-            seeds = [f"{value:+.3f}" for value in sorted(line["difference_to_sft_by_seed"])]
+            seeds = [_signed(value) for value in sorted(line["difference_to_sft_by_seed"])]
             to_default = "" if name == DEFAULT else _difference(line["difference_to_default"])
             yield (
                 f"| {name} | {line['bits_per_byte']:.3f} | {_difference(line['difference_to_sft'])} "
@@ -203,7 +204,11 @@ def markdown(pairs: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 def _difference(bounds: Sequence[float]) -> str:
     value, low, high = bounds
-    return f"{value:+.3f} ± {(high - low) / 2:.3f}"
+    return f"{_signed(value)} ± {(high - low) / 2:.3f}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")
 
 
 def main() -> int:
@@ -218,15 +223,16 @@ def main() -> int:
         return 0
     torch.set_num_threads(1)
     experiment = Experiment(data, chosen.work, chosen.minutes)
-    try:
-        pairs = [experiment.pair(*pair) for pair in PAIRS]
-    except OutOfTimeError:
-        print(f"{len(experiment.nll)} runs are done; the same command goes on")
-        return 3
+    pairs: list[dict[str, Any]] = []
+    with suppress(OutOfTimeError):
+        pairs += (experiment.pair(*pair) for pair in PAIRS)
     print("\n".join(markdown(pairs)))
     if chosen.json:
         result = {"environment": environment(), "seeds": SEEDS, "n_fused": FUSED, "pairs": pairs}
         Path(chosen.json).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if len(pairs) < len(PAIRS):
+        print(f"{len(pairs)} of {len(PAIRS)} pairs are done; the same command goes on")
+        return 3
     harmed = [p for p in pairs if p["settings"][DEFAULT]["difference_to_sft"][1] > 0]
     return int(chosen.check and bool(harmed))
 
