@@ -35,14 +35,14 @@ if stage in ("extract", "align"):
         return write_shard(directory, *args, **facts)
     artifact.write_shard = counted
 elif stage == "train":
-    import fusechat.train.trainer as trainer
+    import fusechat.train.callbacks as trainer
     on_save = trainer.MarkComplete.on_save
-    def second(self, args, state, control, **_):
+    def second(self, args, state, control, **kwargs):
         if state.global_step >= 4:
             # As if the kill had come in the middle of writing this checkpoint: half of it, and no mark.
             (pathlib.Path(args.output_dir) / f"checkpoint-{state.global_step}" / "trainer_state.json").unlink()
             die()
-        on_save(self, args, state, control)
+        on_save(self, args, state, control, **kwargs)
     trainer.MarkComplete.on_save = second
 elif stage == "merge":
     replace = pathlib.Path.replace

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from fusechat.run import Advance, Reporter
+from fusechat.reporter import Advance, Reporter
 
 
 def human(number: float) -> str:
