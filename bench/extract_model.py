@@ -16,8 +16,7 @@ MAX_TOKENS = 2048
 def make_model(directory: Path) -> Path:
     """Write the model (untrained, tied, heads of 64: vLLM takes them on a CPU) and a tokenizer of as many words."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -28,10 +27,21 @@ def make_model(directory: Path) -> Path:
     with torch.no_grad():  # untrained logits are all but equal: no top k to speak of
         model.model.norm.weight.mul_(10)
     model.save_pretrained(directory)
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB_SIZE)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(directory)
+    save_tokenizer(directory, VOCAB_SIZE)
     return directory
+
+
+def save_tokenizer(directory: Path, vocab_size: int) -> None:
+    """Write a byte-level tokenizer of so many tokens: the bytes, and words that no text is split into."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [*alphabet, *(f"word{i}" for i in range(vocab_size - len(alphabet)))]
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)
 
 
 def sequences(count: int, *, seed: int = 0) -> list[Encoded]:

@@ -135,7 +135,7 @@ def _largest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if z.is_cuda or n_blocks < 4 * k:
         top = z.topk(k, dim=1)
         return top.values, top.indices
-    blocks = z[:, : n_blocks * _BLOCK].unflatten(1, (n_blocks, _BLOCK))
+    blocks = z[:, : n_blocks * _BLOCK].view(n_rows, n_blocks, _BLOCK)
     best = blocks.amax(2).topk(k, sorted=False).indices
     candidates = blocks.gather(1, best.unsqueeze(2).expand(n_rows, k, _BLOCK)).flatten(1)
     values, place = torch.cat([candidates, z[:, n_blocks * _BLOCK :]], 1).topk(k, dim=1)
