@@ -32,7 +32,7 @@ VLLM_STAMP := $(VLLM_VENV)/.fusechat-installed-$(VLLM)
 VLLM_PIP := PIP_CONSTRAINT=$(ROOT)constraints-vllm.txt $(VLLM_RUN) -m pip --disable-pip-version-check
 
 test-vllm: $(VLLM_STAMP)
-	cd $(ROOT) && $(VLLM_RUN) -m pytest -q -m vllm --durations 5 tests/test_extract_vllm.py
+	cd $(ROOT) && $(VLLM_RUN) -m pytest -q -m "vllm and not slow" --durations 5 tests/test_*vllm.py
 
 $(VLLM_STAMP): $(SOURCES) $(ROOT)constraints-vllm.txt
 	test -x $(VLLM_RUN) || $(PYTHON) -m venv $(VLLM_VENV)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +14,34 @@ MAX_TOKENS = 2048
 
 
 def make_model(directory: Path) -> Path:
-    """Write the model (untrained, heads of 64 so that vLLM's CPU kernels take it) and a tokenizer of as many words."""
+    """Write the model (untrained, tied, heads of 64: vLLM takes them on a CPU) and a tokenizer of as many words."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=MAX_TOKENS + 1, tie_word_embeddings=False,
+        vocab_size=VOCAB_SIZE, hidden_size=256, intermediate_size=1024, num_hidden_layers=11, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=MAX_TOKENS + 1, tie_word_embeddings=True,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     with torch.no_grad():  # untrained logits are all but equal: no top k to speak of
-        model.lm_head.weight.mul_(10)
+        model.model.norm.weight.mul_(10)
     model.save_pretrained(directory)
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB_SIZE)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(directory)
-    (directory / "chat.json").write_text(json.dumps({"n_parameters": sum(p.numel() for p in model.parameters())}))
+    save_tokenizer(directory, VOCAB_SIZE)
     return directory
+
+
+def save_tokenizer(directory: Path, vocab_size: int) -> None:
+    """Write a byte-level tokenizer of so many tokens: the bytes, and words that no text is split into."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [*alphabet, *(f"word{i}" for i in range(vocab_size - len(alphabet)))]
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)
 
 
 def sequences(count: int, *, seed: int = 0) -> list[Encoded]:

@@ -77,7 +77,7 @@ def claims(folder: Path, *, count: int, rounds: int) -> list[Claim]:
             np.array(part["row.ids"])
             np.array(part["row.logprobs"])
 
-    read_us = spread([s / len(order) * 1e6 for s in interleave({"read": read}, 9)["read"].of("wall")])
+    read_us = spread([s / len(order) * 1e6 for s in interleave({"read": read}, 9)["read"].of("cpu")])
     note = f"{n_tokens / n_rows:.2f} tokens a row, checksums and fsync included"
     return [
         at_most("store, size, K = 10, V ≤ 65,536", "absolute", size / n_rows, 46.0, "B/row", note=note),

@@ -67,6 +67,7 @@ def test_float32_rows_are_the_same_bytes_whatever_the_batch_the_shard_and_the_or
     assert rows("tiny-batches", dialogues, batch_tokens=1) == whole
     assert rows("shards", dialogues, shard_dialogues=5) == whole
     assert rows("backwards", dialogues[::-1], shard_dialogues=7) == whole[::-1]
+    assert rows("placed", dialogues, device_map="cpu") == whole
 
 
 def test_half_precision_batches_by_length_and_stays_close(
