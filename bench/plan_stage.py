@@ -1,6 +1,6 @@
 """One stage of the plan's benchmark, in a process that imports nothing else; prints its largest resident size in bytes.
 
-    python -m fusechat.bench.plan_stage "extract pivot|extract source|align source|train source|merge" CONFIG.yaml
+python -m fusechat.bench.plan_stage "extract pivot|extract source|align source|train source|merge" CONFIG.yaml
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def run_stage(what: str, path: Path) -> None:
             target.symlink_to(targets[0])
         recipe = {"merge_method": "sce", "base_model": str(path.parent / "pivot")}
         merge(
-            recipe | {"models": [{"model": str(t)} for t in targets], "parameters": {"select_topk": 0.1}}, out / "merged"
+            recipe | {"models": [{"model": str(t)} for t in targets], "parameters": {"select_topk": 0.1}},
+            out / "merged",
         )
         return
     from fusechat.config import load_config

@@ -133,4 +133,3 @@ def plan(
         disk_limit_bytes=disk_limit_bytes,
         assumptions=tuple(assumptions),
     )
-

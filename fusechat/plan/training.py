@@ -62,9 +62,7 @@ def lora_parameters(shape: ModelShape, rank: int) -> int:
     return shape.layers * rank * (attention + mlp)
 
 
-def activation_bytes(
-    shape: ModelShape, tokens: int, *, item: int, checkpointing: bool, mask_tokens: int = 0
-) -> int:
+def activation_bytes(shape: ModelShape, tokens: int, *, item: int, checkpointing: bool, mask_tokens: int = 0) -> int:
     """Return what a forward pass keeps for the backward pass.
 
     A layer keeps per token: both norms' inputs and normalised values in float32 (4 D), their outputs, the rotated query
@@ -75,7 +73,9 @@ def activation_bytes(
     query, key = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
     norms = 4 * shape.hidden * 4
     keys = 2 * (query if mask_tokens else key)
-    inside = (2 * shape.hidden + 2 * query + keys + 4 * shape.intermediate * shape.experts_per_token + mask_tokens) * item
+    inside = (
+        2 * shape.hidden + 2 * query + keys + 4 * shape.intermediate * shape.experts_per_token + mask_tokens
+    ) * item
     layer = tokens * (norms + inside)
     ends = tokens * 3 * shape.hidden * 4
     if checkpointing:
@@ -134,9 +134,7 @@ def device_parts(
     return parts
 
 
-def cpu_parts(
-    shape: ModelShape, lengths: Lengths, config: TrainConfig, process_bytes: int
-) -> dict[str, int]:
+def cpu_parts(shape: ModelShape, lengths: Lengths, config: TrainConfig, process_bytes: int) -> dict[str, int]:
     """Return what training holds on the CPU at its peak: the start of a backward pass over the longest micro-batch."""
     n = count_parameters(shape)
     trained = _trained(shape, config)
@@ -225,9 +223,7 @@ class Needs:
         )
 
 
-def _needs(
-    shape: ModelShape, lengths: Lengths, config: TrainConfig, hardware: Hardware, process_bytes: int
-) -> Needs:
+def _needs(shape: ModelShape, lengths: Lengths, config: TrainConfig, hardware: Hardware, process_bytes: int) -> Needs:
     if hardware.on_cpu:
         parts = cpu_parts(shape, lengths, config, process_bytes)
         return Needs(device_parts={}, host_parts=parts, strategy="", strategies={})
@@ -283,4 +279,3 @@ def _micro_batch(lengths: Lengths, config: TrainConfig) -> tuple[int, int]:
 
 def _trained(shape: ModelShape, config: TrainConfig) -> int:
     return count_parameters(shape) if config.lora is None else lora_parameters(shape, config.lora.rank)
-

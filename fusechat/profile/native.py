@@ -28,7 +28,10 @@ def perf_missing() -> str | None:
     if shutil.which("perf") is None:
         return "perf is not installed: the functions of the compiled engine are not told apart"
     done = subprocess.run(
-        ["perf", "record", "-e", "cpu-clock", "-o", "/dev/null", "--", "true"], capture_output=True, text=True, check=False
+        ["perf", "record", "-e", "cpu-clock", "-o", "/dev/null", "--", "true"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         return f"perf may not record here ({(done.stderr.strip() or 'no reason given').splitlines()[0]})"

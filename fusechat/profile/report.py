@@ -24,9 +24,7 @@ from fusechat.profile.summary import table
 from fusechat.recipe import recipe_path
 
 
-def stage_report(
-    stage: str, config: str, overrides: list[str], out: Path, dialogues: int, console: Console
-) -> None:
+def stage_report(stage: str, config: str, overrides: list[str], out: Path, dialogues: int, console: Console) -> None:
     """Profile a stage and print what it found; raises ConfigError for a stage that there is not."""
     if stage not in STAGES:
         raise ConfigError(f"no stage {stage!r} to profile: there are {', '.join(STAGES)} and kernels")

@@ -60,7 +60,9 @@ def profile_torch(stage: str, config: RunConfig, out: Path, dialogues: int) -> t
     return summarise(operators, found, "float32" if dtype == "auto" and device == "cpu" else dtype), facts
 
 
-def profile_native(stage: str, config_path: str, overrides: list[str], out: Path, dialogues: int) -> list[Function] | str:
+def profile_native(
+    stage: str, config_path: str, overrides: list[str], out: Path, dialogues: int
+) -> list[Function] | str:
     """Run a piece of a stage in a child under perf; return its hot functions, or why there are none."""
     reason = perf_missing()
     if reason is not None:
@@ -113,7 +115,9 @@ def fresh_folder(out: Path) -> None:
     if out.exists():
         foreign = sorted(path.name for path in out.iterdir() if path.name not in ours)
         if foreign:
-            raise MismatchError(f"{out} holds {foreign[0]}, which is no profile of ours: choose another place with --out")
+            raise MismatchError(
+                f"{out} holds {foreign[0]}, which is no profile of ours: choose another place with --out"
+            )
         shutil.rmtree(out)
     out.mkdir(parents=True)
 
