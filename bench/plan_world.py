@@ -1,4 +1,4 @@
-"""A pivot and a source of a chosen size, untrained, with dialogues of a few hundred tokens, for the plan's benchmark."""
+"""A pivot and a source of a chosen size, untrained, and dialogues of some hundred tokens: the plan's benchmark."""
 
 from __future__ import annotations
 

@@ -96,9 +96,9 @@ def gpu_parts(
 def hf_parts(shape: ModelShape, lengths: Lengths, config: ExtractConfig, process_bytes: int) -> dict[str, int]:
     """Return what the transformers backend holds at its peak on the CPU.
 
-    Weights of the asked dtype are pages of their file, and of an untied embedding only the rows that occur are read. The
-    widest moment of a layer is its MLP (three intermediate widths) or its attention; in half precision sequences are
-    padded to batches, and under a mask keys and values are widened to all heads.
+    Weights of the asked dtype are pages of their file, and of an untied embedding only the rows that occur are read.
+    The widest moment of a layer is its MLP (three intermediate widths) or its attention; in half precision sequences
+    are padded to batches, and under a mask keys and values are widened to all heads.
     """
     from fusechat.extract.hf import length_batches
 

@@ -45,7 +45,7 @@ class Hardware:
 
 
 def load_hardware(name: str, *, gpus: int | None = None, memory_bytes: int | None = None) -> Hardware:
-    """Return known hardware, this computer (`cpu`), or what a YAML or JSON file says; `gpus` and `memory_bytes` change it.
+    """Return known hardware, this computer (`cpu`), or what a YAML or JSON file says; both others alter it.
 
     Raises ConfigError, naming the nearest known hardware, or the key of the file that is wrong.
     """

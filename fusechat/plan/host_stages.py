@@ -86,5 +86,5 @@ def plan_evaluation(
     return StagePlan(
         **common, devices=1, device_parts=on_device(parts), device_limit_bytes=hardware.memory_bytes,  # type: ignore[arg-type]
         host_parts={"process": GPU_PROCESS_BYTES}, host_limit_bytes=hardware.host_memory_bytes,
-        changes=(f"{name} does not fit one device for `fusechat run`'s evaluation: evaluate the others with fusechat eval",),
+        changes=(f"{name} is too large for the run's evaluation on one device: `fusechat eval` takes the others",),
     )  # fmt: skip

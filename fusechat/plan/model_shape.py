@@ -1,7 +1,7 @@
 """A causal language model as numbers: what its config says about parameters, memory and work.
 
-The counts are of whole weight matrices, norms and biases, as the Hugging Face implementations have them; tests hold them
-to those implementations. Everything here is arithmetic on a config: no torch, no weights.
+The counts are of whole weight matrices, norms and biases, as the Hugging Face implementations have them; tests hold
+them to those implementations. Everything here is arithmetic on a config: no torch, no weights.
 """
 
 from __future__ import annotations
@@ -155,8 +155,10 @@ def active_parameters(shape: ModelShape) -> int:
 
 
 def stored_bytes(shape: ModelShape, dtype: str | None = None) -> int:
-    """Return the size of the weights: as stored, or as they would be in `dtype` (embedding and head stay 2 bytes wide in
-    a quantised model)."""
+    """Return the size of the weights: as stored, or as they would be in `dtype`.
+
+    Embedding and head stay 2 bytes wide in a quantised model.
+    """
     if dtype is None and shape.weight_bytes is not None:
         return shape.weight_bytes
     dtype = dtype or shape.dtype

@@ -1,4 +1,4 @@
-"""A bounded piece of a stage: the same functions as `fusechat run` calls, on a few dialogues, in a folder of its own."""
+"""A bounded piece of a stage: what `fusechat run` calls, on a few dialogues, in a folder of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a profile says: per operator or function its share, what it attained of the ceiling, and what to look at next."""
+"""What a profile says: per operator its share, what it attained of the ceiling, and what to look at next."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rich.table import Table
 from fusechat.profile.trace import Operator
 
 _SMALL_CALL_S = 20e-6
+_AT_ROOF = 0.7
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,29 +55,22 @@ def summarise(operators: Sequence[Operator], ceilings: Mapping[str, float], dtyp
 
 def _advice(operator: Operator, gflop_s: float | None, product: float, ceiling: float | None) -> str:
     if operator.seconds / operator.calls < _SMALL_CALL_S and operator.calls > 100:
-        return "many small calls: larger batches, or torch.compile"
+        return "small calls: batch"
     if ceiling is None:
-        return "shapes unknown: read its caller in the trace"
+        return "no shapes: the trace"
+    at_roof = ceiling > _AT_ROOF
     if gflop_s is not None and gflop_s / product >= ceiling:
-        return (
-            "at the product's roof: fewer FLOPs or a narrower dtype"
-            if ceiling > 0.7
-            else "product below its roof: larger or better aligned shapes"
-        )
-    return (
-        "at the memory's roof: fuse with its neighbours"
-        if ceiling > 0.7
-        else "memory below its roof: strides, threads, fresh pages"
-    )
+        return "at roof: fewer FLOPs" if at_roof else "larger shapes"
+    return "at roof: fuse" if at_roof else "strides, threads"
 
 
 def table(lines: Sequence[Line]) -> Table:
     """Return a table within 80 columns."""
     result = Table(box=None, pad_edge=False, padding=(0, 0, 0, 1))
-    result.add_column("operator", max_width=29, no_wrap=True, overflow="ellipsis")
+    result.add_column("operator", max_width=30, no_wrap=True, overflow="ellipsis")
     for header in ("time", "calls", "GB/s", "GFLOP/s", "roof"):
         result.add_column(header, justify="right", no_wrap=True)
-    result.add_column("next", style="dim")
+    result.add_column("next", style="dim", no_wrap=True)
     for line in lines:
         result.add_row(
             line.operator.name,

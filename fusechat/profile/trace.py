@@ -15,9 +15,12 @@ _ITEM_BYTES = {
     "unsigned char": 1, "signed char": 1, "short": 2,
 }  # fmt: skip
 _FREE = frozenset(
-    "view reshape t transpose permute expand unsqueeze squeeze slice select as_strided detach alias split chunk "
-    "narrow _unsafe_view unbind empty empty_like empty_strided resize_ item _local_scalar_dense lift_fresh".split()
-)
+    {
+        "_local_scalar_dense", "_unsafe_view", "alias", "as_strided", "chunk", "detach", "empty", "empty_like",
+        "empty_strided", "expand", "item", "lift_fresh", "narrow", "permute", "reshape", "resize_", "select", "slice",
+        "split", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
+    }
+)  # fmt: skip
 """Operators that move nothing: they look at memory differently, or ask for it."""
 
 
@@ -134,9 +137,12 @@ def _product(name: str, shapes: Sequence[Sequence[int]]) -> tuple[float, int] | 
         (*batch, m, k), n = shapes[0], shapes[1][-1]
     elif name in ("addmm", "baddbmm") and len(shapes) >= 3:
         (*batch, m, k), n = shapes[1], shapes[2][-1]
-    elif "scaled_dot_product" in name and "backward" not in name and len(shapes) >= 3 and len(shapes[0]) == 4:
-        b, h, s, d = shapes[0]
-        return 4.0 * b * h * s * shapes[1][2] * d, b * h * s * d
+    elif "scaled_dot_product" in name and len(shapes) >= 3 and all(len(shape) == 4 for shape in shapes[:3]):
+        # Two products forward; five backward, where the gradient stands before query, key and value.
+        backward = "backward" in name
+        b, h, s, d = shapes[backward]
+        products = 5 if backward else 2
+        return products * 2.0 * b * h * s * shapes[1 + backward][2] * d, (3 if backward else 1) * b * h * s * d
     else:
         return None
     count = math.prod(batch)
