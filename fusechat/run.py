@@ -22,12 +22,13 @@ import yaml
 from fusechat.artifact import Json, atomic_write, read_json, write_json
 from fusechat.callable_module import make_callable
 from fusechat.config import RunConfig, load_config, source_name
-from fusechat.dialogue import dataset_fingerprint, load_dialogues, read_dialogues, split_held_out
+from fusechat.dialogue import dataset_fingerprint
 from fusechat.errors import FormatError, MismatchError
 from fusechat.layout import Layout
 from fusechat.ledger import Ledger
 from fusechat.records import Dialogue
 from fusechat.reporter import Reporter
+from fusechat.split import load_split
 
 __all__ = ["run"]
 make_callable(__name__)
@@ -63,14 +64,8 @@ def run(config: RunConfig | Path | str, overrides: Sequence[str] = (), *, report
 
 
 def _load_data(config: RunConfig, report: Reporter) -> tuple[list[Dialogue], list[Dialogue]]:
-    data = config.data
-    options: dict[str, Any] = {"format": data.format, "separator": data.separator, "max_bytes": data.max_bytes}
     report.stage("read data", "dialogues")
-    dialogues, loaded = read_dialogues(data.train, limit=data.limit, **options)
-    if data.held_out is not None:
-        held_out = load_dialogues(data.held_out, **options)
-    else:
-        dialogues, held_out = split_held_out(dialogues, data.held_out_fraction, config.seed)
+    dialogues, held_out, loaded = load_split(config)
     dropped = "".join(f"; dropped: {count} × {reason}" for reason, count in loaded.dropped.items())
     report.done("read data", f"{len(dialogues):,} to fuse on, {len(held_out):,} held out{dropped}")
     return dialogues, held_out

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from fusechat.bytetable import ByteTable, Role
 from fusechat.cli import app
-from fusechat.dialogue import load_dialogues
+from fusechat.commands.evaluate.held_out import held_out
+from fusechat.dialogue import load_dialogues, split_held_out
 from fusechat.encode import encode_all
 from fusechat.evaluate.agreement import agreement
 from fusechat.evaluate.shared_rows import measure_rows, prefix_agreement, row_places, turn_end_token, twins
@@ -196,3 +197,20 @@ def test_the_commands_print_tables_and_write_json(tiny_world: Any, tmp_path: Pat
     table = json.loads((tmp_path / "agreement.json").read_text())
     assert table["sources"]["pivot"]["groups"]["overall"]["models"]["pivot"]["top1"]["value"][0] == 1
     assert "agreement with pivot" in done.output
+
+
+def test_a_run_named_as_data_gives_the_dialogues_it_held_out(tiny_world: Any, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    settings = {
+        "pivot": str(tiny_world.pivot),
+        "sources": [{"model": str(tiny_world.source)}],
+        "data": {"train": str(tiny_world.dialogues), "held_out_fraction": 0.25},
+        "out": str(run),
+        "seed": 3,
+    }
+    (run / "config.yaml").write_text(json.dumps(settings))
+    expected = split_held_out(load_dialogues(tiny_world.dialogues), 0.25, 3)[1]
+    assert held_out(str(run), limit=None) == expected
+    assert held_out(str(run), limit=2) == expected[:2]
+    assert held_out(str(tiny_world.dialogues), limit=3) == load_dialogues(tiny_world.dialogues)[:3]

@@ -195,30 +195,30 @@ def for_each(
     Any other error, and too many ReplyErrors, stop the rest and are raised when the work under way has ended, so that
     what was already asked for is kept.
     """
-    stop = threading.Event()
+    stop, lock = threading.Event(), threading.Lock()
+    failures: list[str] = []
 
+    # Failures are counted and the rest is stopped here: other threads would ask for more before the main one heard.
     def one(item: T) -> None:
         if stop.is_set():
             return
         try:
             work(item)
-        except ReplyError:
-            raise
+        except ReplyError as error:
+            with lock:
+                failures.append(str(error))
+            if len(failures) > TOLERATED_FAILURES:
+                stop.set()
+                raise EndpointError(f"{len(failures)} requests failed, the last with: {error}") from error
         except BaseException:
-            stop.set()  # here, for the other threads would begin more before the main one hears of it
+            stop.set()
             raise
 
-    failures: list[str] = []
     with ThreadPoolExecutor(max_workers=concurrency) as pool:
         futures = [pool.submit(one, item) for item in items]
         try:
             for done, future in enumerate(as_completed(futures), 1):
-                try:
-                    future.result()
-                except ReplyError as error:
-                    failures.append(str(error))
-                    if len(failures) > TOLERATED_FAILURES:
-                        raise EndpointError(f"{len(failures)} requests failed, the last with: {error}") from error
+                future.result()
                 if progress is not None:
                     progress(done, len(items))
         except BaseException:

@@ -76,7 +76,7 @@ def ratings(
     json_out: JsonOut = None,
 ) -> None:
     """Mean ratings of judgments that are there already, FastChat's own files among them."""
-    from fusechat.evaluate.ledger import read_rows
+    from fusechat.evaluate.journal import read_rows
 
     rows = [row for path in judgments for row in read_rows(path)]
     if judge_model is not None:
