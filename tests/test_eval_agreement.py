@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from fusechat.bytetable import ByteTable, Role
@@ -18,6 +20,7 @@ from fusechat.cli import app
 from fusechat.commands.evaluate.held_out import held_out
 from fusechat.dialogue import load_dialogues, split_held_out
 from fusechat.encode import encode_all
+from fusechat.errors import ConfigError, DataError
 from fusechat.evaluate.agreement import agreement
 from fusechat.evaluate.shared_rows import measure_rows, prefix_agreement, row_places, turn_end_token, twins
 from fusechat.records import Encoded
@@ -214,3 +217,16 @@ def test_a_run_named_as_data_gives_the_dialogues_it_held_out(tiny_world: Any, tm
     assert held_out(str(run), limit=None) == expected
     assert held_out(str(run), limit=2) == expected[:2]
     assert held_out(str(tiny_world.dialogues), limit=3) == load_dialogues(tiny_world.dialogues)[:3]
+
+
+def test_a_broken_model_and_too_many_candidates_are_named(tiny_world: Any, tmp_path: Path) -> None:
+    dialogues = load_dialogues(tiny_world.dialogues)[:3]
+    with pytest.raises(ConfigError, match="top_k is 400"):
+        agreement({"m": tiny_world.pivot}, {"s": tiny_world.source}, dialogues, top_k=400)
+    shutil.copytree(tiny_world.pivot, tmp_path / "broken")
+    weights = load_file(tmp_path / "broken" / "model.safetensors")
+    weights["model.norm.weight"][:] = float("nan")
+    save_file(weights, tmp_path / "broken" / "model.safetensors", {"format": "pt"})
+    for model, source in ((tmp_path / "broken", tiny_world.pivot), (tiny_world.pivot, tmp_path / "broken")):
+        with pytest.raises(DataError, match="broken gives NaN on held-out dialogue 0"):
+            agreement({"m": model}, {"s": source}, dialogues, top_k=4)

@@ -172,9 +172,9 @@ def test_no_more_requests_at_a_time_than_allowed(bench: Bench, judge: Judge) -> 
 
 
 def test_requests_keep_to_the_rate(bench: Bench, judge: Judge) -> None:
-    bench.judge(judge.url("good", "rate"), requests_per_minute=2400)
+    bench.judge(judge.url("good", "rate"), requests_per_minute=1200)
     starts = sorted(judge.counts("good", "rate")["starts"])
-    assert starts[-1] - starts[0] >= (ALL - 1) * 0.025 * 0.9
+    assert starts[-1] - starts[0] >= (ALL - 1) * 0.05 * 0.8
 
 
 def test_judgments_of_other_answers_are_not_mixed_in(bench: Bench, judge: Judge) -> None:

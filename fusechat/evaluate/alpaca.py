@@ -104,7 +104,8 @@ def annotate(
             f"no reply of {endpoint.model} has a probability of `m` or `M` among its top_logprobs: "
             "AlpacaEval 2.0 needs a judge that returns log-probabilities and follows its format"
         )
-    return sorted(annotations, key=lambda row: order[[r["instruction"] for r in rows].index(row["instruction"])])
+    place = {row["instruction"]: n for n, row in enumerate(base)}
+    return sorted(annotations, key=lambda row: place[row["instruction"]])
 
 
 def _completions(
