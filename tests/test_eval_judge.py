@@ -253,6 +253,15 @@ def test_the_command_shows_what_could_not_be_rated(bench: Bench, judge: Judge, m
     assert "–" in next(line for line in done.output.splitlines() if line.startswith("overall"))
 
 
+def test_fields_of_requests_can_be_added_and_taken_away(bench: Bench, judge: Judge) -> None:
+    url = judge.url("modern", "cli")
+    done = CliRunner().invoke(app, _command(bench, url))
+    assert "Unsupported parameter: 'max_tokens'" in str(done.exception)
+    fields = ["--request-field", "max_tokens=null", "--request-field", "max_completion_tokens=9"]
+    done = CliRunner().invoke(app, _command(bench, url, *fields))
+    assert done.exit_code == 0, done.output
+
+
 def test_a_url_that_is_none_is_refused(bench: Bench) -> None:
     with pytest.raises(FusechatError, match="no URL of an API"):
         bench.judge("localhost:8000")
