@@ -36,11 +36,8 @@ app.command()(align)
 app.command()(train)
 app.command()(merge)
 app.add_typer(evaluate)
-<<<<<<< HEAD
-=======
 app.command()(report)
 app.command()(compare)
->>>>>>> main
 app.command()(bench)
 app.command()(profile)
 app.command()(inspect)

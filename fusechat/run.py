@@ -22,12 +22,13 @@ import yaml
 from fusechat.artifact import Json, atomic_write, read_json, write_json
 from fusechat.callable_module import make_callable
 from fusechat.config import RunConfig, load_config, source_name
-from fusechat.dialogue import dataset_fingerprint, load_dialogues, read_dialogues, split_held_out
+from fusechat.dialogue import dataset_fingerprint
 from fusechat.errors import FormatError, MismatchError
 from fusechat.layout import Layout
 from fusechat.ledger import Ledger
 from fusechat.records import Dialogue
 from fusechat.reporter import Reporter
+from fusechat.split import Split, load_split
 
 __all__ = ["run"]
 make_callable(__name__)
@@ -48,39 +49,27 @@ def run(config: RunConfig | Path | str, overrides: Sequence[str] = (), *, report
     layout = Layout(out=Path(config.out))
     layout.out.mkdir(parents=True, exist_ok=True)
     report = Ledger(reporter or Reporter(), layout.ledger)
-    train_set, validation, held_out = _load_data(config, report)
+    split = _load_data(config, report)
     _write_config(config, layout)
 
     names = [source_name(source) for source in config.sources]
-    _extract_all(config, layout, train_set, report)
-    _write_categories(train_set, layout)
+    _extract_all(config, layout, split.train, report)
+    _write_categories(split.train, layout)
     _align_all(config, layout, names, report)
     _train_all(config, layout, names, report)
-    _merge(config, layout, names, validation, report)
-    results = _evaluate(config, layout, names, held_out, report)
+    _merge(config, layout, names, split.validation, report)
+    results = _evaluate(config, layout, names, split.held_out, report)
     _report(layout, report)
     return results
 
 
-def _load_data(config: RunConfig, report: Reporter) -> tuple[list[Dialogue], list[Dialogue], list[Dialogue]]:
-    """Return what is fused on, what a sweep of merges chooses on (nothing without one), and what is tested on."""
-    data = config.data
-    options: dict[str, Any] = {"format": data.format, "separator": data.separator, "max_bytes": data.max_bytes}
+def _load_data(config: RunConfig, report: Reporter) -> Split:
     report.stage("read data", "dialogues")
-    dialogues, loaded = read_dialogues(data.train, limit=data.limit, **options)
-    if data.held_out is not None:
-        held_out = load_dialogues(data.held_out, **options)
-    else:
-        dialogues, held_out = split_held_out(dialogues, data.held_out_fraction, config.seed)
-    validation: list[Dialogue] = []
-    if config.merge.sweep and data.validation is not None:
-        validation = load_dialogues(data.validation, **options)
-    elif config.merge.sweep:
-        dialogues, validation = split_held_out(dialogues, data.validation_fraction, config.seed)
-    dropped = "".join(f"; dropped: {count} × {reason}" for reason, count in loaded.dropped.items())
-    chosen_on = f", {len(validation):,} to choose on" * bool(validation)
-    report.done("read data", f"{len(dialogues):,} to fuse on{chosen_on}, {len(held_out):,} held out{dropped}")
-    return dialogues, validation, held_out
+    split = load_split(config)
+    dropped = "".join(f"; dropped: {count} × {reason}" for reason, count in split.loaded.dropped.items())
+    chosen_on = f", {len(split.validation):,} to choose on" * bool(split.validation)
+    report.done("read data", f"{len(split.train):,} to fuse on{chosen_on}, {len(split.held_out):,} held out{dropped}")
+    return split
 
 
 def _write_config(config: RunConfig, layout: Layout) -> None:

@@ -125,6 +125,8 @@ class Handler(BaseHTTPRequestHandler):
             case "echo":
                 asked = [m["content"] for m in request["messages"]]
                 rated = f"{len(asked)} {asked[-1][:20]} t={request.get('temperature')}"
+            case "modern" if "max_tokens" in request or request.get("max_completion_tokens") != 9:
+                return self._send(400, {"error": {"message": "Unsupported parameter: 'max_tokens'"}})
             case "unknown":
                 return self._send(404, {"error": {"message": f"The model `{request['model']}` does not exist."}})
         self._send(200, _reply(rated, request, prompt))

@@ -20,7 +20,7 @@ from fusechat.evaluate.alpaca import load_outputs
 from fusechat.evaluate.answers import Reply, Request, answer_benchmark
 from fusechat.evaluate.benchmark import load_benchmark
 from fusechat.evaluate.endpoint import Endpoint, EndpointError
-from fusechat.evaluate.ledger import read_rows
+from fusechat.evaluate.journal import read_rows
 from fusechat.evaluate.mtbench import check_answers, load_answers, load_questions
 from fusechat.evaluate.write_hf import HfWriter
 from fusechat.evaluate.write_server import ServerWriter

@@ -21,7 +21,7 @@ import numpy as np
 from fusechat.artifact import Json, atomic_write, read_json
 from fusechat.errors import DataError, FormatError, FusechatError, MismatchError
 from fusechat.evaluate.endpoint import Client, Endpoint, for_each
-from fusechat.evaluate.ledger import Ledger, open_ledger
+from fusechat.evaluate.journal import Journal, open_journal
 
 ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"
 
@@ -91,10 +91,10 @@ def annotate(
     name = str(rows[0].get("generator", outputs.stem))
     mine = [{**base[n], "generator": base[n].get("generator", reference.stem)} for n in order]
     theirs = [{"instruction": r["instruction"], "output": r["output"], "generator": name} for r in rows]
-    with open_ledger(replies) as ledger, quietly():
+    with open_journal(replies) as journal, quietly():
         annotator = alpaca_eval.annotators.PairwiseAnnotator(annotators_config=ANNOTATOR, caching_path=None)
         (single,) = annotator.annotators.values()
-        single.fn_completions = _completions(ledger, endpoint, progress)
+        single.fn_completions = _completions(journal, endpoint, progress)
         annotations = annotator.annotate_head2head(outputs_1=mine, outputs_2=theirs, chunksize=None)
     for row in annotations:
         row["judge"] = endpoint.model
@@ -104,16 +104,17 @@ def annotate(
             f"no reply of {endpoint.model} has a probability of `m` or `M` among its top_logprobs: "
             "AlpacaEval 2.0 needs a judge that returns log-probabilities and follows its format"
         )
-    return sorted(annotations, key=lambda row: order[[r["instruction"] for r in rows].index(row["instruction"])])
+    place = {row["instruction"]: n for n, row in enumerate(base)}
+    return sorted(annotations, key=lambda row: place[row["instruction"]])
 
 
 def _completions(
-    ledger: Ledger, endpoint: Endpoint, progress: Callable[[int, int], None] | None
+    journal: Journal, endpoint: Endpoint, progress: Callable[[int, int], None] | None
 ) -> Callable[..., dict[str, list[Any]]]:
-    """Return what the package calls for completions of its ChatML prompts: from the ledger, else from the judge."""
+    """Return what the package calls for completions of its ChatML prompts: from the journal, else from the judge."""
 
     def completions(prompts: Sequence[str], **options: Any) -> dict[str, list[Any]]:
-        known = _replies(ledger, endpoint.model)
+        known = _replies(journal, endpoint.model)
         waiting = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
         sampling = {key: options[key] for key in ("max_tokens", "temperature", "logprobs", "top_logprobs")}
         if waiting:
@@ -123,13 +124,13 @@ def _completions(
             def ask(prompt: str) -> None:
                 choice = client.chat(package().utils.prompt_to_chatml(prompt), **sampling)
                 known[prompt] = choice
-                ledger.append({"judge": endpoint.model, "prompt": prompt, "choice": choice, "tstamp": time.time()})
+                journal.append({"judge": endpoint.model, "prompt": prompt, "choice": choice, "tstamp": time.time()})
 
             failures = for_each(waiting, ask, concurrency=endpoint.concurrency, progress=progress)
             if failures:
                 raise FusechatError(
                     f"{len(failures)} of {len(waiting)} preferences could not be had (the last: {failures[-1]}); the "
-                    f"others are in {ledger.path}: run the same command again for the rest"
+                    f"others are in {journal.path}: run the same command again for the rest"
                 )
         choices = [known[prompt] for prompt in prompts]
         return {
@@ -142,11 +143,11 @@ def _completions(
     return completions
 
 
-def _replies(ledger: Ledger, judge: str) -> dict[str, Json]:
+def _replies(journal: Journal, judge: str) -> dict[str, Json]:
     try:
-        return {row["prompt"]: row["choice"] for row in ledger.rows if row["judge"] == judge}
+        return {row["prompt"]: row["choice"] for row in journal.rows if row["judge"] == judge}
     except KeyError as error:
-        raise MismatchError(f"{ledger.path} is no file of AlpacaEval replies: choose another one") from error
+        raise MismatchError(f"{journal.path} is no file of AlpacaEval replies: choose another one") from error
 
 
 def preference(row: Json) -> float | None:

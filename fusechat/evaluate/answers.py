@@ -20,7 +20,7 @@ from fusechat.artifact import Json, atomic_write, sha256_json
 from fusechat.errors import FusechatError, MismatchError
 from fusechat.evaluate.benchmark import ALPACA, Benchmark
 from fusechat.evaluate.endpoint import for_each
-from fusechat.evaluate.ledger import Ledger, open_ledger
+from fusechat.evaluate.journal import Journal, open_journal
 from fusechat.evaluate.mtbench import Question
 
 TOO_LONG = "too_long"
@@ -87,18 +87,18 @@ def answer_benchmark(
         )
         for n, q in enumerate(benchmark.questions)
     }
-    with open_ledger(rows_path) as ledger:
-        done = _already(ledger, asked, model_id)
+    with open_journal(rows_path) as journal:
+        done = _already(journal, asked, model_id)
         if len(done) < len(asked):
-            failures = _answer_rest(benchmark.questions, asked, done, writer(), ledger, model_id, progress)
+            failures = _answer_rest(benchmark.questions, asked, done, writer(), journal, model_id, progress)
             if failures:
                 raise FusechatError(
                     f"{len(failures)} questions could not be answered (the last: {failures[-1]}); the other answers "
                     f"are in {rows_path}: run the same command again for the rest"
                 )
-        rows = {row["question_id"]: row for row in ledger.rows}
+        rows = {row["question_id"]: row for row in journal.rows}
         ordered = [rows[q.id] for q in benchmark.questions]
-        in_order = ledger.rows == ordered
+        in_order = journal.rows == ordered
     if benchmark.form == ALPACA:
         _write_outputs(out, benchmark, ordered, model_id)
     elif not in_order:
@@ -111,13 +111,13 @@ def _sha256(request: Request) -> str:
     return sha256_json([list(request.messages), request.temperature, request.max_tokens])
 
 
-def _already(ledger: Ledger, asked: dict[int | str, Request], model_id: str) -> set[int | str]:
+def _already(journal: Journal, asked: dict[int | str, Request], model_id: str) -> set[int | str]:
     done = set()
-    for row in ledger.rows:
+    for row in journal.rows:
         request = asked.get(row.get("question_id", ""))
         if request is None or row.get("model_id") != model_id or row.get("asked_sha256") != _sha256(request):
             raise MismatchError(
-                f"{ledger.path} holds an answer of {row.get('model_id')} to question {row.get('question_id')}, which "
+                f"{journal.path} holds an answer of {row.get('model_id')} to question {row.get('question_id')}, which "
                 f"is not what {model_id} is asked here (model, question, temperature, length): choose another --out"
             )
         done.add(row["question_id"])
@@ -129,7 +129,7 @@ def _answer_rest(
     asked: dict[int | str, Request],
     done: set[int | str],
     writer: Writer,
-    ledger: Ledger,
+    journal: Journal,
     model_id: str,
     progress: Callable[[int, int], None] | None,
 ) -> list[str]:
@@ -149,7 +149,7 @@ def _answer_rest(
             }
             for q, turns in zip(block, replies, strict=True)
         ]
-        ledger.append(*(row for row in rows if row["question_id"] not in done))
+        journal.append(*(row for row in rows if row["question_id"] not in done))
 
     return for_each(waiting, work, concurrency=writer.concurrency, progress=progress)
 

@@ -28,6 +28,7 @@ def alpaca(
     timeout: options.Timeout = 300.0,
     retries: options.Retries = 5,
     api_key_env: options.ApiKeyEnv = options.KEY_NAME,
+    request_field: options.RequestFields = None,
     against: Against = None,
     confidence: Confidence = 0.95,
     json_out: JsonOut = None,
@@ -45,6 +46,7 @@ def alpaca(
         timeout=timeout,
         retries=retries,
         api_key_env=api_key_env,
+        fields=request_field,
     )
     annotations = {}
     with terminal_reporter() as reporter:

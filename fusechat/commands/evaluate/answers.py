@@ -37,6 +37,7 @@ def answers(
     timeout: options.Timeout = 300.0,
     retries: options.Retries = 5,
     api_key_env: options.ApiKeyEnv = options.KEY_NAME,
+    request_field: options.RequestFields = None,
 ) -> None:
     """A model's answers to a benchmark, for a judge; run again, it goes on where it stopped."""
     from fusechat.commands.evaluate.names import key_values
@@ -71,6 +72,7 @@ def answers(
                 timeout=timeout,
                 retries=retries,
                 api_key_env=api_key_env,
+                fields=request_field,
             )
         )
 

@@ -17,6 +17,10 @@ RequestsPerMinute = Annotated[float | None, typer.Option(help="no more than so m
 Timeout = Annotated[float, typer.Option(help="seconds to wait for one answer", min=0.1)]
 Retries = Annotated[int, typer.Option(help="of a request", min=0)]
 ApiKeyEnv = Annotated[str, typer.Option(help="environment variable with the key")]
+RequestFields = Annotated[
+    list[str] | None,
+    typer.Option("--request-field", help="into every request, as top_p=0.9 or max_tokens=null; repeatable"),
+]
 KEY_NAME = "OPENAI_API_KEY"
 
 
@@ -29,8 +33,10 @@ def endpoint(
     timeout: float,
     retries: int,
     api_key_env: str,
+    fields: list[str] | None,
 ) -> Endpoint:
     """Return the endpoint of a command's options, with the key from the environment."""
+    from fusechat.commands.evaluate.names import key_values
     from fusechat.evaluate.endpoint import Endpoint
 
     return Endpoint(
@@ -42,4 +48,5 @@ def endpoint(
         requests_per_minute=requests_per_minute,
         timeout_s=timeout,
         retries=retries,
+        fields=key_values(fields or []),
     )

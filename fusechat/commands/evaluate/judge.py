@@ -33,6 +33,7 @@ def judge(
     timeout: options.Timeout = 300.0,
     retries: options.Retries = 5,
     api_key_env: options.ApiKeyEnv = options.KEY_NAME,
+    request_field: options.RequestFields = None,
     against: Against = None,
     confidence: Confidence = 0.95,
     json_out: JsonOut = None,
@@ -50,6 +51,7 @@ def judge(
         timeout=timeout,
         retries=retries,
         api_key_env=api_key_env,
+        fields=request_field,
     )
     with terminal_reporter() as reporter:
         rows = judge_answers(
@@ -76,7 +78,7 @@ def ratings(
     json_out: JsonOut = None,
 ) -> None:
     """Mean ratings of judgments that are there already, FastChat's own files among them."""
-    from fusechat.evaluate.ledger import read_rows
+    from fusechat.evaluate.journal import read_rows
 
     rows = [row for path in judgments for row in read_rows(path)]
     if judge_model is not None:
