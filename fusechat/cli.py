@@ -8,7 +8,7 @@ from fusechat.commands.align import align
 from fusechat.commands.bench import bench
 from fusechat.commands.compare import compare
 from fusechat.commands.demo import demo
-from fusechat.commands.evaluate import evaluate
+from fusechat.commands.evaluate import app as evaluate
 from fusechat.commands.extract import extract
 from fusechat.commands.info import info
 from fusechat.commands.inspect import inspect
@@ -32,7 +32,7 @@ app.command()(extract)
 app.command()(align)
 app.command()(train)
 app.command()(merge)
-app.command(name="eval")(evaluate)
+app.add_typer(evaluate)
 app.command()(report)
 app.command()(compare)
 app.command()(bench)

@@ -82,31 +82,22 @@ def _write_config(config: RunConfig, layout: Layout) -> None:
 
 
 def _extract_all(config: RunConfig, layout: Layout, dialogues: list[Dialogue], report: Reporter) -> None:
-    from fusechat.extract import extract
+    from fusechat.extract import extract, left_out
 
-    options = config.extract
-    models = {"pivot": config.pivot} | {source_name(s): s.model for s in config.sources}
-    for name, model in models.items():
+    models = {"pivot": (config.pivot, config.extract)}
+    models |= {source_name(s): (s.model, s.extract or config.extract) for s in config.sources}
+    for name, (model, options) in models.items():
         template = config.pivot if options.template == "pivot" else options.template
         manifest = extract(
             model,
             dialogues,
             layout.store(name),
-            top_k=options.top_k,
-            template=template,
-            max_length_tokens=options.max_length_tokens,
-            dtype=options.dtype,
-            batch_tokens=options.batch_tokens,
-            shard_dialogues=options.shard_dialogues,
+            options.model_copy(update={"template": template}),
+            seed=config.seed,
             progress=report.stage(f"extract {name}", "tokens"),
         )
         rows = sum(shard["n_rows"] for shard in manifest["shards"])
-        left_out = "".join(
-            f", {len(manifest[key])} dialogues {what}"
-            for key, what in (("skipped", "skipped"), ("cut_turns", "cut"))
-            if manifest[key]
-        )
-        report.done(f"extract {name}", f"{rows:,} rows, top {manifest['top_k']}{left_out}")
+        report.done(f"extract {name}", f"{rows:,} rows, top {manifest['top_k']}{left_out(manifest)}")
 
 
 def _write_categories(dialogues: list[Dialogue], layout: Layout) -> None:

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from fusechat.artifact import Json, read_manifest, verify_shards
+from fusechat.artifact import MANIFEST, Json, read_json, read_manifest, verify_shards
 from fusechat.checkpoint import map_tensors
 from fusechat.errors import FormatError
 
@@ -171,6 +171,12 @@ class Store:
     def shard(self, i: int) -> Block:
         """Return shard i, memory-mapped."""
         return self._shards[i]
+
+
+def format_of(directory: Path) -> str:
+    """Return the format a complete artefact's manifest names; raises FormatError when there is none."""
+    manifest = read_json(directory / MANIFEST)
+    return str(manifest.get("format")) if isinstance(manifest, dict) else "foreign"
 
 
 def open_topk(directory: Path, *, verify: bool = True) -> Store:
