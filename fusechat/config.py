@@ -27,6 +27,9 @@ class DataConfig(_Section):
     held_out: str | None = Field(
         None, description="file of dialogues only the evaluation sees; else a split of `train`"
     )
+    validation: str | None = Field(
+        None, description="file of dialogues scored while training, and by which `train.final: best` chooses"
+    )
     held_out_fraction: float = Field(0.1, gt=0, lt=1, description="share of `train` held out when `held_out` is absent")
     format: Literal["auto", "sharegpt", "messages", "alpaca", "text"] = Field("auto", description="layout of the file")
     separator: str | list[str] | None = Field(None, description="what separates documents in a text file")
@@ -192,11 +195,15 @@ class RunConfig(_Section):
     @model_validator(mode="after")
     def _names_differ(self) -> RunConfig:
         names = [source_name(source) for source in self.sources]
-        for name in {"pivot", "sft", "merged"} & set(names):
+        for name in {"pivot", "sft", "merged", "multi"} & set(names):
             raise ValueError(f"a source may not be named {name!r}")
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two sources are named {name!r}: give them a `name`")
+        if self.train.final == "best" and self.data.validation is None:
+            raise ValueError(
+                "train.final: best needs data.validation: chosen by the held-out dialogues, the results would flatter"
+            )
         return self
 
 
@@ -311,6 +318,6 @@ def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
         values["sources"] = [s | {"model": resolve(s.get("model"))} if isinstance(s, dict) else s for s in named]
     data = values.get("data")
     if isinstance(data, dict):
-        for key in ("train", "held_out"):
+        for key in ("train", "held_out", "validation"):
             if key in data:
                 data[key] = resolve(data[key])
