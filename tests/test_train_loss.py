@@ -158,7 +158,7 @@ def test_a_process_without_dialogues_still_takes_part(packing: bool) -> None:
 def test_a_frozen_head_gets_no_gradient_of_its_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     from peft import LoraConfig, get_peft_model
 
-    import fusechat.loss.linear as linear
+    from fusechat.loss import linear
 
     wanted = []
     own = linear.linear_loss
