@@ -175,8 +175,11 @@ def test_a_store_of_another_pivot_or_tokenizer_is_refused(tiny_world: Any, store
     with pytest.raises(MismatchError, match="was extracted from another pivot"):
         fusechat.train(str(tmp_path / "other"), stores / "pivot", None, tmp_path / "t", parse_train(FAST))
     shutil.copytree(tiny_world.pivot, tmp_path / "respelt")
-    for file in tiny_world.source.glob("token*"):
-        shutil.copy(file, tmp_path / "respelt" / file.name)
+    definition = json.loads((tmp_path / "respelt" / "tokenizer.json").read_text())
+    vocab = definition["model"]["vocab"]
+    one, other = (piece for piece, i in vocab.items() if i in (60, 61))
+    vocab[one], vocab[other] = vocab[other], vocab[one]
+    (tmp_path / "respelt" / "tokenizer.json").write_text(json.dumps(definition))
     with pytest.raises(MismatchError, match="was tokenised by another tokenizer"):
         fusechat.train(str(tmp_path / "respelt"), stores / "pivot", None, tmp_path / "t", parse_train(FAST))
     assert not (tmp_path / "t.partial").exists()
