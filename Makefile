@@ -42,5 +42,9 @@ docs: setup
 	$(PIP) install --quiet --editable "$(ROOT)[docs]"
 	cd $(ROOT) && NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
+# README's table and docs/performance.md, from bench/results/*.json.
+readme-table: setup
+	cd $(ROOT) && $(RUN) -m fusechat.bench.tables
+
 clean:
 	rm -rf $(VENV) $(ROOT)build $(ROOT)dist

@@ -71,7 +71,7 @@ def _command(command: Any, path: str) -> str:
         option = parameter.param_type_name == "option"
         names = ", ".join((*parameter.opts, *parameter.secondary_opts)) if option else parameter.name.upper()
         rows.append(f"| `{names}` | {getattr(parameter, 'help', None) or ''} |".replace("\n", " "))
-    table = "\n".join(["| | |", "|---|---|", *rows]) if rows else ""
+    table = "\n".join(["| | what it does |", "|---|---|", *rows]) if rows else ""
     usage = " ".join(command.collect_usage_pieces(context))
     text = f"## {path}\n\n{command.help or ''}\n\n```text\n{path} {usage}\n```\n\n{table}"
     for name in getattr(command, "commands", {}):

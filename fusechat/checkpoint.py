@@ -243,8 +243,8 @@ def checkpoint_sha256(directory: Path) -> str:
     return sha256_json({path.name: digest for path, digest in zip(files, hashes)})
 
 
-def resolve_model(model: str) -> Path:
-    """Return the directory of a local model or of a hub id, downloading the latter.
+def resolve_model(model: str, *, weights: bool = True) -> Path:
+    """Return the directory of a local model or of a hub id, downloading the latter, with its weights unless told not.
 
     Raises DataError when there is no such directory and the hub has, or can be asked for, no such id.
     """
@@ -257,7 +257,8 @@ def resolve_model(model: str) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
+        wanted = ["*.json", "*.model", "*.jinja", *["*.safetensors"] * weights]
+        return Path(snapshot_download(model, allow_patterns=wanted))
     except (OSError, ValueError, RuntimeError, HFValidationError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"model {model} is neither a directory nor a hub id that can be had ({reason})") from error

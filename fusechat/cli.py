@@ -6,12 +6,14 @@ import typer
 
 from fusechat.commands.align import align
 from fusechat.commands.bench import bench
+from fusechat.commands.compare import compare
 from fusechat.commands.demo import demo
-from fusechat.commands.evaluate import evaluate
+from fusechat.commands.evaluate import app as evaluate
 from fusechat.commands.extract import extract
 from fusechat.commands.info import info
 from fusechat.commands.inspect import inspect
 from fusechat.commands.merge import merge
+from fusechat.commands.report import report
 from fusechat.commands.run import run
 from fusechat.commands.train import train
 
@@ -30,7 +32,9 @@ app.command()(extract)
 app.command()(align)
 app.command()(train)
 app.command()(merge)
-app.command(name="eval")(evaluate)
+app.add_typer(evaluate)
+app.command()(report)
+app.command()(compare)
 app.command()(bench)
 app.command()(inspect)
 app.command()(info)

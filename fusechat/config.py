@@ -37,22 +37,49 @@ class DataConfig(_Section):
     limit: int | None = Field(None, gt=0, description="use only the first so many dialogues")
 
 
+class ExtractConfig(_Section):
+    """Top-k log-probabilities of every model (design: one row per position that predicts an assistant token)."""
+
+    backend: Literal["hf", "vllm", "vllm-server"] = Field(
+        "hf", description="transformers; vLLM in a process of its own; vLLM servers over HTTP"
+    )
+    top_k: int = Field(10, ge=1, le=1024, description="log-probabilities kept per row")
+    cache: Literal["top-k", "sampled"] = Field(
+        "top-k", description="the k likeliest, or k draws whose weights are an unbiased estimate (hf only)"
+    )
+    template: str = Field("own", description="own | pivot: whose chat template renders a source's dialogues; or a path")
+    max_length_tokens: int = Field(2048, ge=2, description="longer dialogues are cut at a turn")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="the forward pass")
+    shard_dialogues: int = Field(512, ge=1, description="dialogues in one shard, the unit of resuming")
+    engines: int | None = Field(None, ge=1, description="engines at once; as many as the GPUs hold when absent")
+    ray: str | None = Field(None, description="address of a Ray cluster whose actors do the work, or `local`")
+    device: str = Field("auto", description="hf: a torch device; a CUDA device where there is one")
+    device_map: str | None = Field(None, description="hf: accelerate's placement over several devices, such as auto")
+    batch_tokens: int = Field(8192, ge=1, description="hf: padded tokens in one forward pass")
+    tensor_parallel_size: int = Field(1, ge=1, description="vllm: GPUs one engine spreads over")
+    quantization: str | None = Field(None, description="vllm: what the checkpoint does not say itself, such as fp8")
+    fast_driver: bool = Field(False, description="vllm: keep the engine's tensors; a patch of vLLM's own code")
+    engine_args: dict[str, Any] = Field(default_factory=dict, description="vllm: any other argument of its LLM class")
+    servers: list[str] = Field(default_factory=list, description="vllm-server: URLs such as http://host:8000")
+    served_model: str | None = Field(None, description="vllm-server: the model's name there, if not its own")
+    concurrency: int = Field(16, ge=1, description="vllm-server: requests under way at one endpoint")
+    timeout_s: float = Field(600.0, gt=0, description="vllm-server: how long one answer may take")
+
+    @model_validator(mode="after")
+    def _backend_knows(self) -> ExtractConfig:
+        if self.backend == "vllm-server" and not self.servers:
+            raise ValueError("backend: vllm-server needs servers, a list of URLs")
+        if self.cache == "sampled" and self.backend != "hf":
+            raise ValueError("cache: sampled needs the whole softmax, which only backend: hf has")
+        return self
+
+
 class SourceConfig(_Section):
     """One source model."""
 
     model: str = Field(description="directory or hub id")
     name: str = Field("", description="short name in folders and tables; the directory's name when empty")
-
-
-class ExtractConfig(_Section):
-    """Top-k log-probabilities of every model (design: one row per position that predicts an assistant token)."""
-
-    top_k: int = Field(10, ge=1, le=1024, description="log-probabilities kept per row")
-    template: str = Field("own", description="own | pivot: whose chat template renders a source's dialogues; or a path")
-    max_length_tokens: int = Field(2048, ge=2, description="longer dialogues are cut at a turn")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="the forward pass")
-    batch_tokens: int = Field(8192, ge=1, description="padded tokens in one forward pass")
-    shard_dialogues: int = Field(512, ge=1, description="dialogues in one shard, the unit of resuming")
+    extract: ExtractConfig | None = Field(None, description="what differs from the run's `extract` for this source")
 
 
 class AlignConfig(_Section):
@@ -235,8 +262,32 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def parse_config(values: Any, where: str) -> RunConfig:
-    """Validate a mapping as a run's configuration; raises ConfigError in one line."""
-    return _validated(RunConfig, values, where)
+    """Validate a mapping as a run's configuration; raises ConfigError in one line.
+
+    A source's `extract` holds what differs from the run's.
+    """
+    return _validated(RunConfig, _with_source_extract(values), where)
+
+
+def _with_source_extract(values: Any) -> Any:
+    if not isinstance(values, dict) or not isinstance(values.get("sources"), list):
+        return values
+    common = values.get("extract")
+    sources = [
+        source | {"extract": _merged(common, source["extract"])}
+        if isinstance(common, dict) and isinstance(source, dict) and isinstance(source.get("extract"), dict)
+        else source
+        for source in values["sources"]
+    ]
+    return values | {"sources": sources}
+
+
+def parse_extract(values: dict[str, Any], overrides: Sequence[str] = (), where: str = "extract") -> ExtractConfig:
+    """Build extraction settings from values and overrides such as `batch_tokens=4096`; raises ConfigError."""
+    changes: dict[str, Any] = {}
+    for override in overrides:
+        _apply_override(changes, override)
+    return _validated(ExtractConfig, _merged(values, changes), where)
 
 
 def parse_train(overrides: Sequence[str]) -> TrainConfig:

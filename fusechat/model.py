@@ -29,10 +29,11 @@ class Head:
     softcap: float | None
 
 
-def load_model(directory: Path, *, dtype: str = "auto", device: str = "auto") -> Any:
+def load_model(directory: Path, *, dtype: str = "auto", device: str = "auto", device_map: str | None = None) -> Any:
     """Load a directory's causal language model in evaluation mode; raises DataError or FormatError in one line.
 
-    `device: auto` is a CUDA device where there is one, else the CPU.
+    `device: auto` is a CUDA device where there is one, else the CPU. `device_map` is accelerate's placement over
+    several devices instead; the head's weights must then be on one of them, not offloaded.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -52,6 +53,7 @@ def load_model(directory: Path, *, dtype: str = "auto", device: str = "auto") ->
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             trust_remote_code=False,
             use_safetensors=True,
+            device_map=device_map,
         )
     except SafetensorError as error:
         raise FormatError(f"the weights of {directory} are truncated or foreign: {error}") from error
@@ -59,6 +61,10 @@ def load_model(directory: Path, *, dtype: str = "auto", device: str = "auto") ->
         raise DataError(
             f"{directory} does not load as a causal language model: {str(error).splitlines()[0]}"
         ) from error
+    if device_map is not None:
+        if head(model).weight.is_meta:
+            raise DataError(f"device_map {device_map} offloads the head of {directory}: give it more memory")
+        return model.eval()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval()

@@ -1,17 +1,19 @@
 """A whole fusion: extract → align → train → merge → evaluate, each stage skipped when its artefact is there and whole.
 
-out/data/            fingerprints and the held-out split
+out/config.yaml      every setting
 out/extract/NAME/    TopKStore of the pivot and of every source
 out/align/NAME/      AlignedStore of every source
 out/targets/NAME/    one target per source (`multi` when all teach at once), and `sft`, the control
 out/merged/          the fused model
 out/results.json     held-out bits per byte of all of them
+out/categories.json  the category of every dialogue that was fused on
+out/stages.jsonl     what each stage took
+out/report.html      what came out, for people; report.md and report.json beside it
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,58 +24,20 @@ from fusechat.callable_module import make_callable
 from fusechat.config import RunConfig, load_config, source_name
 from fusechat.dialogue import dataset_fingerprint, load_dialogues, read_dialogues, split_held_out
 from fusechat.errors import FormatError, MismatchError
+from fusechat.layout import Layout
+from fusechat.ledger import Ledger
 from fusechat.processes import rank, wait_until
 from fusechat.records import Dialogue
+from fusechat.reporter import Reporter
 from fusechat.store import same_vocabulary
 
 __all__ = ["run"]
 make_callable(__name__)
 
 RESULTS_FORMAT = "fusechat.results"
+CATEGORIES_FORMAT = "fusechat.categories"
 SFT = "sft"
 MULTI = "multi"
-
-Advance = Callable[[int, int], None]
-
-
-class Reporter:
-    """What a run tells while it works; this one is silent."""
-
-    def stage(self, name: str, unit: str) -> Advance:
-        """Begin a stage and return the function that is told (done, all) in `unit`."""
-        return lambda done, total: None
-
-    def done(self, name: str, note: str) -> None:
-        """Say that a stage is finished, with one line about its result."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Layout:
-    """Where a run keeps what it makes."""
-
-    out: Path
-
-    def store(self, name: str) -> Path:
-        """The TopKStore of the pivot or of a source."""
-        return self.out / "extract" / name
-
-    def aligned(self, name: str) -> Path:
-        """The AlignedStore of a source."""
-        return self.out / "align" / name
-
-    def target(self, name: str) -> Path:
-        """The target trained with a source, or the control `sft`."""
-        return self.out / "targets" / name
-
-    @property
-    def merged(self) -> Path:
-        """The fused model."""
-        return self.out / "merged"
-
-    @property
-    def results(self) -> Path:
-        """The table of results."""
-        return self.out / "results.json"
 
 
 def run(config: RunConfig | Path | str, overrides: Sequence[str] = (), *, reporter: Reporter | None = None) -> Json:
@@ -86,14 +50,15 @@ def run(config: RunConfig | Path | str, overrides: Sequence[str] = (), *, report
     """
     if not isinstance(config, RunConfig):
         config = load_config(Path(config), overrides)
-    report = reporter or Reporter()
     layout = Layout(out=Path(config.out))
     layout.out.mkdir(parents=True, exist_ok=True)
+    report = Ledger(reporter or Reporter(), layout.ledger) if rank() == 0 else Reporter()
     train_set, held_out = _load_data(config, report)
     names = [source_name(source) for source in config.sources]
     if rank() == 0:
         _write_config(config, layout)
         _extract_all(config, layout, train_set, report)
+        _write_categories(train_set, layout)
         _align_all(config, layout, names, report)
     else:
         # Artefacts that are there from before may be refused by the first process: it then ends this one too.
@@ -105,7 +70,9 @@ def run(config: RunConfig | Path | str, overrides: Sequence[str] = (), *, report
         return {}
     targets = [MULTI] if config.train.mode == "multi" else names
     _merge(config, layout, targets, report)
-    return _evaluate(config, layout, targets, held_out, report)
+    results = _evaluate(config, layout, targets, held_out, report)
+    _report(layout, report)
+    return results
 
 
 def _scored(config: RunConfig, held_out: list[Dialogue]) -> list[Dialogue]:
@@ -130,36 +97,41 @@ def _load_data(config: RunConfig, report: Reporter) -> tuple[list[Dialogue], lis
 
 
 def _write_config(config: RunConfig, layout: Layout) -> None:
-    with atomic_write(layout.out / "config.yaml") as partial:
+    with atomic_write(layout.config) as partial:
         partial.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False), encoding="utf-8")
 
 
 def _extract_all(config: RunConfig, layout: Layout, dialogues: list[Dialogue], report: Reporter) -> None:
-    from fusechat.extract import extract
+    from fusechat.extract import extract, left_out
 
-    options = config.extract
-    models = {"pivot": config.pivot} | {source_name(s): s.model for s in config.sources}
-    for name, model in models.items():
+    models = {"pivot": (config.pivot, config.extract)}
+    models |= {source_name(s): (s.model, s.extract or config.extract) for s in config.sources}
+    for name, (model, options) in models.items():
         template = config.pivot if options.template == "pivot" else options.template
         manifest = extract(
             model,
             dialogues,
             layout.store(name),
-            top_k=options.top_k,
-            template=template,
-            max_length_tokens=options.max_length_tokens,
-            dtype=options.dtype,
-            batch_tokens=options.batch_tokens,
-            shard_dialogues=options.shard_dialogues,
+            options.model_copy(update={"template": template}),
+            seed=config.seed,
             progress=report.stage(f"extract {name}", "tokens"),
         )
         rows = sum(shard["n_rows"] for shard in manifest["shards"])
-        left_out = "".join(
-            f", {len(manifest[key])} dialogues {what}"
-            for key, what in (("skipped", "skipped"), ("cut_turns", "cut"))
-            if manifest[key]
-        )
-        report.done(f"extract {name}", f"{rows:,} rows, top {manifest['top_k']}{left_out}")
+        report.done(f"extract {name}", f"{rows:,} rows, top {manifest['top_k']}{left_out(manifest)}")
+
+
+def _write_categories(dialogues: list[Dialogue], layout: Layout) -> None:
+    """Keep what the stores do not: the report counts by category."""
+    fingerprint = dataset_fingerprint(dialogues)
+    if layout.categories.exists() and read_json(layout.categories)["dataset_fingerprint"] == fingerprint:
+        return
+    names = sorted({dialogue.category for dialogue in dialogues})
+    number = {name: i for i, name in enumerate(names)}
+    table = {"names": names, "category": [number[dialogue.category] for dialogue in dialogues]}
+    write_json(
+        layout.categories,
+        {"format": CATEGORIES_FORMAT, "version": 1, "dataset_fingerprint": fingerprint, **table},
+    )
 
 
 def _align_all(config: RunConfig, layout: Layout, names: list[str], report: Reporter) -> None:
@@ -283,3 +255,11 @@ def _evaluate(config: RunConfig, layout: Layout, names: list[str], held_out: lis
     write_json(layout.results, results)
     report.done("evaluate", f"{results['n_dialogues']} held-out dialogues")
     return results
+
+
+def _report(layout: Layout, report: Ledger) -> None:
+    from fusechat.report import report as write_report
+
+    if report.worked or not layout.report.exists():
+        report.stage("report", "pages")
+        report.done("report", str(write_report(layout.out)))

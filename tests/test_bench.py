@@ -18,6 +18,7 @@ from fusechat.bench.compare import worse
 from fusechat.bench.report import peer_python, print_table, sizes
 from fusechat.bench.roofline import plot_roofline
 from fusechat.bench.suite import MODULES, run_benchmarks
+from fusechat.bench.tables import headline_tables, load_results, pages, rewritten
 from fusechat.bench.timing import Samples, interleave, rate, ratio
 from fusechat.errors import ConfigError, DataError
 
@@ -133,3 +134,24 @@ def test_the_command_fails_on_a_ratio_that_got_worse(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "100% worse, 30% is allowed" in done.stdout
+
+
+def test_the_tables_of_readme_and_performance_are_those_of_the_results() -> None:
+    for page, text in pages(load_results()).items():
+        assert page.read_text(encoding="utf-8") == text, f"{page.name} is stale: run `make readme-table`"
+
+
+def test_a_table_never_mixes_machines(tmp_path: Path) -> None:
+    for name in ("one", "another"):
+        claim = at_least("dtw, one pair, 2048 tokens", "plain Python", 1.0, None)
+        result = _result(claim, cpu=name)
+        result["claims"][0]["benchmark"] = "align"
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+    text = headline_tables(load_results(tmp_path))
+    assert [text.count(f"Measured on 2 × {name}:") for name in ("one", "another")] == [1, 1]
+    assert text.count("| stage |") == 2
+
+
+def test_a_page_without_markers_is_named() -> None:
+    with pytest.raises(ValueError, match="headline"):
+        rewritten("no markers here", "headline", "content")

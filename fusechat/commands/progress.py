@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.text import Text
 
 from fusechat.processes import rank
-from fusechat.run import Advance, Reporter
+from fusechat.reporter import Advance, Reporter
 
 
 def human(number: float) -> str:

@@ -12,9 +12,11 @@ from fusechat.artifact import Json, atomic_write
 from fusechat.config import load_config
 from fusechat.demo.world import World, build_world
 from fusechat.dialogue import load_dialogues
+from fusechat.layout import Layout
 from fusechat.model import load_model
 from fusechat.records import Dialogue
-from fusechat.run import Layout, Reporter, run
+from fusechat.reporter import Reporter
+from fusechat.run import run
 from fusechat.tokenizer import load_tokenizer
 
 # Chosen on a world of seed 101, before the present world of the default seed was made, and stated in the YAML.
