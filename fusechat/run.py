@@ -52,7 +52,8 @@ def run(config: RunConfig | Path | str, overrides: Sequence[str] = (), *, report
         config = load_config(Path(config), overrides)
     layout = Layout(out=Path(config.out))
     layout.out.mkdir(parents=True, exist_ok=True)
-    report = Ledger(reporter or Reporter(), layout.ledger) if rank() == 0 else Reporter()
+    ledger = Ledger(reporter or Reporter(), layout.ledger)
+    report = ledger if rank() == 0 else Reporter()
     train_set, held_out = _load_data(config, report)
     names = [source_name(source) for source in config.sources]
     if rank() == 0:
@@ -71,7 +72,7 @@ def run(config: RunConfig | Path | str, overrides: Sequence[str] = (), *, report
     targets = [MULTI] if config.train.mode == "multi" else names
     _merge(config, layout, targets, report)
     results = _evaluate(config, layout, targets, held_out, report)
-    _report(layout, report)
+    _report(layout, ledger)
     return results
 
 

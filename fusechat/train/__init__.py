@@ -169,7 +169,8 @@ def _begin(
     """Say what is asked for, and return it with the provenance of a target that is there already."""
     pivot_sha256 = checkpoint_sha256(directory)
     manifest = open_topk(pivot_store, verify=False).manifest
-    if manifest.get("model_sha256", pivot_sha256) != pivot_sha256:
+    # A served model's weights have no fingerprint here.
+    if manifest.get("backend") != "vllm-server" and manifest["model_sha256"] != pivot_sha256:
         raise MismatchError(
             f"{pivot_store} was extracted from another pivot ({manifest['model_sha256'][:12]}… there, "
             f"{pivot_sha256[:12]}… is {directory}): extract it again, or train from that pivot"
