@@ -15,6 +15,7 @@ from fusechat.errors import ConfigError
 MODULES = {
     "align": "align",
     "loss": "loss",
+    "train": "train",
 }
 CUDA_MODULES = {"loss": "loss_gpu"}
 
