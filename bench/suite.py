@@ -18,6 +18,7 @@ MODULES = {
     "loss": "loss",
     "plan": "plan",
     "store": "store",
+    "train": "train",
 }
 CUDA_MODULES = {"loss": "loss_gpu"}
 

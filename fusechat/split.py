@@ -12,7 +12,7 @@ from fusechat.records import Dialogue
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Split:
-    """The dialogues of a run; `validation` is empty unless a sweep of merges chooses on it."""
+    """The dialogues of a run; `validation` is empty unless it is named or a sweep of merges needs one."""
 
     train: list[Dialogue]
     validation: list[Dialogue]
@@ -30,7 +30,7 @@ def load_split(config: RunConfig) -> Split:
     else:
         dialogues, held_out = split_held_out(dialogues, data.held_out_fraction, config.seed)
     validation: list[Dialogue] = []
-    if config.merge.sweep and data.validation is not None:
+    if data.validation is not None:
         validation = load_dialogues(data.validation, **options)
     elif config.merge.sweep:
         dialogues, validation = split_held_out(dialogues, data.validation_fraction, config.seed)
