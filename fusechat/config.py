@@ -27,6 +27,7 @@ class DataConfig(_Section):
     held_out: str | None = Field(
         None, description="file of dialogues only the evaluation sees; else a split of `train`"
     )
+    held_out_fraction: float = Field(0.1, gt=0, lt=1, description="share of `train` held out when `held_out` is absent")
     validation: str | None = Field(
         None,
         description="dialogues neither trained nor tested on: a sweep of merges and the best checkpoint choose on them",

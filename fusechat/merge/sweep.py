@@ -202,20 +202,21 @@ class Work:
         """Return every candidate's bits per byte and paired difference to the best, with bootstrap intervals."""
         import numpy as np
 
+        from fusechat.evaluate.bootstrap import compare
         from fusechat.evaluate.bpb import Scores, bits_per_byte, common_dialogues
 
         scores = {
             name: Scores(nll=np.array(facts["nll"], np.float64), content_bytes=np.array(facts["content_bytes"]))
             for name, (_, facts) in self.tried.items()
         }
-        levels, gains = bits_per_byte(
-            scores, common_dialogues(scores), against=self.best.name, samples=samples, confidence=confidence, seed=seed
-        )
+        common = common_dialogues(scores)
+        ratios = {name: bits_per_byte(one).of(common) for name, one in scores.items()}
+        compared = compare(ratios, against=self.best.name, samples=samples, confidence=confidence, seed=seed)
         return {
             "merges": {
                 name: {
-                    "bits_per_byte": [levels[name].value, levels[name].low, levels[name].high],
-                    "difference_to_best": [gains[name].value, gains[name].low, gains[name].high],
+                    "bits_per_byte": compared[name].level.triple(),
+                    "difference_to_best": compared[name].difference.triple(),
                     "surviving_share": facts["surviving_share"],
                     "recipe": _without_models(candidate.recipe),
                 }
