@@ -43,13 +43,9 @@ $(VLLM_STAMP): $(SOURCES) $(ROOT)constraints-vllm.txt
 lint: setup
 	cd $(ROOT) && $(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m mypy
 
-# Builds the wheel and imports it from a virtual environment that knows nothing of this folder.
+# Builds the wheel and merges two models with it, in a clean environment of every Python at hand.
 wheel: setup
-	rm -rf $(ROOT)dist && cd $(ROOT) && $(PIP) wheel --quiet --no-deps --wheel-dir dist .
-	cd $(ROOT)dist && rm -rf unpacked && $(RUN) -m zipfile -e fusechat-*.whl unpacked
-	cd $(ROOT)dist/unpacked && $(RUN) -P -c "import sys; sys.path.insert(0, '.'); sys.meta_path = [f for f in \
-	sys.meta_path if 'ScikitBuild' not in type(f).__name__]; import fusechat._native, fusechat.kernels; \
-	print('wheel imports from', fusechat.__file__)"
+	$(RUN) $(ROOT)tests/clean_install.py
 
 bench: setup
 	cd $(ROOT) && $(RUN) -m fusechat bench all

@@ -16,7 +16,9 @@ MODULES = {
     "align": "align",
     "extract": "extract",
     "loss": "loss",
+    "plan": "plan",
     "store": "store",
+    "train": "train",
 }
 CUDA_MODULES = {"loss": "loss_gpu"}
 

@@ -212,6 +212,12 @@ def format_of(directory: Path) -> str:
     return str(manifest.get("format")) if isinstance(manifest, dict) else "foreign"
 
 
+def same_vocabulary(one: Path, other: Path) -> bool:
+    """Return whether two TopKStores have byte-identical vocabularies; raises FormatError when one is not complete."""
+    tables = [read_manifest(directory, TOPK_FORMAT).get("tokenizer_sha256") for directory in (one, other)]
+    return tables[0] is not None and tables[0] == tables[1]
+
+
 def open_topk(directory: Path, *, verify: bool = True) -> Store:
     """Open a TopKStore: one model's top-k log-probabilities."""
     return Store(directory, TOPK_FORMAT, verify=verify)
