@@ -241,6 +241,13 @@ class RunConfig(_Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _draws_stay_unbiased(self) -> RunConfig:
+        caches = {(source.extract or self.extract).cache for source in self.sources}
+        if "sampled" in caches and self.train.temperature != 1.0:
+            raise ValueError("extract.cache: sampled is an estimate at train.temperature: 1 only; set it to 1")
+        return self
+
 
 def source_name(source: SourceConfig) -> str:
     """Return the source's short name: the one given, else the last part of its model's path or id."""

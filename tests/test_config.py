@@ -81,6 +81,13 @@ def test_a_source_says_only_what_differs_for_it(tmp_path: Path) -> None:
         load_config(_write(tmp_path, text.replace("backend: vllm", "backend: vllm-server")))
 
 
+def test_draws_cannot_be_tempered(tmp_path: Path) -> None:
+    sampled = _write(tmp_path, MINIMAL + "extract: {cache: sampled}\n")
+    assert load_config(sampled).extract.cache == "sampled"
+    with pytest.raises(ConfigError, match="set it to 1"):
+        load_config(sampled, ["train.temperature=2"])
+
+
 def test_extraction_settings_alone() -> None:
     config = parse_extract({"top_k": 4}, ["engine_args.seed=2", "fast_driver=true"])
     assert (config.top_k, config.engine_args, config.fast_driver) == (4, {"seed": 2}, True)

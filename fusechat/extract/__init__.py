@@ -72,8 +72,8 @@ def extract(
     template = load_template(tokenizer, config.template.removeprefix("pivot:"))
     task = Task(
         model=model,
-        directory=directory,
-        out=Path(out),
+        directory=directory.absolute(),  # workers of a cluster start elsewhere
+        out=Path(out).absolute(),
         config=config,
         template=template,
         vocab_size=facts.vocab_size,
