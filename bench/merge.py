@@ -1,20 +1,15 @@
 """What the merge costs, against mergekit on the same files and against the disk.
 
-    python bench/merge.py [--size small|medium|full] [--cases CASE...] [--dir DIR] [--json OUT] [--check]
+    fusechat bench merge [--size small|paper] [--against mergekit=PYTHON] [--json OUT] [--check]
+    python bench/merge.py … [--dir DIR] [--only CASE ...]
 
-Equality with mergekit comes first, then CPU-seconds of whole processes with one compute thread, interleaved, medians.
-`full` is what the claims are about (0.47 and 0.22 billion parameters, six models of each, and one tensor of 2^28
-elements: 11 GB of disk, some ten minutes); the smaller sizes say how it goes, and `medium` has the claims below 0.2
-billion. --json adds the claims measured to those already in the file, so that it can be filled piece by piece.
-mergekit is taken from .venv-mergekit (tests/test_merge_peer.py says how).
+Equality with mergekit comes first, then CPU-seconds of whole processes with one compute thread, in turn, medians.
+`paper` is what the claims are about (0.47, 0.12 and 0.22 billion parameters, six models of each: 9.7 GB of disk).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import shutil
 import statistics
 import sys
@@ -24,16 +19,26 @@ from typing import Any
 
 import numpy as np
 import yaml
-from merge_models import llama_config, llama_shapes, write_family
-from merge_peers import Cost, fusechat_merge, io_floor, mergekit, mergekit_command
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from fusechat.bench.claims import Claim, absent, at_least, at_most
+from fusechat.bench.merge_models import llama_config, llama_shapes, write_family
+from fusechat.bench.merge_peers import Cost, fusechat_merge, io_floor, mergekit, mergekit_command
+from fusechat.bench.report import parser, report
+from fusechat.bench.timing import spread
 from fusechat.checkpoint import open_checkpoint, read_tensor
 
-SIZES = {  # hidden, layers, vocabulary, intermediate; plain and with a big tied embedding
-    "small": ((256, 4, 8000, 1024), (256, 2, 30000, 1024)),
-    "medium": ((1024, 3, 32000, 4096), (1024, 1, 60000, 4096)),
-    "full": ((1024, 24, 32000, 4096), (1024, 4, 152064, 4096)),
+# hidden, layers, vocabulary, intermediate, tied
+FAMILIES = {
+    "small": {
+        "plain": (256, 4, 8000, 1024, False),
+        "light": (256, 2, 8000, 1024, False),
+        "wide": (256, 2, 30000, 1024, True),
+    },
+    "paper": {
+        "plain": (1024, 24, 32000, 4096, False),
+        "light": (1024, 3, 32000, 4096, False),
+        "wide": (1024, 4, 152064, 4096, True),
+    },
 }
 PARAMETERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "sce 0.1": ("sce", {"select_topk": 0.1}, {}),
@@ -43,9 +48,17 @@ PARAMETERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "linear": ("linear", {}, {"weight": 0.2}),
     "task_arithmetic": ("task_arithmetic", {}, {"weight": 0.2}),
 }
-CLAIMS = {"sce 0.1": 20.0, "ties 0.6": 20.0, "sce 1.0": 4.0, "dare_ties 0.6": 4.0}
-PARTS = ("wide embedding", "memory", "threads")  # besides the methods: what is said of sce at 0.1
-SMALL_CLAIMS = {"linear": 10.0, "task_arithmetic": 10.0}  # under 0.2 billion parameters, where start-up is most of it
+# The family and the ratio to reach; linear merges are claimed under 0.2 billion parameters, where start-up counts most.
+CLAIMS = {
+    "sce 0.1": ("plain", 20.0),
+    "sce 1.0": ("plain", 4.0),
+    "ties 0.6": ("plain", 20.0),
+    "dare_ties 0.6": ("plain", 4.0),
+    "linear": ("light", 10.0),
+    "task_arithmetic": ("light", 10.0),
+}
+PARTS = ("wide embedding", "memory", "threads", "floor")  # what else is said of sce at 0.1
+PEER = "mergekit 0.1.5"
 
 
 def recipes(folder: Path, models: list[Path], case: str) -> tuple[Path, Path]:
@@ -76,52 +89,71 @@ def differing_share(ours: Path, theirs: Path) -> float:
     return differ / sum(entry.n_elements for entry in a.values())
 
 
-def compare(folder: Path, models: list[Path], case: str, repeats: int) -> dict[str, Any]:
-    """Merge with both tools in turn; returns the median costs and, for methods without chance, the differing share."""
+def measured(folder: Path, models: list[Path], case: str, repeats: int, peer: Path | None) -> list[Claim]:
+    """Merge with both tools in turn; returns the claims of CPU-seconds and, for methods without chance, of equality."""
     ours_recipe, theirs_recipe = recipes(folder, models, case)
     ours: list[Cost] = []
     theirs: list[Cost] = []
-    differ = None
+    claims: list[Claim] = []
     for _ in range(repeats):
         for out in (folder / "ours", folder / "theirs"):
             shutil.rmtree(out, ignore_errors=True)
         ours.append(fusechat_merge(ours_recipe, folder / "ours"))
-        cost = mergekit(theirs_recipe, folder / "theirs")
-        if cost is not None:
-            theirs.append(cost)
-            if differ is None and "dare" not in case:
-                differ = differing_share(folder / "ours", folder / "theirs")
-    return {
-        "case": case,
-        "ours": _median(ours),
-        "mergekit": _median(theirs) if theirs else None,
-        "differing_share": differ,
-    }
+        if peer is None:
+            continue
+        theirs.append(mergekit(peer, theirs_recipe, folder / "theirs"))
+        if not claims and "dare" not in case:
+            # Exact halves and ties abound among bf16 numbers: mergekit's fp32 sums fall to either side of a half, and
+            # its sort takes any of the tied. tests/test_merge_peer.py compares the others on inputs without ties.
+            share = differing_share(folder / "ours", folder / "theirs")
+            limit = 1e-4 if case.startswith("sce") else None
+            claims.append(at_most(f"{case}, share of elements that differ", PEER, share, limit, ""))
+    reach = 25.0 if folder.name == "wide" else CLAIMS[case][1]
+    name = f"{case}, wide embedding" if folder.name == "wide" else case
+    peak_mib = max(cost.rss_bytes for cost in ours) / 2**20
+    if peer is None:
+        claims.append(absent(name, PEER, f"≥ {reach:g}", "not installed: --against mergekit=PYTHON"))
+    else:
+        ratios = spread([b.cpu_s / a.cpu_s for a, b in zip(ours, theirs, strict=True)])
+        seconds = [statistics.median(cost.cpu_s for cost in costs) for costs in (ours, theirs)]
+        peer_mib = max(cost.rss_bytes for cost in theirs) / 2**20
+        note = f"{seconds[0]:.2f} CPU-s against {seconds[1]:.1f}, its peak {peer_mib:,.0f} MiB"
+        claims.append(at_least(name, PEER, ratios, reach, note=note, peak_mib=peak_mib))
+    if case == "sce 0.1":
+        claims.append(at_most(f"{name}, peak RSS", "absolute", peak_mib, 60 if folder.name == "wide" else 100, "MiB"))
+    return claims
 
 
-def _median(costs: list[Cost]) -> dict[str, float]:
-    return {
-        "cpu_s": statistics.median(c.cpu_s for c in costs),
-        "wall_s": statistics.median(c.wall_s for c in costs),
-        "rss_mb": max(c.rss_bytes for c in costs) / 1e6,
-    }
+def floor_claim(folder: Path, models: list[Path]) -> Claim:
+    """Compare CPU-seconds with those of reading every input once and writing the output once."""
+    recipe, _ = recipes(folder, models, "sce 0.1")
+    inputs = [model / "model.safetensors" for model in models]
+    ratios = []
+    for _ in range(3):
+        shutil.rmtree(folder / "ours", ignore_errors=True)
+        ours = fusechat_merge(recipe, folder / "ours")
+        floor = io_floor(inputs, folder / "floor", inputs[0].stat().st_size)
+        (folder / "floor").unlink()
+        ratios.append(ours.cpu_s / floor.cpu_s)
+    return at_most("sce 0.1, from the I/O floor", "reading once, writing once", spread(ratios), 4)
 
 
-def memory_growth(folder: Path, size: str) -> float:
-    """Merge one small and one large tensor; returns by how many MB the peak resident sets differ."""
+def memory_claim(folder: Path, size: str) -> Claim:
+    """Merge one small and one large tensor; compares the peak resident sets."""
     peaks = []
-    for n in (1 << 22, (1 << 28) if size == "full" else (1 << 25)):
+    for n in (1 << 22, (1 << 28) if size == "paper" else (1 << 25)):
         place = folder / f"one{n}"
         models = write_family(place, {"w.weight": (n // 1024, 1024)}, {"model_type": "llama", "vocab_size": 7}, 2)
         ours, _ = recipes(place, models, "sce 0.1")
         shutil.rmtree(place / "out", ignore_errors=True)
-        peaks.append(fusechat_merge(ours, place / "out").rss_bytes / 1e6)
+        peaks.append(fusechat_merge(ours, place / "out").rss_bytes / 2**20)
         shutil.rmtree(place / "out")
-    return max(peaks) - min(peaks)
+    n_large = "256M" if size == "paper" else "32M"
+    return at_most(f"sce 0.1, RSS of one tensor of {n_large}", "of 4M elements", peaks[1] - peaks[0], 5, "MiB")
 
 
-def threads_ratio(folder: Path, models: list[Path], repeats: int) -> float:
-    """Return wall time with one thread over that with two, paired."""
+def threads_claim(folder: Path, models: list[Path], repeats: int) -> Claim:
+    """Compare the wall time of one thread with that of two, files warm."""
     ours, _ = recipes(folder, models, "sce 0.1")
     ratios = []
     for _ in range(repeats):
@@ -130,117 +162,51 @@ def threads_ratio(folder: Path, models: list[Path], repeats: int) -> float:
             shutil.rmtree(folder / "ours", ignore_errors=True)
             walls.append(fusechat_merge(ours, folder / "ours", threads).wall_s)
         ratios.append(walls[0] / walls[1])
-    return statistics.median(ratios)
+    return at_least("sce 0.1, two threads", "one thread", spread(ratios), 1.6, note="wall clock, files warm")
 
 
-class Table:
-    """Prints one line per claim and keeps them for the JSON."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self.line("claim", "against", "measured", "to reach", "verdict")
-
-    @staticmethod
-    def line(*cells: str) -> None:
-        """Print one row."""
-        widths = (46, 22, 34, 9, 12)
-        print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip(), flush=True)
-
-    def add(self, claim: str, against: str, value: float | None, text: str, reach: str, met: bool | None) -> None:
-        """Add a claim; `met` None means that it was not measured or is none."""
-        verdict = {True: "met", False: "MISSED", None: "not measured" if value is None else "-"}[met]
-        self.rows.append({"claim": claim, "against": against, "value": value, "to_reach": reach, "verdict": verdict})
-        self.line(claim, against, text, reach, verdict)
-
-
-def main() -> None:
-    """Run everything and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="medium")
-    parser.add_argument("--dir", type=Path, help="keep the models here for the next time")
-    parser.add_argument("--cases", nargs="*", choices=[*PARAMETERS, *PARTS], default=[*PARAMETERS, *PARTS])
-    parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--check", action="store_true", help="exit with 1 when a claim is missed")
-    options = parser.parse_args()
+def main() -> int:
+    """Measure everything and report."""
+    options = parser(__doc__ or "")
+    options.add_argument("--dir", type=Path, help="keep the models here for the next time")
+    options.add_argument("--only", action="append", choices=[*CLAIMS, *PARTS], help="these cases; repeatable")
+    options.add_argument("--repeats", type=int, default=1)
+    chosen = options.parse_args()
+    if chosen.size not in FAMILIES:
+        options.error("--size is small or paper: a family of models is no number")
     with tempfile.TemporaryDirectory() as temporary:
-        table = run(options, options.dir or Path(temporary))
-    if options.json:
-        environment = {"machine": platform.machine(), "cpus": os.cpu_count(), "python": platform.python_version(),
-                       "numpy": np.__version__}  # fmt: skip
-        rows = [{"size": options.size, **row} for row in table.rows]
-        if options.json.exists():
-            measured = {(row["size"], row["claim"]) for row in rows}
-            before = json.loads(options.json.read_text())["claims"]
-            rows = [row for row in before if (row["size"], row["claim"]) not in measured] + rows
-        options.json.write_text(json.dumps({"environment": environment, "claims": rows}, indent=2) + "\n")
-    if options.check and any(row["verdict"] == "MISSED" for row in table.rows):
-        sys.exit(1)
+        return report("merge", run(chosen, chosen.dir or Path(temporary)), chosen)
 
 
-def run(options: argparse.Namespace, folder: Path) -> Table:
-    """Measure every claim."""
-    claimed = options.size == "full"
-    against = "mergekit" if mergekit_command() else "mergekit (absent)"
-    plain, wide = SIZES[options.size]
-    families = {}
-    wanted = [("plain", plain, False)] * (set(options.cases) - {"wide embedding", "memory"} != set())
-    wanted += [("wide", wide, True)] * ("wide embedding" in options.cases)
-    for name, dims, tied in wanted:
-        shapes, config = llama_shapes(*dims, tied=tied), llama_config(*dims, tied=tied)
-        families[name] = write_family(folder / f"{options.size}-{name}", shapes, config, 5)
-        print(f"{name}: {sum(int(np.prod(s)) for s in shapes.values()) / 1e6:.0f} million parameters, base + 5, bf16")
-    table = Table()
-    for case in (case for case in PARAMETERS if case in options.cases):
-        result = compare(folder / f"{options.size}-plain", families["plain"], case, options.repeats)
-        reach = CLAIMS.get(case) if claimed else SMALL_CLAIMS.get(case)
-        _add_ratio(table, case, result, against, reach)
-        if case == "sce 0.1":
-            peak = result["ours"]["rss_mb"]
-            table.add("  peak RSS", "", peak, f"{peak:.0f} MB", "< 100 MB", peak < 100)
-            _add_floor(table, folder / f"{options.size}-plain", families["plain"], result, claimed=claimed)
-    if "wide embedding" in options.cases:
-        result = compare(folder / f"{options.size}-wide", families["wide"], "sce 0.1", options.repeats)
-        _add_ratio(table, "sce 0.1, wide embedding", result, against, 25.0 if claimed else None)
-        peak = result["ours"]["rss_mb"]
-        table.add("  peak RSS, wide embedding", "", peak, f"{peak:.0f} MB", "< 60 MB", peak < 60)
-    if "memory" in options.cases:
-        growth = memory_growth(folder, options.size)
-        table.add("RSS, 4M against largest tensor", "", growth, f"{growth:.1f} MB", "< 5 MB", growth < 5)
-    if "threads" in options.cases:
-        ratio = threads_ratio(folder / f"{options.size}-plain", families["plain"], max(3, options.repeats))
-        reach, met = ("≥ 1.6×", ratio >= 1.6) if claimed else ("-", None)
-        table.add("two threads, wall", "one thread", ratio, f"{ratio:.2f}×", reach, met)
-    return table
+def run(options: argparse.Namespace, folder: Path) -> list[Claim]:
+    """Make the families that are needed and measure what was asked for."""
+    cases = options.only or [*CLAIMS, *PARTS]
+    peer = mergekit_command(options.against)
+    families: dict[str, list[Path]] = {}
 
+    def family(name: str) -> tuple[Path, list[Path]]:
+        place = folder / options.size / name
+        if name not in families:
+            *dims, tied = FAMILIES[options.size][name]
+            shapes, config = llama_shapes(*dims, tied=tied), llama_config(*dims, tied=tied)
+            families[name] = write_family(place, shapes, config, 5)
+            n = sum(int(np.prod(shape)) for shape in shapes.values())
+            print(f"{name}: {n / 1e6:.0f} million parameters, base + 5, bf16", flush=True)
+        return place, families[name]
 
-def _add_ratio(table: Table, case: str, result: dict[str, Any], against: str, reach: float | None) -> None:
-    ours, theirs = result["ours"], result["mergekit"]
-    wanted = f"≥ {reach:g}×" if reach else "-"
-    if theirs is None:
-        table.add(f"{case}, CPU", against, None, f"ours {ours['cpu_s']:.2f} s", wanted, None)
-        return
-    if result["differing_share"] is not None:
-        # Exact halves and ties abound among bf16 numbers: mergekit's fp32 sums fall to either side of a half, and
-        # its sort takes any of the tied. tests/test_merge_peer.py compares these methods on inputs without ties.
-        share = result["differing_share"]
-        exact = case.startswith("sce")
-        met = share <= 1e-4 if exact else None
-        table.add(f"{case}, elements that differ", against, share, f"{share:.1e}", "≤ 1e-4" if exact else "-", met)
-    ratio = theirs["cpu_s"] / ours["cpu_s"]
-    text = f"{ratio:.1f}× ({ours['cpu_s']:.2f} s, {theirs['cpu_s']:.1f} s, {theirs['rss_mb']:.0f} MB)"
-    table.add(f"{case}, CPU", against, ratio, text, wanted, ratio >= reach if reach else None)
-
-
-def _add_floor(table: Table, folder: Path, models: list[Path], result: dict[str, Any], *, claimed: bool) -> None:
-    inputs = [model / "model.safetensors" for model in models]
-    floor = io_floor(inputs, folder / "floor", inputs[0].stat().st_size)
-    (folder / "floor").unlink()
-    ratio = result["ours"]["cpu_s"] / floor.cpu_s
-    text = f"{ratio:.1f}× ({floor.cpu_s:.2f} s)"
-    reach, met = ("≤ 4×", ratio <= 4) if claimed else ("-", None)
-    table.add("  distance from the I/O floor, CPU", "read once, write once", ratio, text, reach, met)
+    claims: list[Claim] = []
+    for case in (case for case in CLAIMS if case in cases):
+        claims += measured(*family(CLAIMS[case][0]), case, options.repeats, peer)
+    if "wide embedding" in cases:
+        claims += measured(*family("wide"), "sce 0.1", options.repeats, peer)
+    if "memory" in cases:
+        claims.append(memory_claim(folder, options.size))
+    if "threads" in cases:
+        claims.append(threads_claim(*family("plain"), max(3, options.repeats)))
+    if "floor" in cases:
+        claims.append(floor_claim(*family("plain")))
+    return claims
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,8 +7,11 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from fusechat.bench.report import peer_python
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -44,17 +47,16 @@ def run_process(command: list[str]) -> Cost:
     return Cost(cpu_s=float(cpu), wall_s=float(wall), rss_bytes=int(rss))
 
 
-def mergekit_command() -> Path | None:
-    """Return mergekit's command from .venv-mergekit or FUSECHAT_MERGEKIT, None where it is absent."""
-    command = Path(os.environ.get("FUSECHAT_MERGEKIT", ROOT / ".venv-mergekit" / "bin" / "mergekit-yaml"))
-    return command if command.exists() else None
+def mergekit_command(against: Sequence[str] = ()) -> Path | None:
+    """Return mergekit's command: of the Python that --against names, of .venv-mergekit, or None where it is absent."""
+    python = peer_python("mergekit", against)
+    known = [Path(python).parent] if python else []
+    commands = [folder / "mergekit-yaml" for folder in (*known, ROOT / ".venv-mergekit" / "bin")]
+    return next((command for command in commands if command.exists()), None)
 
 
-def mergekit(recipe: Path, out: Path) -> Cost | None:
-    """Merge with mergekit, None where it is absent."""
-    command = mergekit_command()
-    if command is None:
-        return None
+def mergekit(command: Path, recipe: Path, out: Path) -> Cost:
+    """Merge with mergekit."""
     return run_process([str(command), str(recipe), str(out), "--no-copy-tokenizer"])
 
 

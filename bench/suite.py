@@ -16,6 +16,7 @@ MODULES = {
     "align": "align",
     "extract": "extract",
     "loss": "loss",
+    "merge": "merge",
     "plan": "plan",
     "store": "store",
     "train": "train",
