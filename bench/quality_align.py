@@ -142,11 +142,16 @@ class Experiment:
         return digest.hexdigest()
 
     def pair(self, pivot: str, source: str) -> dict[str, Any]:
-        """Run one pair under every setting and return its lines of the table."""
+        """Run one pair under every setting and return its lines of the table: of those settings there was time for."""
         sizes = np.array([sum(len(m.content.encode()) for m in d.messages) for d in self.held_out])
         runs = {SFT: [self.run(pivot, None, seed) for seed in SEEDS]}
         for setting in SETTINGS:
-            runs[setting] = [self.run(pivot, self.aligned(pivot, source, setting), seed) for seed in SEEDS]
+            try:
+                runs[setting] = [self.run(pivot, self.aligned(pivot, source, setting), seed) for seed in SEEDS]
+            except OutOfTimeError:
+                if setting == DEFAULT:
+                    raise
+                break
         scores = {name: Scores(nll=np.mean(nll, axis=0), content_bytes=sizes) for name, nll in runs.items()}
         known = common_dialogues(scores)
         levels, gains = bits_per_byte(scores, known, against=SFT)
@@ -159,6 +164,7 @@ class Experiment:
         return {
             "pivot": pivot,
             "source": source,
+            "complete": set(SETTINGS) < set(runs),
             "n_held_out": len(known),
             "steps": PASSES[pivot] * FUSED // 8,
             "rows": manifest["coverage"]["rows"],
@@ -225,13 +231,17 @@ def main() -> int:
     experiment = Experiment(data, chosen.work, chosen.minutes)
     pairs: list[dict[str, Any]] = []
     with suppress(OutOfTimeError):
-        pairs += (experiment.pair(*pair) for pair in PAIRS)
+        for pair in PAIRS:
+            pairs.append(experiment.pair(*pair))
+            if not pairs[-1]["complete"]:
+                break
     print("\n".join(markdown(pairs)))
     if chosen.json:
         result = {"environment": environment(), "seeds": SEEDS, "n_fused": FUSED, "pairs": pairs}
         Path(chosen.json).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    if len(pairs) < len(PAIRS):
-        print(f"{len(pairs)} of {len(PAIRS)} pairs are done; the same command goes on")
+    done = sum(pair["complete"] for pair in pairs)
+    if done < len(PAIRS):
+        print(f"{done} of {len(PAIRS)} pairs are done; the same command goes on")
         return 3
     harmed = [p for p in pairs if p["settings"][DEFAULT]["difference_to_sft"][1] > 0]
     return int(chosen.check and bool(harmed))
