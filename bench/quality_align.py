@@ -31,6 +31,7 @@ from fusechat.bench.machine import environment
 from fusechat.bench.report import parser
 from fusechat.config import TrainConfig
 from fusechat.dialogue import dataset_fingerprint, read_dialogues, split_held_out
+from fusechat.evaluate.bootstrap import compare
 from fusechat.evaluate.bpb import Scores, bits_per_byte, common_dialogues, score_dialogues
 from fusechat.extract import extract
 from fusechat.records import Dialogue
@@ -146,8 +147,8 @@ class Experiment:
         nll = {name: [found for found, _ in of_seeds] for name, of_seeds in runs.items()}
         scores = {name: Scores(nll=np.mean(found, axis=0), content_bytes=sizes) for name, found in nll.items()}
         known = common_dialogues(scores)
-        levels, gains = bits_per_byte(scores, known, against=SFT)
-        _, over_default = bits_per_byte(scores, known, against=DEFAULT)
+        ratios = {name: bits_per_byte(score).of(known) for name, score in scores.items()}
+        to_sft, to_default = compare(ratios, against=SFT), compare(ratios, against=DEFAULT)
         per_bit = np.log(2) * sizes[known].sum()
         manifest = open_aligned(self.aligned(pivot, source, DEFAULT)).manifest
         return {
@@ -160,9 +161,9 @@ class Experiment:
             "dialogues_taught_by_source": runs[DEFAULT][0][1],
             "settings": {
                 name: {
-                    "bits_per_byte": levels[name].value,
-                    "difference_to_sft": _bounds(gains[name]),
-                    "difference_to_default": _bounds(over_default[name]),
+                    "bits_per_byte": to_sft[name].level.value,
+                    "difference_to_sft": _bounds(to_sft[name].difference),
+                    "difference_to_default": _bounds(to_default[name].difference),
                     "difference_to_sft_by_seed": [
                         float((n - s)[known].sum() / per_bit) for n, s in zip(nll[name], nll[SFT])
                     ],
