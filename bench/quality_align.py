@@ -4,14 +4,13 @@
 
 Three tiny real models, every ordered pair of them; every granularity with the default vocabulary map, every map with
 the default granularity, and the paper's preset; three seeds, beside an SFT control of the same data, steps and seed.
-Runs whose training data are byte for byte the same are made once. DIR keeps what is done, so that a stopped experiment
+Runs whose aligned rows are byte for byte the same are made once. DIR keeps what is done, so that a stopped experiment
 goes on; --minutes stops it, with exit code 3, after the first run beyond so many. Prints the tables of
 docs/alignment.md.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import sys
@@ -32,12 +31,12 @@ from fusechat.bench.machine import environment
 from fusechat.bench.report import parser
 from fusechat.config import TrainConfig
 from fusechat.dialogue import dataset_fingerprint, read_dialogues, split_held_out
+from fusechat.evaluate.bootstrap import compare
 from fusechat.evaluate.bpb import Scores, bits_per_byte, common_dialogues, score_dialogues
 from fusechat.extract import extract
 from fusechat.records import Dialogue
-from fusechat.store import open_aligned, open_topk
+from fusechat.store import open_aligned
 from fusechat.train import train
-from fusechat.train.dataset import FusionDataset
 
 # Passes over the data: the pivot that has never seen a story needs more of them than those made of stories.
 PASSES = {"aidreams231K": 20, "stories260K": 3, "babyllama-tok105": 1}
@@ -89,7 +88,9 @@ class Experiment:
         self.log = work / "runs.jsonl"
         work.mkdir(parents=True, exist_ok=True)
         lines = self.log.read_text().splitlines() if self.log.exists() else []
-        self.nll = {run["key"]: np.array(run["nll"]) for run in map(json.loads, lines)}
+        runs = [json.loads(line) for line in lines]
+        self.nll = {run["key"]: np.array(run["nll"]) for run in runs}
+        self.share = {run["key"]: run["share"] for run in runs}
 
     def model(self, name: str) -> str:
         return str(self.data / "models" / name)
@@ -106,14 +107,15 @@ class Experiment:
         align(self.store(pivot), self.store(source), out, workers=1, **SETTINGS[setting])
         return out
 
-    def run(self, pivot: str, aligned: Path | None, seed: int) -> np.ndarray[Any, Any]:
-        """Return the held-out negative log-likelihoods of a target, trained unless this very training is known."""
+    def run(self, pivot: str, aligned: Path | None, seed: int) -> tuple[np.ndarray[Any, Any], float]:
+        """Return a target's held-out negative log-likelihoods, and the share of dialogues its source taught.
+
+        It is trained unless this very training is known.
+        """
         config = TrainConfig(
             hard_weight=0.5, learning_rate=1e-3, epochs=PASSES[pivot], batch_size=8, micro_batch_size=8
         )
-        key = sha256_json(
-            [pivot, seed, config.model_dump(), dataset_fingerprint(self.held_out), self._taught(pivot, aligned, config)]
-        )
+        key = sha256_json([pivot, seed, config.model_dump(), dataset_fingerprint(self.held_out), _taught(aligned)])
         if key not in self.nll:
             if time.monotonic() > self.deadline:
                 raise OutOfTimeError
@@ -121,60 +123,61 @@ class Experiment:
             for left in (out, out.with_name("target.partial")):
                 shutil.rmtree(left, ignore_errors=True)
             start = time.process_time()
-            train(self.model(pivot), self.store(pivot), aligned, out, config, seed=seed)
+            provenance = train(self.model(pivot), self.store(pivot), aligned, out, config, seed=seed)
+            self.share[key] = provenance["source_share"]
             self.nll[key] = score_dialogues(str(out), self.held_out, **OPTIONS).nll
             seconds = time.process_time() - start
             with self.log.open("a") as log:
-                log.write(json.dumps({"key": key, "seconds": seconds, "nll": self.nll[key].tolist()}) + "\n")
+                run = {"key": key, "seconds": seconds, "share": self.share[key], "nll": self.nll[key].tolist()}
+                log.write(json.dumps(run) + "\n")
             print(f"{pivot} ← {aligned.name if aligned else SFT}, seed {seed}: {seconds:.0f} s", file=sys.stderr)
-        return self.nll[key]
-
-    def _taught(self, pivot: str, aligned: Path | None, config: TrainConfig) -> str:
-        digest = hashlib.sha256()
-        rows = open_aligned(aligned) if aligned else None
-        weight = config.hard_weight if aligned else 1.0
-        dataset = FusionDataset(open_topk(self.store(pivot)), rows, hard_weight=weight)
-        for i in range(len(dataset)):
-            example, targets = dataset[i], dataset[i].targets
-            for part in (targets.ids, targets.logprobs, targets.low, targets.high, targets.partition):
-                digest.update(repr((part.dtype, part.shape)).encode() + part.tobytes())
-            digest.update(example.hard_weight.tobytes())
-        return digest.hexdigest()
+        return self.nll[key], self.share[key]
 
     def pair(self, pivot: str, source: str) -> dict[str, Any]:
-        """Run one pair under every setting and return its lines of the table."""
+        """Run one pair under every setting and return its lines of the table: of those settings there was time for."""
         sizes = np.array([sum(len(m.content.encode()) for m in d.messages) for d in self.held_out])
         runs = {SFT: [self.run(pivot, None, seed) for seed in SEEDS]}
         for setting in SETTINGS:
-            runs[setting] = [self.run(pivot, self.aligned(pivot, source, setting), seed) for seed in SEEDS]
-        scores = {name: Scores(nll=np.mean(nll, axis=0), content_bytes=sizes) for name, nll in runs.items()}
+            try:
+                runs[setting] = [self.run(pivot, self.aligned(pivot, source, setting), seed) for seed in SEEDS]
+            except OutOfTimeError:
+                if setting == DEFAULT:
+                    raise
+                break
+        nll = {name: [found for found, _ in of_seeds] for name, of_seeds in runs.items()}
+        scores = {name: Scores(nll=np.mean(found, axis=0), content_bytes=sizes) for name, found in nll.items()}
         known = common_dialogues(scores)
-        levels, gains = bits_per_byte(scores, known, against=SFT)
-        _, over_default = bits_per_byte(scores, known, against=DEFAULT)
+        ratios = {name: bits_per_byte(score).of(known) for name, score in scores.items()}
+        to_sft, to_default = compare(ratios, against=SFT), compare(ratios, against=DEFAULT)
         per_bit = np.log(2) * sizes[known].sum()
         manifest = open_aligned(self.aligned(pivot, source, DEFAULT)).manifest
-        fusion = FusionDataset(
-            open_topk(self.store(pivot)), open_aligned(self.aligned(pivot, source, DEFAULT)), hard_weight=0.5
-        )
         return {
             "pivot": pivot,
             "source": source,
+            "complete": set(SETTINGS) < set(runs),
             "n_held_out": len(known),
             "steps": PASSES[pivot] * FUSED // 8,
             "rows": manifest["coverage"]["rows"],
-            "dialogues_taught_by_source": fusion.source_share,
+            "dialogues_taught_by_source": runs[DEFAULT][0][1],
             "settings": {
                 name: {
-                    "bits_per_byte": levels[name].value,
-                    "difference_to_sft": _bounds(gains[name]),
-                    "difference_to_default": _bounds(over_default[name]),
+                    "bits_per_byte": to_sft[name].level.value,
+                    "difference_to_sft": _bounds(to_sft[name].difference),
+                    "difference_to_default": _bounds(to_default[name].difference),
                     "difference_to_sft_by_seed": [
-                        float((n - s)[known].sum() / per_bit) for n, s in zip(runs[name], runs[SFT])
+                        float((n - s)[known].sum() / per_bit) for n, s in zip(nll[name], nll[SFT])
                     ],
                 }
                 for name in runs
             },
         }
+
+
+def _taught(aligned: Path | None) -> list[str]:
+    if aligned is None:
+        return []
+    manifest = open_aligned(aligned).manifest
+    return [manifest["unaligned"], *(shard["sha256"] for shard in manifest["shards"])]
 
 
 def _bounds(interval: Any) -> list[float]:
@@ -225,13 +228,17 @@ def main() -> int:
     experiment = Experiment(data, chosen.work, chosen.minutes)
     pairs: list[dict[str, Any]] = []
     with suppress(OutOfTimeError):
-        pairs += (experiment.pair(*pair) for pair in PAIRS)
+        for pair in PAIRS:
+            pairs.append(experiment.pair(*pair))
+            if not pairs[-1]["complete"]:
+                break
     print("\n".join(markdown(pairs)))
     if chosen.json:
         result = {"environment": environment(), "seeds": SEEDS, "n_fused": FUSED, "pairs": pairs}
         Path(chosen.json).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    if len(pairs) < len(PAIRS):
-        print(f"{len(pairs)} of {len(PAIRS)} pairs are done; the same command goes on")
+    done = sum(pair["complete"] for pair in pairs)
+    if done < len(PAIRS):
+        print(f"{done} of {len(PAIRS)} pairs are done; the same command goes on")
         return 3
     harmed = [p for p in pairs if p["settings"][DEFAULT]["difference_to_sft"][1] > 0]
     return int(chosen.check and bool(harmed))
