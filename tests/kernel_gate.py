@@ -48,6 +48,8 @@ class Variant:
     vocabulary: int = 128_256
     extras: bool = False
     """Temperatures, softcap and label smoothing."""
+    ranges: bool = False
+    """The launch for rows with ranges, and not the one for the others."""
 
 
 VARIANTS = (
@@ -59,22 +61,34 @@ VARIANTS = (
     Variant(name="float32", dtype="fp32"),
     Variant(name="V = 32,000", vocabulary=32_000),
     Variant(name="uniform, temperatures, softcap, smoothing", missing="uniform", extras=True),
+    Variant(name="rows with ranges, K ≤ 16", ranges=True),
 )
+
+
+def shape_of(variant: Variant, target: int | str) -> tuple[int, int]:
+    """Return the block and the warps that the launcher would take."""
+    wants_registers = variant.n_entries > 64 or variant.extras or variant.missing == "uniform"
+    wants_registers |= variant.ranges or isinstance(target, str)
+    return sparse_soft_ce.block_and_warps(
+        variant.vocabulary, 4 if variant.dtype == "fp32" else 2, wants_registers=wants_registers
+    )
 
 
 def compile_variant(variant: Variant, target: int | str, aligned: bool = True) -> Resources:
     """Compile one variant for an NVIDIA architecture (80, 90, …) or an AMD one (gfx942)."""
     kernel = sparse_soft_ce._sparse_soft_ce
     names = kernel.arg_names
-    block, warps = sparse_soft_ce.block_and_warps(variant.vocabulary, 4 if variant.dtype == "fp32" else 2)
+    block, warps = shape_of(variant, target)
     constants = {
         "DIVERGENCE": variant.divergence, "MISSING": variant.missing, "TEMPERED": variant.extras,
         "TAU": variant.extras, "CAP": variant.extras, "SUMS": variant.extras or variant.missing == "uniform",
-        "GRAD": True, "INPLACE": True, "KB": variant.n_entries, "BLOCK": block,
+        "GRAD": True, "INPLACE": True, "SELECT": variant.ranges, "RANGES": variant.ranges,
+        "KB": variant.n_entries, "BLOCK": block,
     }  # fmt: skip
-    signature = dict.fromkeys(("Z", "G"), f"*{variant.dtype}") | dict.fromkeys(("LABELS", "IDS"), "*i64")
-    signature |= dict.fromkeys(("PARTITION", "CORRECT"), "*i1")
-    signature |= {"z_stride": "i64", "g_stride": "i64", "V": "i32", "K": "i32"}
+    signature = dict.fromkeys(("Z", "G", "SAVED"), f"*{variant.dtype}") | dict.fromkeys(("LABELS", "IDS"), "*i64")
+    signature |= dict.fromkeys(("PARTITION", "CORRECT", "HAS_RANGES"), "*i1")
+    signature |= dict.fromkeys(("ORDER", "LOW", "HIGH"), "*i32")
+    signature |= {"z_stride": "i64", "g_stride": "i64", "N": "i32", "V": "i32", "K": "i32"}
     signature |= dict.fromkeys(("LOGPROBS", "HARD_WEIGHT", "ROW_SCALE", "LOSS", "HARD", "SOFT", "LSE"), "*fp32")
     signature |= dict.fromkeys(constants, "constexpr")
     aligned_names = ["Z", "G", "z_stride", "g_stride"] if aligned else []
@@ -129,7 +143,7 @@ def table() -> str:
         "|---|---|---|---|---|---|",
     ]
     for variant in VARIANTS:
-        block, warps = sparse_soft_ce.block_and_warps(variant.vocabulary, 4 if variant.dtype == "fp32" else 2)
+        block, warps = shape_of(variant, 90)
         cells = []
         for target in (*NVIDIA, AMD):
             found = compile_variant(variant, target)

@@ -34,7 +34,7 @@ def gate(tmp_path_factory):
 
 def check(gate, variant, target) -> None:
     found = gate.compile_variant(variant, target)
-    block, warps = gate.sparse_soft_ce.block_and_warps(variant.vocabulary, 4 if variant.dtype == "fp32" else 2)
+    block, warps = gate.shape_of(variant, target)
     assert found.spills == 0, f"{variant.name} spills {found.spills} on {target}"
     assert found.wide_loads >= 1, f"{variant.name} has no 128-bit load on {target}"
     if isinstance(target, int):
