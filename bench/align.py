@@ -1,6 +1,6 @@
 """Alignment: warping, byte matching, remapping, maps, and the whole stage from store to store.
 
-    python bench/align.py [--json OUT] [--check] [--quick]
+    python bench/align.py [--size small] [--json OUT] [--check]
 
 Real tokenizers and texts are needed: ../shared/data, or the folder FUSECHAT_SHARED_DATA names. Equality with the plain
 definitions of bench/align_baselines.py first; figures are CPU-seconds of one thread unless said.
@@ -18,8 +18,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-from align_baselines import plain_dtw, plain_match, plain_remap
-from claims import Claim, at_least, at_most, interleave, parser, peak_rss_mib, ratio, report
 
 from fusechat.align import dtw, vocab_map
 from fusechat.align.rows import Choices, Matches, RowKind, RowView, match_rows, remap_rows
@@ -27,6 +25,10 @@ from fusechat.align.statistics import PairCounts
 from fusechat.align.tokenizer import Vocabulary, light_vocabulary
 from fusechat.align.vocabulary import stack_maps
 from fusechat.artifact import ShardedWriter, write_json
+from fusechat.bench.align_baselines import plain_dtw, plain_match, plain_remap
+from fusechat.bench.claims import Claim, Work, absent, at_least, at_most
+from fusechat.bench.report import parser, report
+from fusechat.bench.timing import interleave, peak_rss_mib, rate, ratio
 from fusechat.bytetable import token_byte_ends
 from fusechat.store import TOPK_FORMAT, Block, id_dtype, make_block, write_block
 
@@ -111,20 +113,19 @@ def warp_claims(data: Path, vocabularies: tuple[Vocabulary, Vocabulary], rounds:
             },
             rounds,
         )
-        gain = 10 * ratio(seconds, "plain", "ours")
-        ms = sorted(seconds["ours"])[rounds // 2] * 100
+        gain = ratio(seconds, "plain", "ours", times=10)
+        ms = seconds["ours"].median_s() * 100
         note = f"{len(sides[1])} × {len(sides[0])} tokens, {ms:.2f} ms"
         claims.append(at_least(f"dtw, one pair, {n_tokens} tokens", "plain Python", gain, to_reach, note=note))
     pieces = texts(data)[:200]
-    pairs = [
-        ([strings[1][i] for i in s], [strings[0][i] for i in p])
-        for s, p in zip(encode(source, pieces), encode(pivot, pieces))
-    ]
+    ids = [[piece[:DIALOGUE_TOKENS] for piece in encode(v, pieces)] for v in (source, pivot)]
+    pairs = [([strings[1][i] for i in s], [strings[0][i] for i in p]) for s, p in zip(*ids)]
     tokens = sum(len(p) for _, p in pairs)
     seconds = interleave({"ours": lambda: [dtw(s, p, **marks) for s, p in pairs]}, rounds)
-    rate = tokens / sorted(seconds["ours"])[rounds // 2] / 1e6
+    speed = rate(seconds["ours"], tokens / 1e6)
     name = f"dtw, corpus, {tokens // len(pairs)} tokens a dialogue"
-    claims.append(at_least(name, "absolute", rate, 1.0, "M tokens/s"))
+    cells = sum(len(s) * len(p) for s, p in pairs) / seconds["ours"].median_s() / 1e9
+    claims.append(at_least(name, "absolute", speed, 1.0, "M tokens/s", note=f"{cells:.2f} G cells/s"))
     return claims
 
 
@@ -140,9 +141,10 @@ def row_claims(vocabularies: tuple[Vocabulary, Vocabulary], pieces: list[str], r
         found = matches.source_row[offsets[0][d] : offsets[0][d + 1]]
         assert np.where(found >= 0, found - offsets[1][d], -1).tolist() == plain_match(*sides)
     seconds = interleave({"ours": lambda: match_rows(pivot, source, partner)}, rounds)
-    rate = n_tokens / sorted(seconds["ours"])[rounds // 2] / 1e6
-    note = f"{rate * 26:.0f} MB/s of columns: bound by instructions, not by memory"
-    claims = [at_least("bytes, matching alone", "absolute", rate, 20, "M tokens/s", note=note)]
+    speed = rate(seconds["ours"], n_tokens / 1e6)
+    work = Work.of(seconds["ours"], 26 * n_tokens)
+    note = "bound by instructions, not by memory"
+    claims = [at_least("bytes, matching alone", "absolute", speed, 20, "M tokens/s", note=note, work=work)]
 
     maps = stack_maps([vocab_map(source.table, pivot.table, "prefix")])
     target = maps.target[0, :, 0]
@@ -173,9 +175,9 @@ def row_claims(vocabularies: tuple[Vocabulary, Vocabulary], pieces: list[str], r
         assert np.allclose(np.exp(got.logprobs[r][present].astype(float)), np.minimum(want, 1), rtol=1e-2)
         collided += len(row) < K
     seconds = interleave({"ours": remap}, rounds)
-    rate = n / sorted(seconds["ours"])[rounds // 2] / 1e6
-    note = f"{collided / 20:.0f} % of rows collide; {rate * 104 / 1e3:.1f} GB/s"
-    claims.append(at_least(f"remap of top-{K} rows", "absolute", rate, 10, "M rows/s", note=note))
+    speed, work = rate(seconds["ours"], n / 1e6), Work.of(seconds["ours"], 104 * n)
+    note = f"{collided / 20:.0f} % of rows collide"
+    claims.append(at_least(f"remap of top-{K} rows", "absolute", speed, 10, "M rows/s", note=note, work=work))
     seconds = interleave(
         {
             f"{threads}": lambda threads=threads: (
@@ -185,9 +187,8 @@ def row_claims(vocabularies: tuple[Vocabulary, Vocabulary], pieces: list[str], r
             for threads in (1, 2)
         },
         2 * rounds,
-        clock=time.perf_counter,
     )
-    gain = min(seconds["1"]) / min(seconds["2"])
+    gain = min(seconds["1"].wall_s) / min(seconds["2"].wall_s)
     claims.append(at_least("two threads, wall clock, best round", "one thread", gain, 1.7))
     return claims
 
@@ -251,7 +252,7 @@ def stage_claims(data: Path, copies: int) -> list[Claim]:
     for n in (copies // 4, copies):
         with tempfile.TemporaryDirectory() as folder:
             sizes.append(write_stores(data, Path(folder), n))
-            command = [sys.executable, __file__, "--stage", folder]
+            command = [sys.executable, "-m", "fusechat.bench.align", "--stage", folder]
             out = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
             seconds.append(float(out[0]))
             peaks.append(float(out[1]))
@@ -281,7 +282,6 @@ def run_stage(folder: Path) -> None:
 def main() -> int:
     """Measure everything and report."""
     options = parser(__doc__ or "")
-    options.add_argument("--quick", action="store_true", help="fewer rounds; no mined map, no 2,048-token pair")
     options.add_argument("--stage", type=Path, help=argparse.SUPPRESS)
     chosen = options.parse_args()
     if chosen.stage:
@@ -289,21 +289,20 @@ def main() -> int:
         return 0
     data = shared_data()
     if data is None:
-        missing = Claim(
-            name="alignment", against="absolute", value=None, unit="", to_reach="", holds=None,
-            note="real tokenizers are not here: set FUSECHAT_SHARED_DATA",
-        )  # fmt: skip
-        return report([missing], chosen)
-    rounds = 3 if chosen.quick else 7
+        return report(
+            "align", [absent("alignment", "", "", "no real tokenizers here: set FUSECHAT_SHARED_DATA")], chosen
+        )
+    quick = chosen.size == "small"
+    rounds = 3 if quick else 7
     vocabularies = light_vocabulary(data / "tokenizers" / PIVOT), light_vocabulary(data / "tokenizers" / SOURCE)
     pieces = list(itertools.islice(texts(data), 200))
     claims = [
         *row_claims(vocabularies, pieces, rounds),
-        *warp_claims(data, vocabularies, rounds, chosen.quick),
-        *map_claims(vocabularies, pieces, chosen.quick),
-        *stage_claims(data, 16 if chosen.quick else 40),
+        *warp_claims(data, vocabularies, rounds, quick),
+        *map_claims(vocabularies, pieces, quick),
+        *stage_claims(data, 16 if quick else 40),
     ]
-    return report(claims, chosen)
+    return report("align", claims, chosen)
 
 
 if __name__ == "__main__":

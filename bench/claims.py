@@ -1,18 +1,25 @@
-"""What every benchmark shares: interleaved timing, claims with a verdict, and the environment they were measured in."""
+"""What a benchmark says: one claim a line, with its spread, its cost and a verdict."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
-import fusechat
+from fusechat.bench.timing import Samples, Spread
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """What one call has to move and to compute at least, counted and not measured, and what it took."""
+
+    seconds: float
+    n_bytes: float
+    n_flops: float = 0.0
+
+    @classmethod
+    def of(cls, samples: Samples, n_bytes: float, n_flops: float = 0.0) -> Work:
+        """Take the median wall time of a call."""
+        return cls(seconds=samples.median_s("wall"), n_bytes=n_bytes, n_flops=n_flops)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,90 +32,74 @@ class Claim:
     unit: str
     to_reach: str
     holds: bool | None
+    higher_is_better: bool = True
+    low: float | None = None
+    high: float | None = None
+    cpu_s: float | None = None
+    wall_s: float | None = None
+    peak_mib: float | None = None
+    work: Work | None = None
     note: str = ""
 
     @property
     def verdict(self) -> str:
-        """Return reached, short, or not measured."""
-        return {True: "reached", False: "short", None: "not measured"}[self.holds]
+        """Return reached, short, measured (nothing was claimed), or not measured."""
+        if self.value is None:
+            return "not measured"
+        return {True: "reached", False: "short", None: "measured"}[self.holds]
 
 
-def at_most(name: str, against: str, value: float, limit: float, unit: str = "×", note: str = "") -> Claim:
-    """Claim that a cost is at most `limit`."""
+def at_most(name: str, against: str, value: float | Spread, limit: float | None, unit: str = "×", **said: Any) -> Claim:
+    """Claim that a cost is at most `limit`; without a limit the cost is only stated. `said` is `note`, `work`, …"""
+    holds = None if limit is None else _number(value) <= limit
+    return _claim(name, against, value, unit, "" if limit is None else f"≤ {limit:g}", holds, False, **said)
+
+
+def at_least(
+    name: str, against: str, value: float | Spread, limit: float | None, unit: str = "×", **said: Any
+) -> Claim:
+    """Claim that a gain is at least `limit`; without a limit the gain is only stated. `said` is `note`, `work`, …"""
+    holds = None if limit is None else _number(value) >= limit
+    return _claim(name, against, value, unit, "" if limit is None else f"≥ {limit:g}", holds, True, **said)
+
+
+def absent(name: str, against: str, to_reach: str, why: str) -> Claim:
+    """State that something was not measured, and why."""
+    return Claim(name=name, against=against, value=None, unit="", to_reach=to_reach, holds=None, note=why)
+
+
+def _number(value: float | Spread) -> float:
+    return value.median if isinstance(value, Spread) else float(value)
+
+
+def _claim(
+    name: str,
+    against: str,
+    value: float | Spread,
+    unit: str,
+    to_reach: str,
+    holds: bool | None,
+    higher_is_better: bool,
+    *,
+    note: str = "",
+    samples: Samples | None = None,
+    peak_mib: float | None = None,
+    work: Work | None = None,
+) -> Claim:
+    spread = value if isinstance(value, Spread) else None
     return Claim(
-        name=name, against=against, value=value, unit=unit, to_reach=f"≤ {limit:g}", holds=value <= limit, note=note
+        name=name,
+        against=against,
+        value=_number(value),
+        unit=unit,
+        to_reach=to_reach,
+        holds=holds,
+        higher_is_better=higher_is_better,
+        low=spread.low if spread else None,
+        high=spread.high if spread else None,
+        cpu_s=samples.median_s("cpu") if samples else None,
+        wall_s=samples.median_s("wall") if samples else None,
+        peak_mib=peak_mib,
+        work=work,
+        note=note,
     )
-
-
-def at_least(name: str, against: str, value: float, limit: float, unit: str = "×", note: str = "") -> Claim:
-    """Claim that a gain is at least `limit`."""
-    return Claim(
-        name=name, against=against, value=value, unit=unit, to_reach=f"≥ {limit:g}", holds=value >= limit, note=note
-    )
-
-
-def interleave(
-    calls: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.process_time
-) -> dict[str, list[float]]:
-    """Time the calls in turn, `rounds` times after one warm-up; CPU-seconds, so that a busy machine skews nothing."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = clock()
-            call()
-            seconds[name].append(clock() - start)
-    return seconds
-
-
-def ratio(seconds: dict[str, list[float]], slow: str, fast: str) -> float:
-    """Return the median over rounds of one call's time over another's in the same round."""
-    return statistics.median(a / b for a, b in zip(seconds[slow], seconds[fast]))
-
-
-def peak_rss_mib() -> float:
-    """Return this process's largest resident size so far."""
-    # Not getrusage: its maximum survives exec, so that a child would start with its parent's.
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
-
-
-def environment() -> dict[str, object]:
-    """Return what the figures depend on."""
-    import torch
-
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    return {
-        "fusechat": fusechat.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "load": round(os.getloadavg()[0], 1),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def report(claims: list[Claim], options: argparse.Namespace) -> int:
-    """Print a line per claim and write JSON if asked; return 1 if --check is on and a claim fell short."""
-    for claim in claims:
-        value = "–" if claim.value is None else f"{claim.value:.2f} {claim.unit}"
-        verdict = f"{claim.to_reach:<8} {claim.verdict}  {claim.note}".rstrip()
-        print(f"{claim.name:<44} against {claim.against:<36} {value:>12}  {verdict}")
-    if options.json:
-        result = {"environment": environment(), "claims": [{**asdict(c), "verdict": c.verdict} for c in claims]}
-        Path(options.json).write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-    return int(options.check and any(claim.holds is False for claim in claims))
-
-
-def parser(description: str) -> argparse.ArgumentParser:
-    """Return the options every benchmark has."""
-    options = argparse.ArgumentParser(description=description)
-    options.add_argument("--json", metavar="OUT", help="write claims and environment there")
-    options.add_argument("--check", action="store_true", help="exit 1 when a claim falls short")
-    return options

@@ -1,6 +1,6 @@
 """The fusion loss on the CPU against a copy of the logits, torch's own losses and the research code's dense loss.
 
-    python bench/loss.py [--json OUT] [--check] [--quick]
+    python bench/loss.py [--size small] [--json OUT] [--check]
 
 Equality first, then interleaved rounds in one process, one thread unless said; every call computes loss and gradient.
 """
@@ -11,13 +11,14 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 
 import torch
 import torch.nn.functional as F
-from baselines import collate_dense, dense_loss, gather_loss
-from claims import Claim, at_least, at_most, interleave, parser, peak_rss_mib, ratio, report
 
+from fusechat.bench.baselines import collate_dense, dense_loss, gather_loss
+from fusechat.bench.claims import Claim, Work, absent, at_least, at_most
+from fusechat.bench.report import parser, report
+from fusechat.bench.timing import interleave, peak_rss_mib, ratio
 from fusechat.loss import linear_sparse_soft_ce, sparse_soft_ce
 from fusechat.loss.backend import forward_rows
 from fusechat.loss.options import LossOptions
@@ -88,7 +89,13 @@ def logits_claims(rounds: int, compiled: bool, dtype: torch.dtype) -> list[Claim
 
     claims = [
         at_most(
-            f"{name}, forward and backward", "copying the logits once", ratio(seconds, "ours", "copy"), 1.3, note=note
+            f"{name}, forward and backward",
+            "copying the logits once",
+            ratio(seconds, "ours", "copy"),
+            1.3,
+            note=note,
+            samples=seconds["ours"],
+            work=Work.of(seconds["ours"], 2 * logits.nbytes, 12 * logits.numel()),
         ),
         faster("cross_entropy", "F.cross_entropy, hard labels", 20),
         faster("gather", "gather and autograd", 40),
@@ -131,10 +138,7 @@ def thread_claim(rounds: int) -> Claim:
     cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
     if cores < 2 or load > cores:
         # The wall clock of two threads says nothing where others take the second core.
-        return Claim(
-            name="sparse_soft_ce, two threads", against="one thread", value=None, unit="×", to_reach="≥ 1.7",
-            holds=None, note=f"{cores} cores at load {load:.1f}",
-        )  # fmt: skip
+        return absent("sparse_soft_ce, two threads", "one thread", "≥ 1.7", f"{cores} cores at load {load:.1f}")
     columns = check_rows(*make_rows(N, V, K), HARD_WEIGHT, None, None, None, shape=(N, V))
     buffer = torch.randn(N, V)
 
@@ -145,8 +149,10 @@ def thread_claim(rounds: int) -> Claim:
 
         return call
 
-    seconds = interleave({"one": on(1), "two": on(2)}, rounds, time.perf_counter)  # type: ignore[dict-item]
-    return at_least("sparse_soft_ce, two threads", "one thread", ratio(seconds, "one", "two"), 1.7, note="wall clock")
+    seconds = interleave({"one": on(1), "two": on(2)}, rounds)  # type: ignore[dict-item]
+    return at_least(
+        "sparse_soft_ce, two threads", "one thread", ratio(seconds, "one", "two", "wall"), 1.7, note="wall clock"
+    )
 
 
 def range_claims(rounds: int) -> list[Claim]:
@@ -230,7 +236,9 @@ DENSE: tuple[torch.Tensor, ...] = ()
 
 def extra_mib(which: str) -> float:
     """Return the memory that one dense or sparse step adds, measured in a process of its own."""
-    out = subprocess.run([sys.executable, __file__, "--memory", which], check=True, capture_output=True, text=True)
+    out = subprocess.run(
+        [sys.executable, "-m", "fusechat.bench.loss", "--memory", which], check=True, capture_output=True, text=True
+    )
     return float(out.stdout.split()[-1])
 
 
@@ -251,7 +259,6 @@ def main() -> int:
     """Measure everything and report."""
     global DENSE  # noqa: PLW0603
     options = parser(__doc__ or "")
-    options.add_argument("--quick", action="store_true", help="fewer rounds, no torch.compile, no dense loss")
     options.add_argument("--memory", choices=["dense", "sparse"], help="print the MiB that one step adds, and stop")
     chosen = options.parse_args()
     if chosen.memory:
@@ -260,20 +267,21 @@ def main() -> int:
         (run_dense if chosen.memory == "dense" else run_sparse)()
         print(peak_rss_mib() - before)
         return 0
-    rounds = 5 if chosen.quick else 15
+    quick = chosen.size == "small"
+    rounds = 5 if quick else 15
     threads = thread_claim(rounds)
     torch.set_num_threads(1)
     claims = [
-        *logits_claims(rounds, not chosen.quick, torch.float32),
-        *logits_claims(rounds, not chosen.quick, torch.bfloat16),
+        *logits_claims(rounds, not quick, torch.float32),
+        *logits_claims(rounds, not quick, torch.bfloat16),
         threads,
         *range_claims(rounds),
         *topk_claims(rounds),
-        *linear_claims(3 if chosen.quick else 5),
+        *linear_claims(3 if quick else 5),
     ]
-    if not chosen.quick:
+    if not quick:
         claims += dense_claims()
-    return report(claims, chosen)
+    return report("loss", claims, chosen)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,10 @@ from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
-from baselines import gather_loss
-from claims import Claim, at_most, parser, report
 
+from fusechat.bench.baselines import gather_loss
+from fusechat.bench.claims import Claim, absent, at_most
+from fusechat.bench.report import parser, report
 from fusechat.loss import linear_sparse_soft_ce, sparse_soft_ce
 
 K, HARD_WEIGHT = 10, 0.9
@@ -229,19 +230,15 @@ def read_sizes(options: argparse.Namespace) -> Bench:
 
 def main() -> int:
     """Measure everything and report; without a GPU say that nothing was measured."""
-    options = parser(__doc__ or "")
-    options.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    options = parser(__doc__ or "", device="cuda")
     options.add_argument("--rows", type=int, default=8192)
     options.add_argument("--width", type=int, default=4096)
     options.add_argument("--vocabularies", type=int, nargs="+", default=[32_000, 128_256, 151_665, 152_064])
     options.add_argument("--rounds", type=int, default=10)
     chosen = options.parse_args()
     if chosen.device == "cuda" and not torch.cuda.is_available():
-        claim = Claim(
-            name="loss kernels", against="copy, GEMM and peers", value=None, unit="×", to_reach="≤ 1.15", holds=None,
-            note="no CUDA device here",
-        )  # fmt: skip
-        return report([claim], chosen)
+        missing = absent("loss kernels", "copy, GEMM and peers", "≤ 1.15", "no CUDA device here")
+        return report("loss", [missing], chosen)
     bench = read_sizes(chosen)
     ceiling = copy_bytes_per_ms(bench)
     print(f"copy: {ceiling / 1e6:.0f} GB/s")
@@ -251,7 +248,7 @@ def main() -> int:
         claims += logits_claims(bench, vocabulary, ceiling)
         for masked in (0.0, 0.3, 0.6):
             claims += linear_claims(bench, vocabulary, masked)
-    return report(claims, chosen)
+    return report("loss", claims, chosen)
 
 
 if __name__ == "__main__":

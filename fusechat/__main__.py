@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 
 
@@ -11,7 +12,7 @@ def main() -> None:
     # A tokenizer used before a fork otherwise warns on every DataLoader worker.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from fusechat.cli import app
-    from fusechat.errors import FusechatError
+    from fusechat.errors import FusechatError, Stopped
 
     debug = "--debug" in sys.argv
     if debug:
@@ -23,6 +24,9 @@ def main() -> None:
             raise
         print(f"fusechat: {error}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"fusechat: {stop}; to go on: {shlex.join(['fusechat', *sys.argv[1:]])}", file=sys.stderr)
     except KeyboardInterrupt:
         print("fusechat: interrupted; the same command goes on where it stopped", file=sys.stderr)
         sys.exit(130)

@@ -9,6 +9,7 @@ goes on at the first missing one.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ from fusechat.errors import FormatError, FusechatError, MismatchError
 
 MANIFEST = "manifest.json"
 REQUEST = "request.json"
+LOCK = "writing.lock"
 PARTIAL_SUFFIX = ".partial"
 _FULL_BYTES = 1 << 20
 
@@ -125,6 +127,7 @@ class ShardedWriter:
         self.directory = directory
         self.request = request
         self.done: dict[str, Json] = {}
+        self._lock: int | None = None
         if directory.exists() and not directory.is_dir():
             raise FormatError(f"{directory} exists and is not a directory")
         if directory.is_dir() and any(directory.iterdir()):
@@ -140,7 +143,7 @@ class ShardedWriter:
             found = read_json(self.directory / MANIFEST).get("request")
         elif (self.directory / REQUEST).exists():
             found = read_json(self.directory / REQUEST)
-        elif all(entry.name.endswith(PARTIAL_SUFFIX) for entry in self.directory.iterdir()):
+        elif all(entry.name == LOCK or entry.name.endswith(PARTIAL_SUFFIX) for entry in self.directory.iterdir()):
             return
         else:
             raise MismatchError(f"{self.directory} holds something that is not ours: choose another place")
@@ -155,25 +158,41 @@ class ShardedWriter:
             if file.exists() and sha256_file(file) == shard["sha256"]:
                 self.done[shard["file"]] = shard
 
-    def _begin(self) -> None:
-        # Not before there is something to write: a stage that refuses its inputs leaves nothing behind.
+    def begin(self) -> None:
+        """Take the directory: state the request, and keep every other process out until `finish` or `close`."""
+        if self._lock is not None:
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock_directory(self.directory)
         if not (self.directory / REQUEST).exists():
-            self.directory.mkdir(parents=True, exist_ok=True)
             write_json(self.directory / REQUEST, self.request)
+
+    def close(self) -> None:
+        """Give the directory free for another process; one in which nothing was made yet goes away."""
+        if self._lock is None:
+            return
+        with contextlib.suppress(OSError):
+            if {entry.name for entry in self.directory.iterdir()} <= {LOCK, REQUEST}:
+                (self.directory / REQUEST).unlink()
+            (self.directory / LOCK).unlink()
+            self.directory.rmdir()  # refuses unless it is empty
+        os.close(self._lock)
+        self._lock = None
+
+    def __enter__(self) -> ShardedWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def add(self, name: str, write: Any, **facts: Any) -> None:
         """Write one shard through `write(path)` and note its checksum and `facts`."""
-        self._begin()
-        path = self.directory / name
-        with atomic_write(path) as partial:
-            write(partial)
-        shard = {"file": name, "size_bytes": path.stat().st_size, "sha256": sha256_file(path), **facts}
-        write_json(path.with_name(name + ".json"), shard)
-        self.done[name] = shard
+        self.begin()
+        self.done[name] = write_shard(self.directory, name, write, **facts)
 
     def finish(self, **facts: Any) -> Json:
         """Write the manifest, which makes the artefact complete, and return it."""
-        self._begin()
+        self.begin()
         request = dict(self.request)
         manifest = {
             "format": request.pop("format"),
@@ -188,7 +207,39 @@ class ShardedWriter:
             note.unlink()
         with contextlib.suppress(OSError):
             (self.directory / REQUEST).unlink()
+        self.close()
         return manifest
+
+
+def write_shard(directory: Path, name: str, write: Any, **facts: Any) -> Json:
+    """Write a shard through `write(path)`, and beside it the note that it is whole, which is returned."""
+    path = directory / name
+    with atomic_write(path) as partial:
+        write(partial)
+    shard = {"file": name, "size_bytes": path.stat().st_size, "sha256": sha256_file(path), **facts}
+    write_json(path.with_name(name + ".json"), shard)
+    return shard
+
+
+def _lock_directory(directory: Path) -> int:
+    """Lock a directory for writing and return the lock's descriptor; raises FusechatError when another process has it.
+
+    A killed process's lock is gone with it; only its file stays, and is taken over.
+    """
+    path = directory / LOCK
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(fd)
+            raise FusechatError(
+                f"{directory} is being written by another run: wait for it, or choose another place"
+            ) from error
+        # The former owner may have removed the file between our opening and locking it.
+        if path.exists() and path.stat().st_ino == os.fstat(fd).st_ino:
+            return fd
+        os.close(fd)
 
 
 def verify_shards(directory: Path, manifest: Json) -> None:

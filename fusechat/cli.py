@@ -5,12 +5,17 @@ from __future__ import annotations
 import typer
 
 from fusechat.commands.align import align
+from fusechat.commands.bench import bench
+from fusechat.commands.compare import compare
 from fusechat.commands.demo import demo
-from fusechat.commands.evaluate import evaluate
+from fusechat.commands.evaluate import app as evaluate
 from fusechat.commands.extract import extract
 from fusechat.commands.info import info
 from fusechat.commands.inspect import inspect
 from fusechat.commands.merge import merge
+from fusechat.commands.plan import plan
+from fusechat.commands.profile import profile
+from fusechat.commands.report import report
 from fusechat.commands.run import run
 from fusechat.commands.train import train
 
@@ -25,10 +30,15 @@ app = typer.Typer(
 
 app.command()(demo)
 app.command()(run)
+app.command()(plan)
 app.command()(extract)
 app.command()(align)
 app.command()(train)
 app.command()(merge)
-app.command(name="eval")(evaluate)
+app.add_typer(evaluate)
+app.command()(report)
+app.command()(compare)
+app.command()(bench)
+app.command()(profile)
 app.command()(inspect)
 app.command()(info)

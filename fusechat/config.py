@@ -28,10 +28,54 @@ class DataConfig(_Section):
         None, description="file of dialogues only the evaluation sees; else a split of `train`"
     )
     held_out_fraction: float = Field(0.1, gt=0, lt=1, description="share of `train` held out when `held_out` is absent")
+    validation: str | None = Field(
+        None,
+        description="dialogues neither trained nor tested on: a sweep of merges and the best checkpoint choose on them",
+    )
+    validation_fraction: float = Field(
+        0.1, gt=0, lt=1, description="share of what remains of `train` for `merge.sweep` to choose on"
+    )
     format: Literal["auto", "sharegpt", "messages", "alpaca", "text"] = Field("auto", description="layout of the file")
     separator: str | list[str] | None = Field(None, description="what separates documents in a text file")
     max_bytes: int | None = Field(None, gt=0, description="running text is cut into pieces of at most this many bytes")
     limit: int | None = Field(None, gt=0, description="use only the first so many dialogues")
+
+
+class ExtractConfig(_Section):
+    """Top-k log-probabilities of every model (design: one row per position that predicts an assistant token)."""
+
+    backend: Literal["hf", "vllm", "vllm-server"] = Field(
+        "hf", description="transformers; vLLM in a process of its own; vLLM servers over HTTP"
+    )
+    top_k: int = Field(10, ge=1, le=1024, description="log-probabilities kept per row")
+    cache: Literal["top-k", "sampled"] = Field(
+        "top-k", description="the k likeliest, or k draws whose weights are an unbiased estimate (hf only)"
+    )
+    template: str = Field("own", description="own | pivot: whose chat template renders a source's dialogues; or a path")
+    max_length_tokens: int = Field(2048, ge=2, description="longer dialogues are cut at a turn")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="the forward pass")
+    shard_dialogues: int = Field(512, ge=1, description="dialogues in one shard, the unit of resuming")
+    engines: int | None = Field(None, ge=1, description="engines at once; as many as the GPUs hold when absent")
+    ray: str | None = Field(None, description="address of a Ray cluster whose actors do the work, or `local`")
+    device: str = Field("auto", description="hf: a torch device; a CUDA device where there is one")
+    device_map: str | None = Field(None, description="hf: accelerate's placement over several devices, such as auto")
+    batch_tokens: int = Field(8192, ge=1, description="hf: padded tokens in one forward pass")
+    tensor_parallel_size: int = Field(1, ge=1, description="vllm: GPUs one engine spreads over")
+    quantization: str | None = Field(None, description="vllm: what the checkpoint does not say itself, such as fp8")
+    fast_driver: bool = Field(False, description="vllm: keep the engine's tensors; a patch of vLLM's own code")
+    engine_args: dict[str, Any] = Field(default_factory=dict, description="vllm: any other argument of its LLM class")
+    servers: list[str] = Field(default_factory=list, description="vllm-server: URLs such as http://host:8000")
+    served_model: str | None = Field(None, description="vllm-server: the model's name there, if not its own")
+    concurrency: int = Field(16, ge=1, description="vllm-server: requests under way at one endpoint")
+    timeout_s: float = Field(600.0, gt=0, description="vllm-server: how long one answer may take")
+
+    @model_validator(mode="after")
+    def _backend_knows(self) -> ExtractConfig:
+        if self.backend == "vllm-server" and not self.servers:
+            raise ValueError("backend: vllm-server needs servers, a list of URLs")
+        if self.cache == "sampled" and self.backend != "hf":
+            raise ValueError("cache: sampled needs the whole softmax, which only backend: hf has")
+        return self
 
 
 class SourceConfig(_Section):
@@ -39,17 +83,7 @@ class SourceConfig(_Section):
 
     model: str = Field(description="directory or hub id")
     name: str = Field("", description="short name in folders and tables; the directory's name when empty")
-
-
-class ExtractConfig(_Section):
-    """Top-k log-probabilities of every model (design: one row per position that predicts an assistant token)."""
-
-    top_k: int = Field(10, ge=1, le=1024, description="log-probabilities kept per row")
-    template: str = Field("own", description="own | pivot: whose chat template renders a source's dialogues; or a path")
-    max_length_tokens: int = Field(2048, ge=2, description="longer dialogues are cut at a turn")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="the forward pass")
-    batch_tokens: int = Field(8192, ge=1, description="padded tokens in one forward pass")
-    shard_dialogues: int = Field(512, ge=1, description="dialogues in one shard, the unit of resuming")
+    extract: ExtractConfig | None = Field(None, description="what differs from the run's `extract` for this source")
 
 
 class AlignConfig(_Section):
@@ -75,18 +109,41 @@ class LoraConfig(_Section):
 
 
 class TrainConfig(_Section):
-    """Pairwise fusion: L = λ·L_SFT + (1−λ)·L_Fusion (arXiv 2408.07990, eq. 3)."""
+    """L = λ·L_SFT + (1−λ)·L_Fusion (arXiv 2408.07990, eq. 3)."""
 
+    mode: Literal["pairwise", "multi"] = Field(
+        "pairwise", description="one target per source, as in the paper; or one target that all sources teach at once"
+    )
+    objective: Literal["soft", "alm", "uld"] = Field(
+        "soft",
+        description="match distributions; alm: likelihoods of byte-aligned chunks (arXiv 2503.20083); uld: sorted "
+        "probabilities (arXiv 2402.12030). The last two need no vocabulary map",
+    )
+    alm_temperature: float = Field(100.0, gt=0, description="τ of the chunks' likelihoods")
     hard_weight: float = Field(0.9, ge=0, le=1, description="λ: the weight of the dialogue's own next token")
+    hard_weight_end: float | None = Field(None, ge=0, le=1, description="λ at the last step; constant when absent")
+    hard_weight_schedule: Literal["linear", "cosine"] = Field("linear", description="how λ gets there")
+    divergence: Literal["ce", "kl", "reverse_kl", "jsd", "tvd", "skew_kl", "alpha"] = Field(
+        "ce", description="of the target's distribution from the taught one"
+    )
+    beta: float = Field(0.5, description="parameter of jsd, skew_kl and alpha")
+    temperature: float = Field(1.0, gt=0, description="of the taught distribution")
+    student_temperature: float = Field(1.0, gt=0, description="of the target's, in the soft term only")
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    z_loss: float = Field(0.0, ge=0, description="weight of the squared log-sum-exp")
     missing: Literal["renormalise", "tail", "zero", "uniform"] = Field(
         "tail", description="mass outside the stored top-k; `renormalise` is the paper's"
     )
-    select: Literal["min_ce", "source"] = Field(
-        "min_ce", description="per dialogue, the distribution with the lower cross-entropy; or always the source's"
+    select: Literal["min_ce", "avg_ce", "source", "weighted"] = Field(
+        "min_ce",
+        description="who teaches: the lowest cross-entropy; all by exp(−cross-entropy); the sources whatever the pivot "
+        "knows; or all by `source_weights`",
     )
+    select_unit: Literal["sequence", "turn", "token"] = Field("sequence", description="what is decided as one")
+    source_weights: dict[str, float] = Field({}, description="weighted: by source's name and `pivot`, 1 when absent")
     when_pivot_wins: Literal["labels", "pivot"] = Field(
         "labels",
-        description="min_ce: such a dialogue teaches its labels alone or, as in the paper, the pivot's rows",
+        description="what the pivot's share of a row teaches: its label alone or, as in the paper, the pivot's rows",
     )
     ce_unit: Literal["byte", "token"] = Field(
         "byte", description="unit of the cross-entropies compared; token is the paper's"
@@ -95,7 +152,11 @@ class TrainConfig(_Section):
     epochs: float = Field(3.0, gt=0)
     max_steps: int = Field(-1, description="stop after so many steps; −1: as many as `epochs` asks for")
     batch_size: int = Field(128, ge=1, description="dialogues per optimiser step, over all devices")
-    micro_batch_size: int = Field(4, ge=1, description="dialogues per forward pass and device")
+    micro_batch_size: int = Field(4, ge=1, description="dialogues per forward pass and device (packed: on average)")
+    packing: bool = Field(False, description="dialogues behind each other in one row instead of padding")
+    attention: Literal["eager", "sdpa", "flex_attention", "flash_attention_2"] | None = Field(
+        None, description="transformers' implementation; its own choice when absent"
+    )
     warmup_ratio: float = Field(0.03, ge=0, lt=1)
     lr_scheduler: str = Field("cosine", description="a name transformers' Trainer knows")
     optimizer: str = Field("adamw_torch", description="a name transformers' Trainer knows")
@@ -105,15 +166,30 @@ class TrainConfig(_Section):
         "float32", description="of the forward pass; weights and optimiser are float32"
     )
     gradient_checkpointing: bool = False
-    save_steps: int = Field(500, ge=1, description="optimiser steps between checkpoints")
+    torch_compile: bool = False
+    router_weight: float | None = Field(None, ge=0, description="of a mixture of experts' router loss; None: its own")
+    save_steps: int = Field(500, ge=1, description="optimiser steps between checkpoints and held-out scores")
+    final: Literal["last", "best"] = Field("last", description="the step that becomes the target; best: held-out")
+    logging_steps: int = Field(10, ge=1)
+    report_to: list[str] = Field([], description="tensorboard, wandb, or others that transformers' Trainer knows")
+    workers: int = Field(0, ge=0, description="processes that prepare batches")
     loss_budget_bytes: int | None = Field(None, gt=0, description="memory for one chunk of logits")
     sft_control: bool = Field(True, description="also train on the same data, steps, order and seed with λ = 1")
     lora: LoraConfig | None = None
+    quantization: Literal["4bit", "8bit"] | None = Field(None, description="of the frozen weights under lora (QLoRA)")
 
     @model_validator(mode="after")
-    def _batches_divide(self) -> TrainConfig:
+    def _fits_together(self) -> TrainConfig:
         if self.batch_size % self.micro_batch_size:
             raise ValueError("batch_size must be a multiple of micro_batch_size")
+        if self.quantization is not None and self.lora is None:
+            raise ValueError("quantization needs lora: quantised weights cannot be trained")
+        if self.objective != "soft" and (self.select not in ("min_ce", "source") or self.select_unit != "sequence"):
+            raise ValueError(f"objective {self.objective} takes select min_ce or source, per sequence")
+        if self.objective == "alm" and (self.label_smoothing or self.z_loss):
+            raise ValueError("objective alm takes neither label_smoothing nor z_loss")
+        if self.source_weights and (self.select != "weighted" or min(self.source_weights.values()) < 0):
+            raise ValueError("source_weights are numbers of 0 or more, for select: weighted")
         return self
 
 
@@ -124,6 +200,10 @@ class MergeConfig(_Section):
     variant: Literal["fuseai", "paper", "mergekit"] = Field("fuseai", description="sce: which of its three readings")
     select_topk: float = Field(0.1, gt=0, le=1, description="sce: τ, the share of elements selected by variance")
     weights: list[float] | None = Field(None, description="linear: one weight per source; equal when absent")
+    sweep: list[dict[str, Any]] | None = Field(
+        None,
+        description="merges to compare on validation dialogues, in place of the above: merge_method, parameters, each",
+    )
 
 
 class EvalConfig(_Section):
@@ -150,11 +230,22 @@ class RunConfig(_Section):
     @model_validator(mode="after")
     def _names_differ(self) -> RunConfig:
         names = [source_name(source) for source in self.sources]
-        for name in {"pivot", "sft", "merged"} & set(names):
+        for name in {"pivot", "sft", "merged", "multi"} & set(names):
             raise ValueError(f"a source may not be named {name!r}")
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two sources are named {name!r}: give them a `name`")
+        if self.train.final == "best" and self.data.validation is None:
+            raise ValueError(
+                "train.final: best needs data.validation: chosen by the held-out dialogues, the results would flatter"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _draws_stay_unbiased(self) -> RunConfig:
+        caches = {(source.extract or self.extract).cache for source in self.sources}
+        if "sampled" in caches and self.train.temperature != 1.0:
+            raise ValueError("extract.cache: sampled is an estimate at train.temperature: 1 only; set it to 1")
         return self
 
 
@@ -186,8 +277,32 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def parse_config(values: Any, where: str) -> RunConfig:
-    """Validate a mapping as a run's configuration; raises ConfigError in one line."""
-    return _validated(RunConfig, values, where)
+    """Validate a mapping as a run's configuration; raises ConfigError in one line.
+
+    A source's `extract` holds what differs from the run's.
+    """
+    return _validated(RunConfig, _with_source_extract(values), where)
+
+
+def _with_source_extract(values: Any) -> Any:
+    if not isinstance(values, dict) or not isinstance(values.get("sources"), list):
+        return values
+    common = values.get("extract")
+    sources = [
+        source | {"extract": _merged(common, source["extract"])}
+        if isinstance(common, dict) and isinstance(source, dict) and isinstance(source.get("extract"), dict)
+        else source
+        for source in values["sources"]
+    ]
+    return values | {"sources": sources}
+
+
+def parse_extract(values: dict[str, Any], overrides: Sequence[str] = (), where: str = "extract") -> ExtractConfig:
+    """Build extraction settings from values and overrides such as `batch_tokens=4096`; raises ConfigError."""
+    changes: dict[str, Any] = {}
+    for override in overrides:
+        _apply_override(changes, override)
+    return _validated(ExtractConfig, _merged(values, changes), where)
 
 
 def parse_train(overrides: Sequence[str]) -> TrainConfig:
@@ -269,6 +384,6 @@ def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
         values["sources"] = [s | {"model": resolve(s.get("model"))} if isinstance(s, dict) else s for s in named]
     data = values.get("data")
     if isinstance(data, dict):
-        for key in ("train", "held_out"):
+        for key in ("train", "held_out", "validation"):
             if key in data:
                 data[key] = resolve(data[key])

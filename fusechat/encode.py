@@ -57,7 +57,7 @@ def encode(
     dialogue: Dialogue, tokenizer: Any, table: ByteTable, *, template: Template, max_length_tokens: int | None
 ) -> tuple[Encoded, int] | Skipped:
     """Return a dialogue's encoding and how many assistant turns were cut to make it fit, or why it has none."""
-    result = _encode_set([dialogue], tokenizer, table, template, max_length_tokens)
+    result = encode_set([dialogue], tokenizer, table, template=template, max_length_tokens=max_length_tokens)
     if result.skipped:
         return Skipped(reason=result.skipped[0])
     return result.encoded[0], result.cut_turns.get(0, 0)
@@ -77,15 +77,21 @@ def encode_all(
     the template refuses, or whose text the tokenizer cannot spell is skipped. Raises DataError when a chat has no
     template to be rendered with, and when every dialogue is skipped.
     """
-    result = _encode_set(dialogues, tokenizer, table, template, max_length_tokens)
+    result = encode_set(dialogues, tokenizer, table, template=template, max_length_tokens=max_length_tokens)
     if not result.encoded:
         raise DataError(f"no dialogue can be encoded with the template {template.name}: {result}")
     return result
 
 
-def _encode_set(
-    dialogues: Sequence[Dialogue], tokenizer: Any, table: ByteTable, template: Template, max_length_tokens: int | None
+def encode_set(
+    dialogues: Sequence[Dialogue],
+    tokenizer: Any,
+    table: ByteTable,
+    *,
+    template: Template,
+    max_length_tokens: int | None,
 ) -> EncodedSet:
+    """Encode dialogues as `encode_all` does, of which it may well be that all are skipped."""
     done: dict[int, Encoded] = {}
     skipped: dict[int, str] = {}
     cut_turns: dict[int, int] = {}

@@ -25,3 +25,7 @@ class MismatchError(FusechatError):
 
 class NativeMissingError(FusechatError, ImportError):
     """The compiled engine was asked for and is not there."""
+
+
+class Stopped(Exception):  # noqa: N818
+    """A run was asked to stop and did so after saving: no error, and the same command goes on where it stopped."""

@@ -29,10 +29,11 @@ class Head:
     softcap: float | None
 
 
-def load_model(directory: Path, *, dtype: str = "auto", device: str = "auto") -> Any:
+def load_model(directory: Path, *, dtype: str = "auto", device: str = "auto", device_map: str | None = None) -> Any:
     """Load a directory's causal language model in evaluation mode; raises DataError or FormatError in one line.
 
-    `device: auto` is a CUDA device where there is one, else the CPU.
+    `device: auto` is a CUDA device where there is one, else the CPU. `device_map` is accelerate's placement over
+    several devices instead; the head's weights must then be on one of them, not offloaded.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -52,6 +53,7 @@ def load_model(directory: Path, *, dtype: str = "auto", device: str = "auto") ->
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             trust_remote_code=False,
             use_safetensors=True,
+            device_map=device_map,
         )
     except SafetensorError as error:
         raise FormatError(f"the weights of {directory} are truncated or foreign: {error}") from error
@@ -59,12 +61,20 @@ def load_model(directory: Path, *, dtype: str = "auto", device: str = "auto") ->
         raise DataError(
             f"{directory} does not load as a causal language model: {str(error).splitlines()[0]}"
         ) from error
+    if device_map is not None:
+        if head(model).weight.is_meta:
+            raise DataError(f"device_map {device_map} offloads the head of {directory}: give it more memory")
+        return model.eval()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device).eval()
+    try:
+        return model.to(device).eval()
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise DataError(f"{directory} does not go to device {device}: {str(error).splitlines()[0]}") from error
 
 
-def _unwrapped(model: Any) -> Any:
+def unwrapped(model: Any) -> Any:
+    """Return the model itself, out of its adapters."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -73,10 +83,13 @@ def hidden_states(model: Any, input_ids: torch.Tensor, attention_mask: torch.Ten
 
     A constant factor that the architecture puts on its logits (Cohere, Granite) is on the hidden states already.
     """
-    inner = _unwrapped(model)
-    hidden: torch.Tensor = inner.base_model(
-        input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-    ).last_hidden_state
+    inner = unwrapped(model)
+    outputs = inner.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    return scaled_hidden(inner, outputs.last_hidden_state)
+
+
+def scaled_hidden(inner: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Return the last hidden states times the constant factor that the architecture puts on its logits."""
     config = inner.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
     return hidden if scale == 1.0 else hidden * scale
@@ -84,13 +97,15 @@ def hidden_states(model: Any, input_ids: torch.Tensor, attention_mask: torch.Ten
 
 def head(model: Any) -> Head:
     """Return the model's head, with the softcap its configuration declares."""
-    inner = _unwrapped(model)
+    inner = unwrapped(model)
     layer = inner.get_output_embeddings()
-    return Head(
-        weight=layer.weight,
-        bias=getattr(layer, "bias", None),
-        softcap=getattr(inner.config.get_text_config(), "final_logit_softcapping", None),
-    )
+    return Head(weight=layer.weight, bias=getattr(layer, "bias", None), softcap=head_softcap(inner))
+
+
+def head_softcap(inner: Any) -> float | None:
+    """Return the softcap of the logits that the configuration declares, None without one."""
+    softcap: float | None = getattr(inner.config.get_text_config(), "final_logit_softcapping", None)
+    return softcap
 
 
 def embedding_rows(model: Any) -> int:
@@ -98,12 +113,12 @@ def embedding_rows(model: Any) -> int:
     return int(model.get_input_embeddings().weight.shape[0])
 
 
-def context_tokens(config: Any, asked_tokens: int) -> int:
-    """Return the smaller of the asked length and the model's own context, saying so when the model's is smaller."""
+def context_tokens(config: Any, asked_tokens: int, *, reserve: int = 0) -> int:
+    """Return the smaller of the asked length and the model's own context, less `reserve`, saying so when that is it."""
     own = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if own is not None and own < asked_tokens:
-        log.info("context: %d tokens (the model's own), %d were asked for", own, asked_tokens)
-        return int(own)
+    if own is not None and own - reserve < asked_tokens:
+        log.info("context: %d tokens (the model's own), %d were asked for", own - reserve, asked_tokens)
+        return int(own) - reserve
     return asked_tokens
 
 

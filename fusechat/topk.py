@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from fusechat.errors import ConfigError
 from fusechat.loss.backend import NATIVE_FORMATS, backend_for, native_topk
 
 _DEFAULT_BUDGET_BYTES = 64 << 20
+_BLOCK = 64
 
 
 def topk_logprob(
@@ -19,13 +22,14 @@ def topk_logprob(
     *,
     bias: Tensor | None = None,
     softcap: float | None = None,
+    scale: float | None = None,
     budget_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return ids int32[N, k], logprobs float32[N, k], lse float32[N] and the labels' logprob float32[N].
 
     Equal to
 
-        logprob = log_softmax(softcap·tanh((hidden @ weight.T + bias) / softcap))
+        logprob = log_softmax(softcap·tanh(scale·(hidden @ weight.T + bias) / softcap))
         logprobs, ids = logprob.topk(k)
         label_logprob = logprob.gather(1, labels)
 
@@ -35,7 +39,8 @@ def topk_logprob(
 
     Args:
         hidden: float[N, D]. weight: float[V, D] of the same dtype. bias: float[V].
-        labels: int64[N]. softcap: as in Gemma 2.
+        labels: int64[N]. softcap: as in Gemma 2. scale: what the model multiplies its logits with (Cohere,
+            Granite).
         budget_bytes: the most memory to take beyond inputs and results, 64 MiB unless given.
 
     Raises ConfigError for shapes and dtypes that do not fit, k outside [1, V], and a budget too small for one
@@ -51,7 +56,8 @@ def topk_logprob(
     if labels is not None and labels.shape != (n_rows,):
         raise ConfigError(f"labels are {list(labels.shape)}, expected int64[{n_rows}]")
     budget_bytes = _DEFAULT_BUDGET_BYTES if budget_bytes is None else budget_bytes
-    row_bytes = vocabulary * hidden.element_size()
+    # The product in the model's dtype, and one fp32 copy of it.
+    row_bytes = vocabulary * (hidden.element_size() + 4)
     if budget_bytes < row_bytes:
         raise ConfigError(
             f"budget_bytes is {budget_bytes}, too little for one row of logits: give at least {row_bytes}"
@@ -60,36 +66,108 @@ def topk_logprob(
     ids = torch.empty(n_rows, k, dtype=torch.int32, device=hidden.device)
     logprobs = torch.empty(n_rows, k, dtype=torch.float32, device=hidden.device)
     lse = torch.empty(n_rows, dtype=torch.float32, device=hidden.device)
-    label_logprob = torch.empty(n_rows, dtype=torch.float32, device=hidden.device)
-    labels = torch.full((n_rows,), -1, device=hidden.device) if labels is None else labels.long()
-    step = budget_bytes // row_bytes
-    buffer = hidden.new_empty(min(step, n_rows), vocabulary)
+    label_logprob = torch.full((n_rows,), float("nan"), device=hidden.device)
+    if scale is None and hidden.dtype in NATIVE_FORMATS and backend_for(hidden.device) != "torch":
+        known = torch.full((n_rows,), -1, device=hidden.device) if labels is None else labels.long()
+        step = budget_bytes // row_bytes
+        with torch.no_grad():
+            for start in range(0, n_rows, step):
+                part = slice(start, start + step)
+                logits = torch.nn.functional.linear(hidden[part], weight, bias)
+                found = topk_rows(logits, k, known[part], softcap or 0.0)
+                ids[part], logprobs[part], lse[part], label_logprob[part] = found
+        return ids, logprobs, lse, label_logprob
     with torch.no_grad():
-        for start in range(0, n_rows, step):
-            part = slice(start, start + step)
-            z = buffer[: min(step, n_rows - start)]
-            if bias is None:
-                torch.mm(hidden[part], weight.t(), out=z)
-            else:
-                torch.addmm(bias, hidden[part], weight.t(), out=z)
-            ids[part], logprobs[part], lse[part], label_logprob[part] = topk_rows(z, k, labels[part], softcap or 0.0)
+        for part, z in _chunks(hidden, weight, budget_bytes // row_bytes, bias, softcap, scale):
+            top, index = _largest(z, k)
+            z_label = None if labels is None else _at_label(z, labels[part])
+            lse[part] = _logsumexp_of(z, top[:, :1])
+            ids[part] = index
+            logprobs[part] = top - lse[part].unsqueeze(1)
+            if z_label is not None:
+                label_logprob[part] = z_label - lse[part]
     return ids, logprobs, lse, label_logprob
 
 
 def topk_rows(logits: Tensor, k: int, labels: Tensor, softcap: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return what `topk_logprob` returns, of the logits [C, V] of a chunk; softcap 0 means none."""
-    backend = backend_for(logits.device)
-    if backend == "native" and logits.dtype in NATIVE_FORMATS:
+    """Return what `topk_logprob` returns, of the logits [C, V] of a chunk, by the compiled engine or by Triton; softcap
+    0 means none."""
+    if backend_for(logits.device) == "native":
         return native_topk(logits, k, labels, softcap)
-    if backend == "triton" and logits.dtype in NATIVE_FORMATS:
-        from fusechat.kernels.topk_logprob import topk_logprob_rows
+    from fusechat.kernels.topk_logprob import topk_logprob_rows
 
-        values: tuple[Tensor, Tensor, Tensor, Tensor] = topk_logprob_rows(logits, k, labels, softcap)
-        return values
-    z = logits.float()
-    if softcap:
-        z = z.div(softcap).tanh_().mul_(softcap)
-    lse = torch.logsumexp(z, 1)
-    top, ids = z.topk(k, dim=1)
-    z_label = z.gather(1, labels.clamp(min=0).unsqueeze(1)).squeeze(1)
-    return ids.int(), top - lse.unsqueeze(1), lse, torch.where(labels >= 0, z_label - lse, float("nan"))
+    values: tuple[Tensor, Tensor, Tensor, Tensor] = topk_logprob_rows(logits, k, labels, softcap)
+    return values
+
+
+def drawn_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    uniform: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return ids int64[N, k] drawn from each row's softmax, with replacement, and the labels' logprob float32[N].
+
+    `uniform` float64[N, k] in [0, 1) decides the draws: the first token at which the cumulative probability exceeds
+    it. Logits as in `topk_logprob`; the cumulative sums are float64, for a vocabulary's worth of float32 additions
+    moves probability between tokens.
+    """
+    ids = torch.empty(uniform.shape, dtype=torch.int64, device=hidden.device)
+    label_logprob = torch.empty(len(ids), dtype=torch.float32, device=hidden.device)
+    row_bytes = weight.shape[0] * (hidden.element_size() + 4 + 2 * 8)
+    with torch.no_grad():
+        for part, z in _chunks(hidden, weight, max(1, _DEFAULT_BUDGET_BYTES // row_bytes), bias, softcap, None):
+            lse = torch.logsumexp(z, 1)
+            cumulative = torch.exp(z - lse.unsqueeze(1)).double().cumsum(1)
+            point = uniform[part] * cumulative[:, -1:]
+            ids[part] = torch.searchsorted(cumulative, point, right=True).clamp_(max=weight.shape[0] - 1)
+            label_logprob[part] = _at_label(z, labels[part]) - lse
+    return ids, label_logprob
+
+
+def _chunks(
+    hidden: Tensor, weight: Tensor, step: int, bias: Tensor | None, softcap: float | None, scale: float | None
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the fp32 logits of `step` rows at a time."""
+    for start in range(0, hidden.shape[0], step):
+        part = slice(start, start + step)
+        z = torch.nn.functional.linear(hidden[part], weight, bias).float()
+        if scale is not None:
+            z *= scale
+        if softcap is not None:
+            z = z.div_(softcap).tanh_().mul_(softcap)
+        yield part, z
+
+
+def _at_label(z: Tensor, labels: Tensor) -> Tensor:
+    label = labels.long()
+    return torch.where(label >= 0, z.gather(1, label.clamp(min=0).unsqueeze(1)).squeeze(1), float("nan"))
+
+
+def _largest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return z.topk(k): on a CPU by way of the k blocks with the largest maxima, which hold the k largest entries.
+
+    Selecting from 32,000 entries costs torch more than twice as much as their maxima by blocks of 64 do.
+    """
+    n_rows, vocabulary = z.shape
+    n_blocks = vocabulary // _BLOCK
+    if z.is_cuda or n_blocks < 4 * k:
+        top = z.topk(k, dim=1)
+        return top.values, top.indices
+    blocks = z[:, : n_blocks * _BLOCK].view(n_rows, n_blocks, _BLOCK)
+    best = blocks.amax(2).topk(k, sorted=False).indices
+    candidates = blocks.gather(1, best.unsqueeze(2).expand(n_rows, k, _BLOCK)).flatten(1)
+    values, place = torch.cat([candidates, z[:, n_blocks * _BLOCK :]], 1).topk(k, dim=1)
+    block = best.gather(1, (place // _BLOCK).clamp_(max=k - 1))
+    inside = place < k * _BLOCK
+    return values, torch.where(inside, block * _BLOCK + place % _BLOCK, (n_blocks - k) * _BLOCK + place)
+
+
+def _logsumexp_of(z: Tensor, largest: Tensor) -> Tensor:
+    """Return logsumexp(z, 1), given each row's largest entry; z, which is in the cache, is overwritten."""
+    # e^−80 vanishes in the sum, and what lies below would be denormal, which costs a CPU many times as much.
+    total = z.sub_(largest).clamp_(min=-80.0).exp_().sum(1)
+    return total.log_().add_(largest.squeeze(1))

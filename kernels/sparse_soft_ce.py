@@ -320,7 +320,7 @@ def block_and_warps(vocabulary: int, element_bytes: int, *, wants_registers: boo
     Pass 2 finds a row in the L2 cache when the rows in flight fit half of it: with 16 warps two programs fit a
     multiprocessor, so rows of more than 96 KiB (25 MB on 132 of them) get 32, one program each, which leaves a thread
     64 registers. `wants_registers` is for specialisations that need more, and for AMD's warps of 64 lanes.
-    tests/kernel_gate.py shows what each takes.
+    `fusechat profile kernels` shows what each takes.
     """
     row_bytes = vocabulary * element_bytes
     if row_bytes > _TWO_ROWS_BYTES and element_bytes == 2 and not wants_registers:

@@ -28,21 +28,21 @@ import fusechat.artifact as artifact
 stage, config = sys.argv[1:]
 die = lambda: os.kill(os.getpid(), signal.SIGKILL)
 if stage in ("extract", "align"):
-    add = artifact.ShardedWriter.add
-    def counted(self, *args, **facts):
-        if self.directory.parent.name == stage and len(self.done) == 2:
+    write_shard = artifact.write_shard
+    def counted(directory, *args, **facts):
+        if directory.parent.name == stage and len(list(directory.glob("*.safetensors"))) == 2:
             die()
-        add(self, *args, **facts)
-    artifact.ShardedWriter.add = counted
+        return write_shard(directory, *args, **facts)
+    artifact.write_shard = counted
 elif stage == "train":
-    import fusechat.train.trainer as trainer
+    import fusechat.train.callbacks as trainer
     on_save = trainer.MarkComplete.on_save
-    def second(self, args, state, control, **_):
+    def second(self, args, state, control, **kwargs):
         if state.global_step >= 4:
             # As if the kill had come in the middle of writing this checkpoint: half of it, and no mark.
             (pathlib.Path(args.output_dir) / f"checkpoint-{state.global_step}" / "trainer_state.json").unlink()
             die()
-        on_save(self, args, state, control)
+        on_save(self, args, state, control, **kwargs)
     trainer.MarkComplete.on_save = second
 elif stage == "merge":
     replace = pathlib.Path.replace

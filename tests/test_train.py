@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,60 @@ def test_micro_batches_change_nothing_but_the_last_bits(tiny_world: Any, stores:
         assert not torch.equal(weight, moved[name]), name
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"packing": True, "workers": 2},
+        {"gradient_checkpointing": True, "report_to": ["tensorboard"]},
+        pytest.param({"torch_compile": True}, marks=pytest.mark.slow),
+    ],
+    ids="-".join,
+)
+def test_how_it_is_computed_changes_nothing_but_the_last_bits(
+    settings: dict[str, Any], tiny_world: Any, stores: Path, tmp_path: Path
+) -> None:
+    for name, extra in (("plain", {}), ("other", settings)):
+        config = TrainConfig(**FAST | {"micro_batch_size": 2} | extra)
+        fusechat.train(str(tiny_world.pivot), stores / "pivot", stores / "aligned", tmp_path / name, config)
+    plain, other = _weights(tmp_path / "plain"), _weights(tmp_path / "other")
+    for name, weight in plain.items():
+        torch.testing.assert_close(other[name], weight, rtol=0, atol=2e-4)
+    assert (tmp_path / "other" / "tensorboard").exists() == ("report_to" in settings)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch_fused", "adafactor", "sgd"])
+def test_optimizers_are_the_trainers(optimizer: str, tiny_world: Any, stores: Path, tmp_path: Path) -> None:
+    config = TrainConfig(**FAST | {"optimizer": optimizer, "max_steps": 2, "logging_steps": 1})
+    made = fusechat.train(str(tiny_world.pivot), stores / "pivot", stores / "aligned", tmp_path / "t", config)
+    assert made["losses"][1] < made["losses"][0]
+
+
+def test_held_out_bits_are_the_evaluations_and_the_best_step_can_be_the_target(
+    tiny_world: Any, stores: Path, tmp_path: Path
+) -> None:
+    from fusechat.evaluate.bpb import score_dialogues
+
+    dialogues = load_dialogues(tiny_world.dialogues)[:7]
+    # A rate that first helps and then destroys.
+    rate = {"learning_rate": 2e-2, "lr_scheduler": "constant", "max_steps": 6, "save_steps": 1, "final": "best"}
+    made = fusechat.train(
+        str(tiny_world.pivot), stores / "pivot", stores / "aligned", tmp_path / "t", TrainConfig(**FAST | rate),
+        held_out=dialogues,
+    )  # fmt: skip
+    measured = dict(made["measured"]["held_out_bits_per_byte"])
+    assert sorted(measured) == [1, 2, 3, 4, 5, 6]
+    best = made["measured"]["best_step"]
+    assert measured[best] == min(measured.values())
+    scores = score_dialogues(str(tmp_path / "t"), dialogues, dtype="float32")
+    bits = scores.nll.sum() / np.log(2) / scores.content_bytes.sum()
+    assert bits == pytest.approx(measured[best], rel=1e-4)
+    log = [json.loads(line) for line in (tmp_path / "t" / "training.jsonl").read_text().splitlines()]
+    assert {entry["step"] for entry in log if "held_out_bits_per_byte" in entry} == set(measured)
+    first = log[0]
+    assert {"loss", "hard_loss", "soft_loss", "coverage", "share_pivot", "tokens_per_second"} <= first.keys()
+    assert "fusechat" in (tmp_path / "t" / "README.md").read_text()
+
+
 def test_the_controls_first_loss_is_plain_cross_entropy(tiny_world: Any, stores: Path, tmp_path: Path) -> None:
     store = open_topk(stores / "pivot")
     config = TrainConfig(**FAST | {"batch_size": len(store), "micro_batch_size": len(store), "max_steps": 1})
@@ -84,17 +139,20 @@ def test_adapters_are_merged_into_an_ordinary_model(tiny_world: Any, stores: Pat
 def test_a_target_keeps_its_pivots_dtype(tiny_world: Any, stores: Path, tmp_path: Path) -> None:
     half = load_model(tiny_world.pivot).to(torch.bfloat16)
     half.save_pretrained(tmp_path / "pivot")
-    for file in tiny_world.pivot.glob("token*"):
+    for file in (*tiny_world.pivot.glob("token*"), *tiny_world.pivot.glob("*.jinja")):
         (tmp_path / "pivot" / file.name).write_bytes(file.read_bytes())
+    fusechat.extract(str(tmp_path / "pivot"), load_dialogues(tiny_world.dialogues), tmp_path / "store", top_k=5)
     config = TrainConfig(**FAST, dtype="bfloat16")
-    fusechat.train(str(tmp_path / "pivot"), stores / "pivot", stores / "aligned", tmp_path / "t", config)
+    fusechat.train(str(tmp_path / "pivot"), tmp_path / "store", None, tmp_path / "t", config)
     assert {w.dtype for w in _weights(tmp_path / "t").values()} == {torch.bfloat16}
     assert AutoConfig.from_pretrained(tmp_path / "t").dtype == torch.bfloat16
 
 
 def test_a_diverging_run_stops_and_leaves_no_target(tiny_world: Any, stores: Path, tmp_path: Path) -> None:
     config = TrainConfig(**FAST | {"learning_rate": 1e30, "max_steps": 60, "max_grad_norm": 0})
-    with pytest.raises(DataError, match=r"the loss is NaN at step \d+: lower train\.learning_rate"):
+    with pytest.raises(
+        DataError, match=r"the loss is NaN at step \d+, micro-batch 1 of 1 \(dialogues [\d, ]+\): lower"
+    ):
         fusechat.train(str(tiny_world.pivot), stores / "pivot", None, tmp_path / "t", config)
     assert not (tmp_path / "t").exists()
 

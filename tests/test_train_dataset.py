@@ -10,9 +10,11 @@ import pytest
 
 from fusechat.align import RowKind
 from fusechat.artifact import ShardedWriter, sha256_file
-from fusechat.store import ALIGNED_FORMAT, TOPK_FORMAT, make_block, open_aligned, open_topk, write_block
+from fusechat.store import ALIGNED_FORMAT, TOPK_FORMAT, make_block, open_topk, write_block
 from fusechat.train.collate import collate
 from fusechat.train.dataset import Example, FusionDataset
+from fusechat.train.select import Selection
+from fusechat.train.source import open_source
 from fusechat.train.targets import Targets
 
 K = 2
@@ -75,8 +77,17 @@ def _aligned(folder: Path, pivot: Path, *, unaligned: str, source_nll: float = 1
 
 def _dataset(folder: Path, unaligned: str = "skip", **options: Any) -> FusionDataset:
     pivot = _pivot(folder)
-    aligned = open_aligned(_aligned(folder, pivot, unaligned=unaligned))
-    return FusionDataset(open_topk(pivot), aligned, hard_weight=0.9, **options)
+    return _fused(pivot, _aligned(folder, pivot, unaligned=unaligned), **options)
+
+
+def _fused(pivot: Path, aligned: Path, when_pivot_wins: Any = "labels", **selection: Any) -> FusionDataset:
+    store = open_topk(pivot)
+    source = open_source(aligned, store, "source")
+    return FusionDataset(store, [source], select=Selection(**selection), when_pivot_wins=when_pivot_wins)
+
+
+def _from_source(dataset: FusionDataset) -> list[bool]:
+    return [bool(weight == 1) for weight in dataset.weights[:, 1]]
 
 
 def test_source_rows_are_taught_where_the_source_wins(tmp_path: Path) -> None:
@@ -86,43 +97,43 @@ def test_source_rows_are_taught_where_the_source_wins(tmp_path: Path) -> None:
     assert example.targets.ids.tolist() == [[7, 8], [3, 0], [0, 0]]
     assert np.isneginf(example.targets.logprobs).tolist() == [[False, False], [False, True], [True, True]]
     assert example.targets.partition.tolist() == [False, True, False]
-    np.testing.assert_allclose(example.hard_weight, [0.9, 0.9, 1.0])
+    assert example.taught.tolist() == [1, 1, 0]
 
 
 def test_a_dialogue_the_source_lacks_is_taught_by_its_labels_or_by_the_pivot(tmp_path: Path) -> None:
-    dataset = _dataset(tmp_path / "a", select="source", when_pivot_wins="pivot")
-    assert dataset.from_source == {0: True, 1: False}
+    dataset = _dataset(tmp_path / "a", rule="source", when_pivot_wins="pivot")
+    assert _from_source(dataset) == [True, False]
     assert dataset[1].targets.ids.tolist() == [[1, 1]] * 3
     assert dataset.source_share == 0.5
-    labels_only = _dataset(tmp_path / "b", select="source")[1]
+    labels_only = _dataset(tmp_path / "b", rule="source")[1]
     assert labels_only.targets.ids.shape == (3, 0)
-    assert (labels_only.hard_weight == 1).all()
+    assert not labels_only.taught.any()
 
 
 def test_min_ce_compares_per_byte_or_per_token_and_ties_go_to_the_pivot(tmp_path: Path) -> None:
-    assert _dataset(tmp_path / "a", ce_unit="byte").from_source[0]
-    assert not _dataset(tmp_path / "b", ce_unit="token").from_source[0]
+    assert _from_source(_dataset(tmp_path / "a", ce_unit="byte"))[0]
+    assert not _from_source(_dataset(tmp_path / "b", ce_unit="token"))[0]
     pivot = _pivot(tmp_path / "c")
-    tied = open_aligned(_aligned(tmp_path / "c", pivot, unaligned="skip", source_nll=2.0))
-    assert not FusionDataset(open_topk(pivot), tied, hard_weight=0.9).from_source[0]
+    tied = _aligned(tmp_path / "c", pivot, unaligned="skip", source_nll=2.0)
+    assert not _from_source(_fused(pivot, tied))[0]
 
 
 def test_unaligned_rows_can_take_the_pivots_own_distribution(tmp_path: Path) -> None:
     example = _dataset(tmp_path, "pivot")[0]
     assert example.targets.ids[2].tolist() == [0, 0]
     np.testing.assert_allclose(np.exp(example.targets.logprobs[2]), 0.25, rtol=1e-3)
-    np.testing.assert_allclose(example.hard_weight, 0.9)
+    assert example.taught.tolist() == [1, 1, 1]
 
 
 def test_the_control_is_taught_nothing_but_its_labels(tmp_path: Path) -> None:
-    example = FusionDataset(open_topk(_pivot(tmp_path)), None, hard_weight=0.9)[0]
+    example = FusionDataset(open_topk(_pivot(tmp_path)))[0]
     assert example.targets.ids.shape == (3, 0)
-    assert (example.hard_weight == 1).all()
+    assert not example.taught.any()
 
 
 def test_batches_are_padded_and_rows_point_at_the_right_positions(tmp_path: Path) -> None:
     dataset = _dataset(tmp_path)
-    control = FusionDataset(dataset.pivot, None, hard_weight=1.0)
+    control = FusionDataset(dataset.pivot)
     batch = collate([dataset[0], control[1]], pad_token_id=99)
     flat_labels = batch["labels"].flatten()
     assert flat_labels[batch["rows"] + 1].tolist() == [2, 3, 4, 12, 13, 14]
@@ -134,11 +145,14 @@ def test_batches_are_padded_and_rows_point_at_the_right_positions(tmp_path: Path
 def test_padding_goes_to_the_right_and_is_masked(lengths: tuple[int, ...]) -> None:
     examples = [
         Example(
+            dialogue=0,
             input_ids=np.arange(n),
             labels=np.full(n, -100),
             rows=np.array([n - 2]),
             targets=Targets.by(np.zeros((1, n)), np.zeros((1, n))),
-            hard_weight=np.ones(1),
+            taught=np.ones(1),
+            row_weight=np.ones(1),
+            origin=np.zeros(1, dtype=np.int64),
         )
         for n in lengths
     ]

@@ -119,8 +119,8 @@ class Remapper {
         const SourceId *ids = source_.ids + s * source_.k;
         const std::uint16_t *logprobs = source_.logprobs + s * source_.k;
         const std::int32_t source_gold = source_.gold[s];
-        double on_gold = std::exp(static_cast<double>(source_.gold_logprob[s]));
-        std::uint64_t lost = 0, exact = 0, approximate = 0;
+        double on_gold = kind == COARSER ? std::exp(static_cast<double>(source_.gold_logprob[s])) : 0;
+        std::uint64_t units_by_quality[3] = {};
         used_ = 0;
         sorted_ = true;
         slots_.begin_row(pivot_tokens_.offsets.size() - 1);
@@ -134,21 +134,18 @@ class Remapper {
             // A finer row taken as it stands says nothing of the pivot's gold token as a whole.
             const bool is_gold = kind != FINER && id == source_gold;
             if (is_gold || (matched_.ends_turn[r] && source_.ends_turn[id])) {
-                exact += units;
+                units_by_quality[EXACT] += units;
                 if (!is_gold) on_gold += probability;
                 put(gold, size, probability);
                 continue;
             }
             const std::int32_t *target = maps_.target + (map_begin + id) * width;
             if (target[0] < 0) {
-                lost += units;
+                units_by_quality[LOST] += units;
                 std::atomic_ref(out_.lost[id]).fetch_add(units, std::memory_order_relaxed);
                 continue;
             }
-            const std::uint8_t how = maps_.quality[map_begin + id];
-            exact += how == EXACT ? units : 0;
-            approximate += how == APPROXIMATE ? units : 0;
-            lost += how == LOST ? units : 0;
+            units_by_quality[maps_.quality[map_begin + id]] += units;
             if (width == 1) {
                 if (target[0] == gold) on_gold += probability;
                 put(target[0], size, probability);
@@ -162,9 +159,7 @@ class Remapper {
                 sorted_ = false;
             }
         }
-        mass_[kind * 3 + LOST] += lost;
-        mass_[kind * 3 + EXACT] += exact;
-        mass_[kind * 3 + APPROXIMATE] += approximate;
+        for (int quality = 0; quality < 3; ++quality) mass_[kind * 3 + quality] += units_by_quality[quality];
         if (!sorted_) sort_row();
         const std::int64_t kept = std::min<std::int64_t>(used_, source_.k);
         for (std::int64_t i = 0; i < kept; ++i) {

@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+SIGNIFICANT = 0.05
+
+
+def with_interval(triple: Sequence[float], p: float | None = None, *, signed: bool = False, digits: int = 3) -> str:
+    """Return value ± half the interval's width, and a star when p < 0.05; "–" where there is no value."""
+    value, low, high = triple
+    if math.isnan(value):
+        return "– "
+    half = f"{(high - low) / 2:.{digits}f}".removeprefix("0")
+    return f"{value:{'+' if signed else ''}.{digits}f}±{half}" + star(p)
+
+
+def star(p: float | None) -> str:
+    """Return the mark of a significant difference, or a space of its width."""
+    return "*" if p is not None and p < SIGNIFICANT else " "
 
 
 def print_results(results: dict[str, Any]) -> None:
@@ -18,12 +36,15 @@ def print_results(results: dict[str, Any]) -> None:
     console.print("[bold]held-out bits per byte[/bold], lower is better")
     console.print(_table(groups, list(models), "bits_per_byte"))
     others = [name for name in models if name != against and not name.startswith("source ")]
-    console.print(f"\n[bold]difference to {against}[/bold], paired")
-    console.print(_table(groups, others, difference))
+    if others:
+        console.print(f"\n[bold]difference to {against}[/bold], paired")
+        console.print(_table(groups, others, difference))
     overall = groups["overall"]
+    excluded = f" ({results['excluded_dialogues']} more do not fit)" if results["excluded_dialogues"] else ""
     console.print(
-        f"{overall['n_dialogues']} dialogues, {overall['content_bytes']:,} bytes. "
-        "±: half the bootstrap interval over dialogues;\n*: it excludes 0. The JSON has the interval of every cell.",
+        f"{overall['n_dialogues']} dialogues{excluded}, {overall['content_bytes']:,} bytes. "
+        "±: half the bootstrap interval over dialogues;\n*: p < 0.05, paired, adjusted for the number of comparisons "
+        "(Holm).\nThe JSON has every interval and p.",
         highlight=False,
         style="dim",
     )
@@ -38,10 +59,11 @@ def _table(groups: dict[str, Any], models: list[str], key: str) -> Table:
     for name in models:
         cells = []
         for group, content in groups.items():
-            value, low, high = content["models"][name][key]
-            cell = f"{value:+.3f}" if paired else f"{value:.3f}"
+            entry = content["models"][name]
+            p = entry["p_holm"] if paired else None
             if group == "overall":
-                cell += f"±{(high - low) / 2:.3f}".replace("±0.", "±.")
-            cells.append(cell + ("*" if paired and (low > 0 or high < 0) else " " * paired))
+                cells.append(with_interval(entry[key], p, signed=paired))
+            else:
+                cells.append(f"{entry[key][0]:{'+' if paired else ''}.3f}" + star(p))
         table.add_row(name, *cells)
     return table

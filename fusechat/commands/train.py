@@ -12,19 +12,36 @@ def train(
     pivot: Annotated[str, typer.Argument(help="directory or hub id of the pivot", show_default=False)],
     pivot_store: Annotated[Path, typer.Option(help="the pivot's TopKStore", show_default=False)],
     out: Annotated[Path, typer.Option(help="directory of the target", show_default=False)],
-    aligned: Annotated[Path | None, typer.Option(help="a source's AlignedStore; without it, plain SFT")] = None,
+    aligned: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="a source's AlignedStore, or its TopKStore if it has the pivot's vocabulary; several with mode=multi; "
+            "without any, plain SFT"
+        ),
+    ] = None,
+    held_out: Annotated[Path | None, typer.Option(help="dialogues to score with every checkpoint")] = None,
     seed: Annotated[int, typer.Option()] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="two steps on two dialogues; leaves nothing")] = False,
     overrides: Annotated[list[str] | None, typer.Argument(help="settings such as hard_weight=0.9 epochs=2")] = None,
 ) -> None:
-    """Train one target from the pivot by pairwise fusion with one source."""
+    """Train one target from the pivot, taught by a source. Also under torchrun and accelerate launch."""
     from fusechat.commands.progress import terminal_reporter
     from fusechat.config import parse_train
+    from fusechat.dialogue import load_dialogues
     from fusechat.train import train as train_target
 
     settings = parse_train(overrides or [])
     with terminal_reporter() as reporter:
         provenance = train_target(
-            pivot, pivot_store, aligned, out, settings, seed=seed, progress=reporter.stage("train", "steps")
+            pivot,
+            pivot_store,
+            aligned,
+            out,
+            settings,
+            seed=seed,
+            held_out=load_dialogues(held_out) if held_out is not None else (),
+            progress=reporter.stage("train", "steps"),
+            dry_run=dry_run,
         )
         loss = f"loss {provenance['losses'][-1]:.4f}, " if provenance["losses"] else ""
-        reporter.done("train", f"{loss}model in {out}")
+        reporter.done("train", f"{loss}nothing kept: a dry run" if dry_run else f"{loss}model in {out}")

@@ -18,6 +18,7 @@ from fusechat.bytetable import ByteTable
 from fusechat.checkpoint import resolve_model
 from fusechat.encode import encode_all
 from fusechat.errors import DataError
+from fusechat.evaluate.bootstrap import SIGNIFICANCE, Ratio, comparison_table
 from fusechat.extract.hf import score_rows
 from fusechat.model import check_head, context_tokens, embedding_rows, load_model
 from fusechat.records import Dialogue
@@ -72,52 +73,9 @@ def score_dialogues(
     return Scores(nll=nll, content_bytes=content_bytes)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Interval:
-    """A value with the bounds of its bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether 0 lies outside the bounds."""
-        return self.low > 0 or self.high < 0
-
-
-def bits_per_byte(
-    scores: Mapping[str, Scores],
-    members: npt.NDArray[np.int64],
-    *,
-    against: str,
-    samples: int = 2000,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> tuple[dict[str, Interval], dict[str, Interval]]:
-    """Return each model's bits per byte over the dialogues `members`, and its paired difference to the model `against`.
-
-    Intervals are percentile bootstraps over dialogues; all models share the resamples, which is what pairs them.
-    """
-    rng = np.random.default_rng(seed)
-    counts = rng.multinomial(len(members), np.full(len(members), 1.0 / len(members)), size=samples)
-    bounds = [(1 - confidence) / 2, (1 + confidence) / 2]
-
-    def value(name: str) -> tuple[float, npt.NDArray[np.float64]]:
-        nll, size = scores[name].nll[members] / NATS_PER_BIT, scores[name].content_bytes[members]
-        return float(nll.sum() / size.sum()), (counts @ nll) / (counts @ size)
-
-    def interval(point: float, resampled: npt.NDArray[np.float64]) -> Interval:
-        low, high = np.quantile(resampled, bounds)
-        return Interval(value=point, low=float(low), high=float(high))
-
-    base_point, base_resampled = value(against)
-    levels, gains = {}, {}
-    for name in scores:
-        point, resampled = value(name)
-        levels[name] = interval(point, resampled)
-        gains[name] = interval(point - base_point, resampled - base_resampled)
-    return levels, gains
+def bits_per_byte(scores: Scores) -> Ratio:
+    """Return bits over bytes, dialogue by dialogue."""
+    return Ratio(numerator=scores.nll / NATS_PER_BIT, denominator=scores.content_bytes.astype(np.float64))
 
 
 def common_dialogues(scores: Mapping[str, Scores]) -> npt.NDArray[np.int64]:
@@ -126,6 +84,17 @@ def common_dialogues(scores: Mapping[str, Scores]) -> npt.NDArray[np.int64]:
     if not known.any():
         raise DataError("no held-out dialogue fits the context of every model: use shorter ones")
     return np.flatnonzero(known)
+
+
+def category_groups(members: npt.NDArray[np.int64], dialogues: Sequence[Dialogue]) -> dict[str, npt.NDArray[np.int64]]:
+    """Return the dialogues `members` as the group "overall", and again by category; raises DataError when a category
+    is itself named so."""
+    categories = sorted({dialogues[i].category for i in members} - {""})
+    if "overall" in categories:
+        raise DataError("a category of the dialogues is named 'overall', the name of the whole: rename it")
+    return {"overall": members} | {
+        category: np.array([i for i in members if dialogues[i].category == category]) for category in categories
+    }
 
 
 def results_table(
@@ -137,33 +106,33 @@ def results_table(
     confidence: float,
     seed: int,
 ) -> dict[str, Any]:
-    """Return bits per byte by category and overall, and the paired differences to `against`, as JSON values."""
+    """Return bits per byte overall and by category, and the paired differences to `against`, as JSON values."""
     common = common_dialogues(scores)
-    categories = sorted({dialogues[i].category for i in common} - {""})
-    groups = {"overall": common} | {
-        category: np.array([i for i in common if dialogues[i].category == category]) for category in categories
-    }
-    table: dict[str, Any] = {
+    groups = category_groups(common, dialogues)
+    compared = comparison_table(
+        {
+            group: {name: bits_per_byte(one).of(members) for name, one in scores.items()}
+            for group, members in groups.items()
+        },
+        value_name="bits_per_byte",
+        against=against,
+        samples=samples,
+        confidence=confidence,
+        seed=seed,
+    )
+    return {
         "n_dialogues": len(common),
         "excluded_dialogues": len(dialogues) - len(common),
-        "groups": {},
+        "significance": SIGNIFICANCE,
+        "groups": {
+            name: {
+                "n_dialogues": len(members),
+                "content_bytes": int(scores[against].content_bytes[members].sum()),
+                "models": compared[name],
+            }
+            for name, members in groups.items()
+        },
     }
-    for name, members in groups.items():
-        levels, gains = bits_per_byte(
-            scores, members, against=against, samples=samples, confidence=confidence, seed=seed
-        )
-        table["groups"][name] = {
-            "n_dialogues": len(members),
-            "content_bytes": int(scores[against].content_bytes[members].sum()),
-            "models": {
-                model: {
-                    "bits_per_byte": [levels[model].value, levels[model].low, levels[model].high],
-                    f"difference_to_{against}": [gains[model].value, gains[model].low, gains[model].high],
-                }
-                for model in scores
-            },
-        }
-    return table
 
 
 def score_models(

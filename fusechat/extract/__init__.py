@@ -2,31 +2,39 @@
 
 One row per position that predicts an assistant token; log-probabilities are of the full softmax at temperature 1, so
 that the mass outside the top k stays known. Token ids are stored, never text.
+
+    __init__   extract(): the request, the store, the shards that are missing
+    backend    which backend, and where its engines run: hf, vllm, server
+    task       one shard: encode, score, check, write
+    engines    shards over several engines; child: an engine in a process of its own; on_ray: engines as Ray actors
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from fusechat.artifact import Json, ShardedWriter
+from fusechat.artifact import Json, ShardedWriter, read_manifest, sha256_file, sha256_json
 from fusechat.bytetable import ByteTable
 from fusechat.callable_module import make_callable
 from fusechat.checkpoint import checkpoint_sha256, resolve_model
+from fusechat.config import ExtractConfig, parse_extract
 from fusechat.dialogue import dataset_fingerprint
-from fusechat.encode import encode_all
-from fusechat.errors import DataError
-from fusechat.extract.hf import RowScores, score_rows
-from fusechat.model import check_head, context_tokens, embedding_rows, load_model
-from fusechat.records import Dialogue, Encoded
-from fusechat.store import TOPK_FORMAT, id_dtype, make_block, write_block
-from fusechat.template import load_template
+from fusechat.encode import encode_set
+from fusechat.errors import ConfigError, DataError
+from fusechat.extract.backend import engines_of
+from fusechat.extract.engines import run_shards
+from fusechat.extract.facts import ModelFacts, model_facts
+from fusechat.extract.probe import PROBE_TOKENS
+from fusechat.extract.task import Shard, Task
+from fusechat.records import Dialogue
+from fusechat.store import TOPK_FORMAT, id_dtype
+from fusechat.template import Template, load_template
 from fusechat.tokenizer import load_tokenizer
 
-__all__ = ["extract"]
+__all__ = ["extract", "left_out"]
 make_callable(__name__)
 
 Progress = Callable[[int, int], None]
@@ -36,103 +44,164 @@ def extract(
     model: str,
     dialogues: Sequence[Dialogue],
     out: Path,
+    config: ExtractConfig | None = None,
     *,
-    top_k: int = 10,
-    template: str = "own",
-    max_length_tokens: int = 2048,
-    dtype: str = "auto",
-    device: str = "auto",
-    batch_tokens: int = 8192,
-    shard_dialogues: int = 512,
+    seed: int = 0,
     progress: Progress | None = None,
+    **options: Any,
 ) -> Json:
     """Write a model's TopKStore and return its manifest; resumes at the first missing shard.
 
-    `template` is `own` or a path to the tokenizer directory or .jinja file whose template renders the dialogues.
-    `progress(done_tokens, all_tokens)` is called after every batch. Raises DataError for a model, tokenizer or template
-    that does not fit and for NaN in the logits, MismatchError when `out` was made from other inputs.
+    `options` are keys of `ExtractConfig`, instead of `config`. `template` is `own`, `pivot:PATH`, or the path alone, of
+    the tokenizer directory or .jinja file whose template renders the dialogues. `seed` matters to `cache: sampled`.
+    `progress(done_tokens, all_tokens)` is called as tokens are scored; the second is an estimate until the end. The
+    dialogues are read shard by shard. Raises ConfigError for unknown options, DataError for a model, tokenizer or
+    template that does not fit and for NaN in the logits, MismatchError when `out` was made from other inputs,
+    FusechatError when another process is writing there.
     """
-    directory = resolve_model(model)
+    if config is None:
+        config = parse_extract(options)
+    elif options:
+        raise ConfigError(f"extract takes a configuration or options, not both: {', '.join(options)}")
+    directory = resolve_model(model, weights=config.backend != "vllm-server")
+    facts = model_facts(directory, config)
+    if config.top_k > facts.vocab_size:
+        raise DataError(f"top_k {config.top_k} is more than the {facts.vocab_size} tokens of {model}: ask for fewer")
     tokenizer = load_tokenizer(directory)
-    lm = load_model(directory, dtype=dtype, device=device)
-    vocab_size = embedding_rows(lm)
-    if top_k > vocab_size:
-        raise DataError(f"top_k {top_k} is more than the {vocab_size} tokens of {model}: ask for fewer")
-    table = ByteTable.from_tokenizer(tokenizer, vocab_size)
-    chat_template = load_template(tokenizer, template)
-    length_tokens = context_tokens(lm.config, max_length_tokens)
+    table = ByteTable.from_tokenizer(tokenizer, facts.vocab_size)
+    template = load_template(tokenizer, config.template.removeprefix("pivot:"))
+    task = Task(
+        model=model,
+        directory=directory.absolute(),  # workers of a cluster start elsewhere
+        out=Path(out).absolute(),
+        config=config,
+        template=template,
+        vocab_size=facts.vocab_size,
+        max_length_tokens=facts.max_length_tokens,
+        dtype=facts.dtype,
+        quantized=facts.quantization is not None,
+        probe=_probe(dialogues, tokenizer, table, template, facts) if config.backend == "vllm-server" else (),
+        seed=seed,
+    )
     request = {
         "format": TOPK_FORMAT,
         "version": 1,
-        "model_sha256": checkpoint_sha256(directory),
+        "model_sha256": _model_sha256(task),
         "tokenizer_sha256": table.sha256,
-        "template_sha256": chat_template.sha256,
+        "template_sha256": template.sha256,
         "dataset_fingerprint": dataset_fingerprint(dialogues),
         "n_dialogues": len(dialogues),
-        "vocab_size": vocab_size,
-        "top_k": top_k,
-        "max_length_tokens": length_tokens,
-        "backend": "hf",
-        "dtype": str(lm.dtype).removeprefix("torch."),
-        "id_dtype": id_dtype(vocab_size).name,
+        "vocab_size": facts.vocab_size,
+        "top_k": config.top_k,
+        "max_length_tokens": facts.max_length_tokens,
+        "backend": config.backend,
+        "dtype": facts.dtype,
+        "quantization": facts.quantization,
+        "id_dtype": id_dtype(facts.vocab_size).name,
         "logprob_dtype": "float16",
-        "shard_dialogues": shard_dialogues,
+        "shard_dialogues": config.shard_dialogues,
+        **({"cache": "sampled", "seed": seed} if config.cache == "sampled" else {}),
     }
-    writer = ShardedWriter(out, request)
-    if writer.complete:
-        from fusechat.store import open_topk
+    with ShardedWriter(task.out, request) as writer:
+        if writer.complete:
+            return read_manifest(task.out, TOPK_FORMAT)
+        writer.begin()
+        empty = _make_missing(task, dialogues, writer, progress)
+        return _finish(task, writer, empty)
 
-        return open_topk(out).manifest
-    encodings = encode_all(dialogues, tokenizer, table, template=chat_template, max_length_tokens=length_tokens)
-    check_head(lm, encodings.encoded[0].input_ids)
-    all_tokens = sum(len(e.input_ids) for e in encodings.encoded)
-    done_tokens = 0
 
-    def advance(tokens: int) -> None:
-        nonlocal done_tokens
-        done_tokens += tokens
-        if progress is not None:
-            progress(done_tokens, all_tokens)
+def left_out(manifest: Json) -> str:
+    """Say what of the data set a store lacks: dialogues skipped, with the commonest reasons, and dialogues cut."""
+    reasons = Counter(manifest["skipped"].values()).most_common(2)
+    why = "; ".join(f"{count} × {reason}" for reason, count in reasons)
+    skipped = f", {len(manifest['skipped']):,} dialogues skipped ({why})" if reasons else ""
+    return skipped + (f", {len(manifest['cut_turns']):,} cut" if manifest["cut_turns"] else "")
 
-    for begin in range(0, len(encodings.encoded), shard_dialogues):
-        indices = encodings.index[begin : begin + shard_dialogues]
-        members = encodings.encoded[begin : begin + shard_dialogues]
-        name = f"shard-{begin // shard_dialogues:05d}.safetensors"
-        if name in writer.done:
-            advance(sum(len(e.input_ids) for e in members))
-            continue
-        scores = score_rows(lm, members, top_k=top_k, batch_tokens=batch_tokens, advance=advance)
-        for index, score in zip(indices, scores):
-            if not np.isfinite(score.gold_logprob).all():
-                raise DataError(
-                    f"{model} gives NaN or infinite logits on dialogue {index}: the model or its dtype is broken"
-                )
-        block = make_block(
-            _record(index, encoded, score, vocab_size) for index, encoded, score in zip(indices, members, scores)
+
+def _model_sha256(task: Task) -> str:
+    """The weights' fingerprint; where they live elsewhere, that of the configuration and the name they go by there."""
+    if task.config.backend != "vllm-server":
+        return checkpoint_sha256(task.directory)
+    name = task.config.served_model or task.model
+    return sha256_json({"served": name, "config": sha256_file(task.directory / "config.json")})
+
+
+def _probe(
+    dialogues: Sequence[Dialogue], tokenizer: Any, table: ByteTable, template: Template, facts: ModelFacts
+) -> tuple[int, ...]:
+    """The first tokens of the first dialogue that can be encoded; raises DataError when there is none."""
+    for shard in _shards(dialogues, 64):
+        found = encode_set(
+            shard.dialogues, tokenizer, table, template=template, max_length_tokens=facts.max_length_tokens
         )
-        writer.add(
-            name,
-            lambda path, block=block: write_block(path, block),
-            n_dialogues=len(members),
-            n_rows=len(block["row.ids"]),
-            n_tokens=len(block["token.input_ids"]),
+        if found.encoded:
+            return tuple(found.encoded[0].input_ids[:PROBE_TOKENS].tolist())
+    raise DataError(f"no dialogue can be encoded with the template {template.name}: look at one of them")
+
+
+def _shards(dialogues: Sequence[Dialogue], size: int) -> Iterator[Shard]:
+    for number, first in enumerate(range(0, len(dialogues), size)):
+        yield Shard(number=number, first=first, dialogues=list(dialogues[first : first + size]))
+
+
+def _make_missing(
+    task: Task, dialogues: Sequence[Dialogue], writer: ShardedWriter, progress: Progress | None
+) -> list[Json]:
+    """Make every shard that is not there; return the notes of those of which nothing could be encoded."""
+    empty: list[Json] = []
+    tokens = sum(shard["n_tokens"] for shard in writer.done.values())
+    seen = sum(shard["n_dialogues"] + len(shard["skipped"]) for shard in writer.done.values())
+    whole_shards_tokens = tokens
+
+    def advance(more: int) -> None:
+        nonlocal tokens
+        tokens += more
+        if progress is not None:
+            per_dialogue = whole_shards_tokens / seen if seen else 0.0
+            progress(tokens, max(tokens, round(per_dialogue * len(dialogues))))
+
+    def note(shard: Shard, result: Json) -> None:
+        nonlocal seen, whole_shards_tokens
+        seen += len(shard.dialogues)
+        if "file" in result:
+            writer.done[result["file"]] = result
+            whole_shards_tokens += result["n_tokens"]
+        else:
+            empty.append(result)
+        advance(0)
+
+    missing = (s for s in _shards(dialogues, task.config.shard_dialogues) if s.name not in writer.done)
+    if task.config.ray is not None:
+        from fusechat.extract.on_ray import run_on_ray
+
+        run_on_ray(task, missing, note=note, advance=advance)
+    else:
+        earlier = [shard["engine"] for shard in writer.done.values()]
+        run_shards(engines_of(task, earlier), missing, note=note, advance=advance)
+    return empty
+
+
+def _finish(task: Task, writer: ShardedWriter, empty: list[Json]) -> Json:
+    notes = [writer.done[name] for name in sorted(writer.done)]
+    skipped: Json = {}
+    cut_turns: Json = {}
+    engines: list[Json] = []
+    for note in [*notes, *empty]:
+        skipped |= note.pop("skipped")
+        cut_turns |= note.pop("cut_turns")
+    for note in notes:
+        engine = note.pop("engine")
+        if engine not in engines:
+            engines.append(engine)
+    if not notes:
+        reasons = "; ".join(dict.fromkeys(skipped.values()))
+        raise DataError(
+            f"no dialogue can be encoded for {task.model} with the template {task.template.name}: {reasons}"
         )
     return writer.finish(
-        model=str(directory.resolve()),
-        template=template,
-        skipped={str(dialogue): reason for dialogue, reason in encodings.skipped.items()},
-        cut_turns={str(dialogue): turns for dialogue, turns in encodings.cut_turns.items()},
+        model=str(task.directory.resolve()),
+        template=task.config.template,
+        engines=engines,
+        skipped=dict(sorted(skipped.items(), key=lambda item: int(item[0]))),
+        cut_turns=dict(sorted(cut_turns.items(), key=lambda item: int(item[0]))),
     )
-
-
-def _record(index: int, encoded: Encoded, score: RowScores, vocab_size: int) -> dict[str, Any]:
-    return {
-        "dialogue.index": np.array([index], dtype=np.int64),
-        "token.input_ids": encoded.input_ids,
-        "token.loss_mask": encoded.loss_mask,
-        "token.turn": encoded.turn,
-        "token.byte_end": encoded.byte_end,
-        "row.ids": score.ids.astype(id_dtype(vocab_size)),
-        "row.logprobs": score.logprobs.astype(np.float16),
-        "row.gold_logprob": score.gold_logprob,
-    }

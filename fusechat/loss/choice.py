@@ -27,7 +27,7 @@ def candidate_weights(
         weights[unit == u] = onehot(ce.argmin())
 
     Args:
-        gold_logprob: float32[N, C], each candidate's log-probability of the row's gold token. Ties go to the
+        gold_logprob: float[N, C], each candidate's log-probability of the row's gold token. Ties go to the
             first candidate, by custom the pivot.
         unit: int64[N] below n_units, what is decided as one: the row's sequence, its turn, or the row itself.
         choice: `min_ce`, or `avg_ce` with weights exp(−ce) / Σ exp(−ce).
@@ -41,10 +41,12 @@ def candidate_weights(
         raise ConfigError(
             f"gold_logprob is {list(gold_logprob.shape)} and unit {list(unit.shape)}, expected [N, C] and [N]"
         )
-    size = torch.ones_like(gold_logprob[:, 0]) if size is None else size.float()
+    if gold_logprob.dtype != torch.float64:
+        gold_logprob = gold_logprob.float()
+    size = torch.ones_like(gold_logprob[:, 0]) if size is None else size.to(gold_logprob.dtype)
     if size.shape != unit.shape:
         raise ConfigError(f"size is {list(size.shape)}, expected [{unit.shape[0]}]")
-    total = gold_logprob.new_zeros(n_units, gold_logprob.shape[1]).index_add_(0, unit, -gold_logprob.float())
+    total = gold_logprob.new_zeros(n_units, gold_logprob.shape[1]).index_add_(0, unit, -gold_logprob)
     count = size.new_zeros(n_units).index_add_(0, unit, size)
     entropy = total / count.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)
     if choice == "avg_ce":

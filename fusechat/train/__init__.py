@@ -1,100 +1,227 @@
-"""Training: one target per source from the pivot, and a control that sees the same data without any source.
+"""Training: one target from the pivot and one source, or all of them, and a control that sees the same data alone.
 
-Pairwise fusion (arXiv 2408.07990): L = λ·L_SFT + (1−λ)·L_Fusion, L_Fusion the cross-entropy between the target's
-distribution and the pivot's or the source's, whichever predicts the dialogue better.
+L = λ·L_SFT + (1−λ)·L_Fusion (arXiv 2408.07990), L_Fusion the divergence of the target's distribution from the pivot's
+or a source's, whichever predicts the text better. The same call works under python, torchrun and accelerate launch.
 """
 
 from __future__ import annotations
 
-import math
+import platform
 import shutil
-from collections.abc import Callable
-from functools import partial
+import tempfile
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-from fusechat.artifact import PARTIAL_SUFFIX, Json, differences, full_disk_is_named, read_json, sha256_file, write_json
+import fusechat
+from fusechat.artifact import (
+    MANIFEST,
+    PARTIAL_SUFFIX,
+    Json,
+    differences,
+    full_disk_is_named,
+    read_json,
+    sha256_file,
+    write_json,
+)
+from fusechat.bytetable import ByteTable
 from fusechat.callable_module import make_callable
 from fusechat.checkpoint import checkpoint_sha256, resolve_model
 from fusechat.config import TrainConfig
-from fusechat.errors import DataError, MismatchError
-from fusechat.model import load_model
-from fusechat.store import open_aligned, open_topk
-from fusechat.tokenizer import load_tokenizer
+from fusechat.errors import ConfigError, MismatchError
+from fusechat.processes import first_does, n_processes
+from fusechat.records import Dialogue
+from fusechat.store import Store, open_topk
 from fusechat.train.dataset import FusionDataset
 
 __all__ = ["train"]
 make_callable(__name__)
 
 PROVENANCE = "provenance.json"
+# They change what is seen of a training and how fast it is, not what comes out.
+_NOT_IN_REQUEST = {"workers", "report_to", "logging_steps"}
 
 
 def train(
     pivot: str,
     pivot_store: Path,
-    aligned_store: Path | None,
+    aligned_store: Path | Sequence[Path] | None,
     out: Path,
     config: TrainConfig | None = None,
     *,
     seed: int = 0,
+    held_out: Sequence[Dialogue] = (),
     progress: Callable[[int, int], None] | None = None,
+    dry_run: bool = False,
 ) -> Json:
     """Train one target from the pivot and return its provenance; without an aligned store, the SFT control.
 
-    `out` becomes a Hugging Face model directory; checkpoints lie in `out` + ".partial" until it is whole, and a run
-    that was killed resumes at the last one with the same result. `progress(done_steps, all_steps)` is called after
-    every step. Raises MismatchError when `out` was made from other inputs, DataError when a loss is NaN.
+    A store is a source's AlignedStore, or its TopKStore where its byte table is the pivot's; several are taught at
+    once. `out` becomes a Hugging Face model directory; checkpoints lie in `out` + ".partial" until it is whole, and a
+    run that was killed resumes at the last one with the same result. `held_out` dialogues are scored with every
+    checkpoint. `progress(done_steps, all_steps)` is called after every step. `dry_run` takes two steps on two dialogues
+    and leaves nothing. Under a launcher every process calls it, and each returns the same.
+
+    Raises MismatchError when `out` or the stores were made from other inputs, DataError when a loss is NaN, Stopped
+    after SIGTERM.
     """
     config = config or TrainConfig()
+    stores = [] if aligned_store is None else [aligned_store] if isinstance(aligned_store, Path) else [*aligned_store]
+    if dry_run:
+        small = config.model_copy(
+            update={"max_steps": 2, "batch_size": n_processes(), "micro_batch_size": 1, "logging_steps": 1}
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            place = Path(first_does(lambda: folder) if n_processes() > 1 else folder)
+            return _train(pivot, pivot_store, stores, place / "target", small, seed, held_out[:2], progress, limit=2)
+    return _train(pivot, pivot_store, stores, out, config, seed, held_out, progress, limit=None)
+
+
+def _train(
+    pivot: str,
+    pivot_store: Path,
+    stores: list[Path],
+    out: Path,
+    config: TrainConfig,
+    seed: int,
+    held_out: Sequence[Dialogue],
+    progress: Callable[[int, int], None] | None,
+    limit: int | None,
+) -> Json:
+    from fusechat.train.fit import LOG_FILE, clean_half_model, fit
+
+    _join_processes()
     directory = resolve_model(pivot)
+    work = out.with_name(out.name + PARTIAL_SUFFIX)
+    request, done = first_does(lambda: _begin(directory, pivot_store, stores, out, work, config, seed))
+    if done is not None:
+        return dict(done)
+    store = open_topk(pivot_store)
+    dataset = _dataset(store, stores, config, limit)
+    scored = None
+    if held_out:
+        from fusechat.tokenizer import load_tokenizer
+        from fusechat.train.held_out import encode_held_out
+
+        tokenizer = load_tokenizer(directory)
+        table = ByteTable.from_tokenizer(tokenizer, store.manifest["vocab_size"])
+        scored = encode_held_out(held_out, tokenizer, table, store.manifest, config.micro_batch_size)
+    with full_disk_is_named(work):
+        fitted = fit(directory, dataset, work, config, seed, held_out=scored, progress=progress)
+
+    def finish() -> Json:
+        from fusechat.train.export import save_target, write_card
+
+        provenance: Json = {
+            "format": "fusechat.target",
+            "version": 1,
+            "pivot": str(directory.resolve()),
+            "aligned_store": str(stores[0]) if len(stores) == 1 else None,
+            "sources": [
+                {"name": source.name, "store": str(path), "store_sha256": sha256_file(path / MANIFEST), "share": share}
+                for source, path, share in zip(dataset.sources, stores, dataset.weights[:, 1:].mean(axis=0).tolist())
+            ],
+            "dataset_fingerprint": store.manifest.get("dataset_fingerprint", ""),
+            "n_dialogues": len(dataset),
+            "source_share": dataset.source_share,
+            "losses": fitted.losses,
+            "measured": {
+                "first_loss": fitted.losses[0] if fitted.losses else None,
+                "last_loss": fitted.losses[-1] if fitted.losses else None,
+                "held_out_bits_per_byte": fitted.held_out,
+                "best_step": fitted.best_step,
+            },
+            "processes": n_processes(),
+            "sharding": fitted.sharding,
+            "versions": {"fusechat": fusechat.__version__, "python": platform.python_version()}
+            | {name: version(name) for name in ("torch", "transformers", "accelerate", "numpy")},
+            "request": request,
+        }
+        assert fitted.state is not None
+        clean_half_model(work)
+        with full_disk_is_named(work):
+            save_target(directory, fitted.state, config, work / "model")
+            for left in (LOG_FILE, "tensorboard"):
+                if (work / left).exists():
+                    (work / left).rename(work / "model" / left)
+            write_card(work / "model", provenance)
+        write_json(work / "model" / PROVENANCE, provenance)
+        if out.exists():
+            raise MismatchError(f"{out} exists and is not a target of ours: choose another place")
+        (work / "model").replace(out)
+        shutil.rmtree(work)
+        return provenance
+
+    return dict(first_does(finish))
+
+
+def _join_processes() -> None:
+    if n_processes() > 1:
+        from accelerate import PartialState
+        from torch.cuda import is_available
+
+        PartialState(cpu=not is_available())
+
+
+def _begin(
+    directory: Path, pivot_store: Path, stores: list[Path], out: Path, work: Path, config: TrainConfig, seed: int
+) -> tuple[Json, Json | None]:
+    """Say what is asked for, and return it with the provenance of a target that is there already."""
+    pivot_sha256 = checkpoint_sha256(directory)
+    manifest = open_topk(pivot_store, verify=False).manifest
+    # A served model's weights have no fingerprint here.
+    if manifest.get("backend") != "vllm-server" and manifest["model_sha256"] != pivot_sha256:
+        raise MismatchError(
+            f"{pivot_store} was extracted from another pivot ({manifest['model_sha256'][:12]}… there, "
+            f"{pivot_sha256[:12]}… is {directory}): extract it again, or train from that pivot"
+        )
+    from fusechat.tokenizer import load_tokenizer
+
+    tokenizer_sha256 = ByteTable.from_tokenizer(load_tokenizer(directory), manifest["vocab_size"]).sha256
+    if manifest["tokenizer_sha256"] != tokenizer_sha256:
+        raise MismatchError(
+            f"{pivot_store} was tokenised by another tokenizer ({manifest['tokenizer_sha256'][:12]}… there, "
+            f"{tokenizer_sha256[:12]}… is {directory}'s): extract it again"
+        )
+    if config.mode == "pairwise" and len(stores) > 1:
+        raise ConfigError(f"train.mode: pairwise takes one source, {len(stores)} were given: set it to multi")
     request: Json = {
         "format": "fusechat.target",
         "version": 1,
-        "pivot_sha256": checkpoint_sha256(directory),
-        "pivot_store_sha256": sha256_file(pivot_store / "manifest.json"),
-        "aligned_store_sha256": sha256_file(aligned_store / "manifest.json") if aligned_store else None,
-        "train": config.model_dump(),
+        "pivot_sha256": pivot_sha256,
+        "pivot_store_sha256": sha256_file(pivot_store / MANIFEST),
+        "source_stores_sha256": [sha256_file(store / MANIFEST) for store in stores],
+        "train": config.model_dump(exclude=_NOT_IN_REQUEST),
         "seed": seed,
     }
     if (out / PROVENANCE).exists():
         found = read_json(out / PROVENANCE)
         _require_same(out, request, found["request"])
-        return dict(found)
-    work = out.with_name(out.name + PARTIAL_SUFFIX)
+        return request, found
     if (work / "request.json").exists():
         _require_same(work, request, read_json(work / "request.json"))
     work.mkdir(parents=True, exist_ok=True)
     write_json(work / "request.json", request)
+    return request, None
 
-    store = open_topk(pivot_store)
-    dataset = FusionDataset(
+
+def _dataset(store: Store, paths: list[Path], config: TrainConfig, limit: int | None) -> FusionDataset:
+    from fusechat.train.matched import open_matched
+    from fusechat.train.select import Selection
+    from fusechat.train.source import open_source
+
+    objective = config.objective
+    return FusionDataset(
         store,
-        open_aligned(aligned_store) if aligned_store else None,
-        hard_weight=config.hard_weight if aligned_store else 1.0,
-        select=config.select,
+        [open_source(path, store, path.name) for path in paths],
+        select=Selection(
+            rule=config.select, unit=config.select_unit, ce_unit=config.ce_unit, weights=config.source_weights
+        ),
         when_pivot_wins=config.when_pivot_wins,
-        ce_unit=config.ce_unit,
+        renormalise=config.missing == "renormalise",
+        matched=[] if objective == "soft" else [open_matched(path, store, objective) for path in paths],
+        limit=limit,
     )
-    with full_disk_is_named(work):
-        losses = _fit(directory, dataset, work, config, seed, progress)
-    provenance: Json = {
-        "format": "fusechat.target",
-        "version": 1,
-        "pivot": str(directory.resolve()),
-        "aligned_store": str(aligned_store) if aligned_store else None,
-        "n_dialogues": len(dataset),
-        "source_share": dataset.source_share,
-        "losses": losses,
-        "request": request,
-    }
-    final = work / "model"
-    _copy_tokenizer(directory, final)
-    write_json(final / PROVENANCE, provenance)
-    if out.exists():
-        raise MismatchError(f"{out} exists and is not a target of ours: choose another place")
-    final.replace(out)
-    shutil.rmtree(work)
-    return provenance
 
 
 def _require_same(place: Path, request: Json, found: Json) -> None:
@@ -102,110 +229,3 @@ def _require_same(place: Path, request: Json, found: Json) -> None:
         flat, old = ({**r, **r["train"]} for r in (request, found))
         what = "; ".join(d for d in differences(flat, old) if not d.startswith("train:"))
         raise MismatchError(f"{place} was trained from other inputs ({what}): remove it or choose another place")
-
-
-def _fit(
-    directory: Path,
-    dataset: FusionDataset,
-    work: Path,
-    config: TrainConfig,
-    seed: int,
-    progress: Callable[[int, int], None] | None,
-) -> list[float]:
-    """Run the Trainer to the end and leave the model in work/model; return the logged losses."""
-    import torch
-    from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
-
-    from fusechat.train.collate import collate
-    from fusechat.train.trainer import FusionTrainer, MarkComplete, last_whole_checkpoint
-
-    class Report(TrainerCallback):  # type: ignore[misc]
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if progress is not None:
-                progress(state.global_step, state.max_steps)
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-            if math.isnan((logs or {}).get("loss", 0.0)):
-                raise DataError(
-                    f"the loss is NaN at step {state.global_step}: lower train.learning_rate, or train in float32"
-                )
-
-    set_seed(seed)
-    tokenizer = load_tokenizer(directory)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    model = load_model(directory, device="cpu").train()
-    own_dtype = model.dtype
-    model = model.float()  # master weights; half precision is the Trainer's autocast
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    if config.lora is not None:
-        model = _with_lora(model, config)
-    trainer = FusionTrainer(
-        model=model,
-        args=TrainingArguments(
-            output_dir=str(work),
-            per_device_train_batch_size=config.micro_batch_size,
-            gradient_accumulation_steps=config.batch_size // config.micro_batch_size,
-            learning_rate=config.learning_rate,
-            num_train_epochs=config.epochs,
-            max_steps=config.max_steps,
-            warmup_steps=config.warmup_ratio,
-            lr_scheduler_type=config.lr_scheduler,
-            optim=config.optimizer,
-            weight_decay=config.weight_decay,
-            max_grad_norm=config.max_grad_norm,
-            bf16=config.dtype == "bfloat16",
-            fp16=config.dtype == "float16",
-            save_strategy="steps",
-            save_steps=config.save_steps,
-            save_total_limit=2,
-            logging_steps=10,
-            logging_first_step=True,
-            logging_nan_inf_filter=False,
-            seed=seed,
-            data_seed=seed,
-            remove_unused_columns=False,
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=not torch.cuda.is_available(),
-        ),
-        train_dataset=dataset,
-        data_collator=partial(collate, pad_token_id=pad),
-        callbacks=[Report(), MarkComplete()],
-        missing=config.missing,
-        byte_order=None if dataset.byte_order is None else torch.from_numpy(dataset.byte_order),
-        loss_budget_bytes=config.loss_budget_bytes,
-    )
-    trainer.remove_callback(PrinterCallback)
-    checkpoint = last_whole_checkpoint(work)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    shutil.rmtree(work / "model", ignore_errors=True)
-    trained = trainer.accelerator.unwrap_model(trainer.model)
-    if config.lora is not None:
-        trained = trained.merge_and_unload()
-    trained.to(own_dtype).save_pretrained(work / "model")
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def _with_lora(model: Any, config: TrainConfig) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    assert config.lora is not None
-    lora = config.lora
-    return get_peft_model(
-        model,
-        LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=lora.target_modules,
-            task_type="CAUSAL_LM",
-        ),
-    )
-
-
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the pivot's tokenizer files as they are: saving a loaded tokenizer would rewrite them."""
-    for pattern in ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.jinja"):
-        for file in source.glob(pattern):
-            shutil.copy2(file, target / file.name)

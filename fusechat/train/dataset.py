@@ -1,22 +1,25 @@
 """Training examples: the pivot's tokens, and for every row the distribution that is to be taught there.
 
-With `min_ce` a source teaches the dialogues on whose text it had a lower cross-entropy than the pivot (arXiv
-2408.07990, §3.2; ties go to the pivot). On the others the paper teaches the pivot its own distribution, which holds the
-target back where training moves it far (docs/quality.md); the default is to leave them to their labels.
+On dialogues that the pivot predicts better than any source, the paper teaches the pivot its own distribution, which
+holds the target back where training moves it far (docs/quality.md); the default is to leave them to their labels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from fusechat.align import RowKind, read_byte_order
-from fusechat.artifact import MANIFEST, sha256_file
-from fusechat.errors import MismatchError
+from fusechat.errors import ConfigError, MismatchError
+from fusechat.loss.choice import mix_candidates
 from fusechat.store import Store, row_positions
+from fusechat.train.matched import MatchedSource
+from fusechat.train.select import PIVOT, Selection, dialogue_weights, row_weights
+from fusechat.train.source import Source
 from fusechat.train.targets import Array, Targets
 
 
@@ -25,64 +28,62 @@ class Example:
     """One dialogue.
 
     input_ids int64[T]; labels int64[T], −100 where not the assistant's; rows int64[R], the positions that predict an
-    assistant token, and their targets; hard_weight float32[R], λ, or 1 where nothing is taught.
+    assistant token, and their targets; taught float32[R], the share of the soft term that the targets have (the rest is
+    the label's); row_weight float32[R], which adds up to one where several rows share a position; origin int64[R], the
+    candidate that weighs most, 0 for the pivot.
     """
 
+    dialogue: int
     input_ids: Array
     labels: Array
     rows: Array
     targets: Targets
-    hard_weight: Array
+    taught: Array
+    row_weight: Array
+    origin: Array
+    chunk: Array | None = None
+    """Objective alm: int64[R], the chunk of each row, −1 for none."""
+    chunk_logprob: Array | None = None
+    """Objective alm: float32[C], the source's log-probability of each chunk."""
 
 
 class FusionDataset:
-    """Examples from a pivot's TopKStore and, unless it is the SFT control, one source's AlignedStore.
-
-    Raises MismatchError when the aligned store was made from another pivot store.
-    """
+    """Examples from a pivot's TopKStore and the stores of its sources; without a source, the SFT control."""
 
     def __init__(
         self,
         pivot: Store,
-        aligned: Store | None,
+        sources: Sequence[Source] = (),
         *,
-        hard_weight: float,
-        select: Literal["min_ce", "source"] = "min_ce",
+        select: Selection | None = None,
         when_pivot_wins: Literal["labels", "pivot"] = "labels",
-        ce_unit: Literal["byte", "token"] = "byte",
+        renormalise: bool = False,
+        matched: Sequence[MatchedSource] = (),
+        limit: int | None = None,
     ) -> None:
         self.pivot = pivot
-        self.aligned = aligned
-        self.hard_weight = hard_weight
+        self.sources = list(sources)
+        self.select = select = select or Selection()
         self.when_pivot_wins = when_pivot_wins
-        self.indices = sorted(pivot)
-        self.unaligned = ""
-        self.byte_order: npt.NDArray[np.int32] | None = None
-        if aligned is not None:
-            _require_same_pivot(pivot, aligned)
-            self.unaligned = aligned.manifest["unaligned"]
-            if aligned.manifest["granularity"] == "cells":
-                self.byte_order = read_byte_order(aligned.directory)
-        self.from_source = {i: self._source_wins(i, select, ce_unit) for i in self.indices}
-
-    def _source_wins(self, dialogue: int, select: str, ce_unit: str) -> bool:
-        if self.aligned is None:
-            return False
-        record = self.aligned[dialogue]
-        source_nll, pivot_nll = float(record["dialogue.source_nll"][0]), float(record["dialogue.pivot_nll"][0])
-        if not np.isfinite(source_nll):  # the source has no such dialogue
-            return False
-        if select == "source":
-            return True
-        if ce_unit == "token":
-            source_nll /= max(int(record["dialogue.source_tokens"][0]), 1)
-            pivot_nll /= max(int(record["dialogue.pivot_tokens"][0]), 1)
-        return source_nll < pivot_nll  # per byte: both over the same bytes
+        self.renormalise = renormalise
+        self.matched = list(matched)
+        self.indices = sorted(pivot)[:limit]
+        self.byte_order = _common_byte_order(self.sources)
+        unknown = set(select.weights) - {"pivot", *(s.name for s in self.sources)}
+        if self.sources and unknown:
+            raise ConfigError(f"source_weights names {', '.join(sorted(unknown))}, which is no source of this target")
+        totals = [source.totals() for source in self.sources]
+        self.weights = dialogue_weights(self.sources, totals, self.indices, select)
+        self.have = np.array([[i in known for known in totals] for i in self.indices], dtype=np.bool_)
 
     @property
     def source_share(self) -> float:
-        """Share of dialogues whose taught distribution is the source's."""
-        return sum(self.from_source.values()) / max(len(self.indices), 1)
+        """Share of dialogues, by weight, whose taught distribution is a source's."""
+        return float(1.0 - self.weights[:, PIVOT].mean()) if len(self.indices) else 0.0
+
+    def lengths(self) -> list[int]:
+        """Return the number of tokens of every dialogue."""
+        return [len(self.pivot[dialogue]["token.input_ids"]) for dialogue in self.indices]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -92,43 +93,117 @@ class FusionDataset:
         record = self.pivot[dialogue]
         mask = record["token.loss_mask"]
         input_ids = record["token.input_ids"].astype(np.int64)
-        if self.aligned is not None and self.from_source[dialogue]:
-            taught = self._source_rows(self.aligned[dialogue], record)
-        elif self.aligned is not None and self.when_pivot_wins == "pivot":
-            taught = Targets.by(record["row.ids"], record["row.logprobs"])
-        else:
-            taught = Targets.by(record["row.ids"][:, :0], record["row.logprobs"][:, :0])
-        absent = np.isneginf(taught.logprobs)
+        labels = np.where(mask, input_ids, -100)
+        labels[:1] = -100  # nothing predicts a dialogue's first token
+        rows = row_positions(mask)
+        weights = np.broadcast_to(self.weights[position], (len(rows), 1 + len(self.sources)))
+        if self.select.unit != "sequence" and self.have[position].any():
+            weights = row_weights(self.sources, dialogue, record, self.have[position], self.select)
+        found = self._matched(dialogue, weights) if self.matched else self._candidates(dialogue, record, weights)
+        place, targets, columns = found
         return Example(
-            input_ids=input_ids,
-            labels=np.where(mask, input_ids, -100),
-            rows=row_positions(mask),
-            targets=taught,
-            hard_weight=np.where(absent.all(axis=1), 1.0, self.hard_weight).astype(np.float32),
+            dialogue=dialogue, input_ids=input_ids, labels=labels, rows=rows[place], targets=targets, **columns
         )
 
-    def _source_rows(self, source: dict[str, Array], pivot: dict[str, Array]) -> Targets:
-        """The source's rows; where it has none, what `unaligned` asks for (`gold` rows are in the store already)."""
-        kind = source["row.kind"]
-        taught = Targets.by(source["row.ids"], source["row.logprobs"])
-        if self.unaligned == "pivot":
-            # One-hot rows of `tokens: dtw` are of this kind too, and have their entry.
-            nothing = (kind == RowKind.NONE) & np.isneginf(taught.logprobs).all(axis=1)
-            taught = taught.replaced(nothing, Targets.by(pivot["row.ids"], pivot["row.logprobs"]))
-        finer = kind == RowKind.FINER
-        if self.byte_order is not None:
-            ranges = {"low": source["cell.low"], "high": source["cell.high"]}
-            cells = Targets.by(source["cell.ids"], source["cell.logprobs"], **ranges)
-            taught = taught.replaced(finer, cells.spread(finer))
-        taught.partition[:] = finer
-        return taught
+    def _candidates(
+        self, dialogue: int, record: dict[str, Array], weights: Array
+    ) -> tuple[Array | slice, Targets, dict[str, Array]]:
+        """Return the rows' targets, and which of them stand where."""
+        n_rows = len(weights)
+        origin = weights.argmax(axis=1)
+        candidates: list[Targets | None] = []
+        for c in range(weights.shape[1]):
+            if not (weights[:, c] > 0).any() or (c == PIVOT and self.when_pivot_wins == "labels"):
+                candidates.append(None)
+            elif c == PIVOT:
+                candidates.append(Targets.by(record["row.ids"], record["row.logprobs"]))
+            else:
+                candidates.append(self.sources[c - 1].targets(dialogue, record))
+        named = [c for c, targets in enumerate(candidates) if targets is not None]
+        if not named:
+            return slice(None), Targets.nothing(n_rows), _columns(np.zeros(n_rows), np.ones(n_rows), origin)
+        if ((weights > 0).sum(axis=1) <= 1).all():
+            targets = self._chosen([c for c in candidates if c is not None], weights[:, named] > 0)
+            taught = targets.present()
+            return slice(None), targets, _columns(taught, np.ones(n_rows), origin)
+        return self._mixed([candidates[c] for c in named], weights[:, named], origin)
 
+    def _chosen(self, candidates: Sequence[Targets], where: Array) -> Targets:
+        """Take each row from the one candidate that bool[R, candidates] marks; rows without one are empty."""
+        targets = candidates[0]
+        for candidate, here in zip(candidates[1:], where.T[1:]):
+            targets = targets.replaced(here, candidate)
+            targets.partition[here] = candidate.partition[here]
+        nobody = ~where.any(axis=1)
+        targets.logprobs[nobody], targets.partition[nobody] = -np.inf, False
+        return targets
 
-def _require_same_pivot(pivot: Store, aligned: Store) -> None:
-    ours = sha256_file(pivot.directory / MANIFEST)
-    theirs = aligned.manifest["pivot_store_sha256"]
-    if ours != theirs:
-        raise MismatchError(
-            f"{aligned.directory} was aligned to another pivot store: {theirs[:12]}… there, {ours[:12]}… is "
-            f"{pivot.directory}; run the alignment again"
+    def _mixed(
+        self, candidates: Sequence[Targets | None], weights: Array, origin: Array
+    ) -> tuple[Array, Targets, dict[str, Array]]:
+        """Mix candidates that are distributions over tokens; those that partition the vocabulary get their own rows.
+
+        The cross-entropy with a mixture is the mixture of the cross-entropies, so that nothing changes by the split.
+        """
+        width = max(t.width for t in candidates if t is not None)
+        every = [t.widened(width) for t in candidates if t is not None]
+        present = np.stack([t.present() for t in every], 1)
+        cells = np.stack([t.partition for t in every], 1) & present
+        weights = np.where(present, weights, 0.0)
+        share = weights.sum(axis=1)
+        plain = np.where(cells, 0.0, weights)
+        plain_share = plain.sum(axis=1)
+        ids, logprobs = mix_candidates(
+            torch.from_numpy(np.stack([t.ids for t in every], 1)).long(),
+            torch.from_numpy(np.stack([t.logprobs for t in every], 1)),
+            torch.from_numpy(plain / np.where(plain_share > 0, plain_share, 1.0)[:, None]).float(),
+            renormalise=self.renormalise,
         )
+        mixture = Targets.by(ids.numpy(), logprobs.numpy())
+        places = [np.flatnonzero((plain_share > 0) | (share == 0))]
+        parts = [mixture.taken(places[0])]
+        row_weights = [np.where(share > 0, plain_share, 1.0)[places[0]]]
+        for c, targets in enumerate(every):
+            places.append(np.flatnonzero(cells[:, c] & (weights[:, c] > 0)))
+            parts.append(targets.taken(places[-1]))
+            row_weights.append(weights[places[-1], c])
+        place = np.concatenate(places)
+        total = np.where(share > 0, share, 1.0)[place]
+        return place, _joined(parts), _columns(share[place], np.concatenate(row_weights) / total, origin[place])
+
+    def _matched(self, dialogue: int, weights: Array) -> tuple[Array | slice, Targets, dict[str, Array]]:
+        """Return what an objective without a vocabulary map needs of the dialogue's best source."""
+        n_rows, best = len(weights), int(weights[0].argmax()) if len(weights) else PIVOT
+        origin = np.full(n_rows, best)
+        if best == PIVOT:
+            columns = _columns(np.zeros(n_rows), np.ones(n_rows), origin)
+            columns |= {"chunk": np.full(n_rows, -1, np.int64), "chunk_logprob": np.zeros(0, np.float32)}
+            return slice(None), Targets.nothing(n_rows), columns
+        found = self.matched[best - 1].at(dialogue)
+        taught = found.targets.present() if found.targets.width else found.chunk >= 0
+        columns = _columns(taught, np.ones(n_rows), origin)
+        return slice(None), found.targets, columns | {"chunk": found.chunk, "chunk_logprob": found.chunk_logprob}
+
+
+def _columns(taught: Array, row_weight: Array, origin: Array) -> dict[str, Array]:
+    return {
+        "taught": np.asarray(taught).astype(np.float32),
+        "row_weight": row_weight.astype(np.float32),
+        "origin": origin.astype(np.int64),
+    }
+
+
+def _joined(parts: Sequence[Targets]) -> Targets:
+    width = max(t.width for t in parts)
+    every = [t.widened(width) for t in parts]
+    names = ("ids", "logprobs") if all(t.low is None for t in every) else ("ids", "logprobs", "low", "high")
+    columns: dict[str, Any] = {name: np.concatenate([t.columns()[name] for t in every]) for name in names}
+    partition = np.concatenate([t.partition for t in every])
+    return Targets(**{"low": None, "high": None} | columns, partition=partition)
+
+
+def _common_byte_order(sources: Sequence[Source]) -> npt.NDArray[np.int32] | None:
+    orders = [s.byte_order for s in sources if s.byte_order is not None]
+    if any(not np.array_equal(order, orders[0]) for order in orders):
+        raise MismatchError("two sources were aligned to pivots of different vocabularies: align them again")
+    return orders[0] if orders else None

@@ -1,0 +1,139 @@
+"""What every benchmark script does at its end: a table within 80 columns, JSON with the machine, an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fusechat.bench.claims import Claim
+from fusechat.bench.machine import ceilings, environment, machine_name
+from fusechat.errors import ConfigError
+
+MARKS = {
+    "reached": "[green]reached[/]",
+    "short": "[red]short[/]",
+    "measured": "",
+    "not measured": "[dim]not measured[/]",
+}
+
+
+def parser(description: str, device: str = "cpu") -> argparse.ArgumentParser:
+    """Return the options every benchmark has; --against and --size are read by those that have peers or sizes."""
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--json", metavar="OUT", type=Path, help="write claims and environment there")
+    options.add_argument("--check", action="store_true", help="exit 1 when a claim falls short")
+    options.add_argument("--device", choices=["cpu", "cuda"], default=device)
+    options.add_argument("--size", default="paper", help="small, paper (what the claims are about), or NAME=VALUE,…")
+    options.add_argument(
+        "--against",
+        metavar="PEER[=PYTHON]",
+        action="append",
+        default=[],
+        help="a peer package, importable here or in the virtual environment of that Python; repeatable",
+    )
+    return options
+
+
+def sizes(text: str, small: Mapping[str, int], paper: Mapping[str, int]) -> dict[str, int]:
+    """Return the sizes that --size names: a preset, or `paper` with some values changed.
+
+    Raises ConfigError for a name that this benchmark does not have and for a value that is no positive number.
+    """
+    if text in ("small", "paper"):
+        return dict(small if text == "small" else paper)
+    found = dict(paper)
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        if name not in found:
+            raise ConfigError(f"--size {text}: no size {name!r}; there are small, paper, or {', '.join(found)}=VALUE")
+        if not value.isdecimal() or int(value) == 0:
+            raise ConfigError(f"--size {text}: {name} wants a positive whole number, not {value!r}")
+        found[name] = int(value)
+    return found
+
+
+def peer_python(name: str, against: Sequence[str]) -> str | None:
+    """Return the Python that has the peer package: the one --against gives it, this one, or None where it is absent."""
+    for entry in against:
+        peer, _, python = entry.partition("=")
+        if peer == name and python:
+            return python
+    return sys.executable if importlib.util.find_spec(name.replace("-", "_")) else None
+
+
+def report(benchmark: str, claims: list[Claim], options: argparse.Namespace) -> int:
+    """Measure the ceilings, print the table, write the JSON if asked; return 1 if --check is on and a claim short."""
+    measured = any(claim.value is not None for claim in claims)
+    result = {
+        "environment": environment(options.device),
+        "ceilings": ceilings(options.device) if measured else {},
+        "claims": [{"benchmark": benchmark, **asdict(claim), "verdict": claim.verdict} for claim in claims],
+    }
+    print_table(result, Console())
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    return int(options.check and any(claim.holds is False for claim in claims))
+
+
+def print_table(result: Mapping[str, Any], console: Console) -> None:
+    """Print one row a claim, and under it what it cost and which share of the measured ceiling that is."""
+    table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
+    table.title = f"{machine_name(result['environment'])}, {result['environment']['date']}"
+    table.add_column("claim")
+    table.add_column("measured", justify="right", no_wrap=True)
+    table.add_column("to reach", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for claim in result["claims"]:
+        details = "; ".join(part for part in (cost_of(claim, result.get("ceilings", {})), claim["note"]) if part)
+        what = claim["name"] + (
+            f" [dim]against[/] {claim['against']}" if claim["against"] not in ("", "absolute") else ""
+        )
+        table.add_row(
+            what + (f"\n[dim]{details}[/]" if details else ""),
+            value_of(claim),
+            claim["to_reach"],
+            MARKS[claim["verdict"]],
+        )
+    console.print(table)
+
+
+def value_of(claim: Mapping[str, Any]) -> str:
+    """Return the figure with its quartiles."""
+    if claim["value"] is None:
+        return "–"
+    text = (
+        f"{claim['value']:.3g} {claim['unit']}"
+        if abs(claim["value"]) < 1000
+        else f"{claim['value']:,.0f} {claim['unit']}"
+    )
+    if claim.get("low") is None:
+        return text
+    return f"{text}\n[dim]{claim['low']:.3g}–{claim['high']:.3g}[/]"
+
+
+def cost_of(claim: Mapping[str, Any], found: Mapping[str, float]) -> str:
+    """Return time, memory and the shares of the copy and product ceilings, as far as they are known."""
+    parts = []
+    if claim.get("cpu_s") is not None:
+        parts.append(f"{1e3 * claim['cpu_s']:.3g} CPU-ms, {1e3 * claim['wall_s']:.3g} ms wall")
+    if claim.get("peak_mib") is not None:
+        parts.append(f"{claim['peak_mib']:.0f} MiB at its peak")
+    work = claim.get("work")
+    if work:
+        gb_s = work["n_bytes"] / work["seconds"] / 1e9
+        share = f", {gb_s / found['copy_gb_s']:.0%} of copy" if found else ""
+        parts.append(f"{gb_s:.3g} GB/s{share}")
+        if work["n_flops"]:
+            gflop_s = work["n_flops"] / work["seconds"] / 1e9
+            share = f", {gflop_s / found['gemm_float32_gflop_s']:.0%} of the fp32 product" if found else ""
+            parts.append(f"{gflop_s:.3g} GFLOP/s{share}")
+    return ", ".join(parts)

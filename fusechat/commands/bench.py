@@ -1,0 +1,64 @@
+"""fusechat bench NAME... [--device] [--size] [--against] [--json] [--compare] [--check] [--plot]"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Device(StrEnum):
+    """Where to measure."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+def bench(
+    names: Annotated[list[str], typer.Argument(help="align, loss, merge or all")],
+    device: Annotated[Device, typer.Option(help="where to measure")] = Device.cpu,
+    size: Annotated[str, typer.Option(help="small (seconds), paper (what is claimed), or NAME=VALUE,…")] = "paper",
+    against: Annotated[
+        list[str] | None, typer.Option(help="PEER or PEER=PYTHON, a virtual environment that has it; repeatable")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="write claims, machine and ceilings there")] = None,
+    compare: Annotated[Path | None, typer.Option(help="an older result; exit 1 where a ratio got worse")] = None,
+    tolerance: Annotated[float, typer.Option(min=0, help="how much worse --compare allows; 0.3 is 30 %")] = 0.3,
+    check: Annotated[bool, typer.Option(help="exit 1 when a claim falls short")] = False,
+    plot: Annotated[Path | None, typer.Option(help="write the roofline there, as .png and .svg")] = None,
+) -> None:
+    """Measure throughput and memory: equality first, then interleaved pairs, against peers and ceilings."""
+    import json as js
+
+    from fusechat.bench.compare import worse
+    from fusechat.bench.roofline import plot_roofline
+    from fusechat.bench.suite import run_benchmarks
+    from fusechat.errors import DataError
+
+    old = None
+    if compare is not None:
+        try:
+            old = js.loads(compare.read_text())
+        except (OSError, ValueError) as error:
+            raise DataError(f"--compare {compare}: not a benchmark's result ({error})") from error
+    arguments = ["--size", size]
+    for peer in against or []:
+        arguments += ["--against", peer]
+    result = run_benchmarks(names, device.value, arguments)
+    if json is not None:
+        json.write_text(js.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    if plot is not None:
+        for path in plot_roofline(result, plot):
+            typer.echo(f"wrote {path}")
+    failed = check and any(claim["holds"] is False for claim in result["claims"])
+    if old is not None:
+        lines, compared = worse(old, result, tolerance)
+        for line in lines:
+            typer.echo(line, err=True)
+        typer.echo(
+            f"{compared} claims compared with {compare}, {len(lines)} worse by more than {tolerance:.0%}", err=True
+        )
+        failed = failed or bool(lines) or compared == 0
+    raise typer.Exit(int(failed))

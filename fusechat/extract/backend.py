@@ -1,0 +1,90 @@
+"""The backends by name, and where their engines run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+
+from fusechat.artifact import Json
+from fusechat.errors import ConfigError
+from fusechat.extract.child import ChildEngine
+from fusechat.extract.scores import Scorer
+from fusechat.extract.task import Task, Work, open_work
+
+
+def open_scorer(task: Task) -> AbstractContextManager[Scorer]:
+    """Open the task's backend, hf or vllm, in this process; raises DataError or ConfigError when it cannot be had."""
+    if task.config.backend == "vllm":
+        from fusechat.extract.vllm import open_vllm
+
+        return open_vllm(task)
+    from fusechat.extract.hf import open_hf
+
+    return open_hf(task)
+
+
+def engines_of(task: Task, earlier: Sequence[Json]) -> Sequence[AbstractContextManager[Work]]:
+    """Return the engines that share a task's shards.
+
+    An endpoint each for servers; else a child process for every group of `tensor_parallel_size` GPUs, or for each of
+    `engines` where there is no GPU. One hf engine on the CPU runs in this process: it has no GPU to give back.
+    `earlier` says what made the shards that are there.
+    """
+    config = task.config
+    if config.backend == "vllm-server":
+        from fusechat.extract.probe import Probe
+        from fusechat.extract.server import open_server
+
+        probe = Probe(task, earlier)
+        return [open_work(task, partial(open_server, url=url, probe=probe)) for url in config.servers]
+    if config.device_map is not None or config.device not in ("auto", "cuda"):
+        devices, groups = [], device_groups([], 1, config.engines)  # where it runs is said already
+    else:
+        devices = visible_devices()
+        groups = device_groups(devices, config.tensor_parallel_size, config.engines)
+    on_cpu = not devices and "cuda" not in config.device and config.device_map in (None, "cpu")
+    if config.backend == "hf" and len(groups) == 1 and on_cpu:
+        return [open_work(task, open_scorer)]
+    return [
+        ChildEngine(
+            task,
+            environment=_ENVIRONMENT | group,
+            log_path=task.out.with_name(f"{task.out.name}.engine-{number}.log"),
+        )
+        for number, group in enumerate(groups)
+    ]
+
+
+# An engine's narration would fill the log before its errors do.
+_ENVIRONMENT = {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"), "TOKENIZERS_PARALLELISM": "true"}
+
+
+def visible_devices() -> list[str]:
+    """Return the CUDA devices this process may use, by the names CUDA_VISIBLE_DEVICES knows them by."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1")]
+    import torch
+
+    return [str(i) for i in range(torch.cuda.device_count())]
+
+
+def device_groups(devices: Sequence[str], per_engine: int, engines: int | None) -> list[dict[str, str]]:
+    """Return each engine's environment: which devices it sees.
+
+    Without devices there is one engine unless more are asked for, and nothing to divide. Raises ConfigError when the
+    devices do not suffice.
+    """
+    if not devices:
+        return [{} for _ in range(engines or 1)]
+    fit = len(devices) // per_engine
+    if fit < (engines or 1):
+        raise ConfigError(
+            f"extract.engines: {engines or 1} of {per_engine} GPUs each do not fit the {len(devices)} that are visible"
+        )
+    return [
+        {"CUDA_VISIBLE_DEVICES": ",".join(devices[i * per_engine : (i + 1) * per_engine])}
+        for i in range(engines or fit)
+    ]

@@ -1,0 +1,60 @@
+"""What a model's own files say before anything of it is loaded: vocabulary, context, dtype, quantisation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fusechat.checkpoint import open_checkpoint
+from fusechat.config import ExtractConfig
+from fusechat.errors import DataError
+from fusechat.model import context_tokens
+
+_FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFacts:
+    """Rows of the embedding (token ids are smaller), the length to cut at, and what the forward pass computes in."""
+
+    vocab_size: int
+    max_length_tokens: int
+    dtype: str
+    quantization: str | None
+
+
+def model_facts(directory: Path, config: ExtractConfig) -> ModelFacts:
+    """Read a model directory's facts; raises DataError when it is no model's."""
+    from transformers import AutoConfig
+
+    if not (directory / "config.json").exists():
+        raise DataError(f"{directory} has no config.json: it is not a model directory")
+    try:
+        own: Any = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{directory / 'config.json'} cannot be used: {str(error).splitlines()[0]}") from error
+    text = own.get_text_config()
+    quantized = getattr(own, "quantization_config", None)
+    if quantized is not None and not isinstance(quantized, dict):
+        quantized = quantized.to_dict()
+    return ModelFacts(
+        vocab_size=int(text.vocab_size),
+        # A server takes prompts one token shorter than its model's context.
+        max_length_tokens=context_tokens(own, config.max_length_tokens, reserve=config.backend == "vllm-server"),
+        dtype=_dtype(directory, own, config),
+        quantization=config.quantization or (str(quantized.get("quant_method")) if quantized else None),
+    )
+
+
+def _dtype(directory: Path, own: Any, config: ExtractConfig) -> str:
+    """The asked dtype, else the checkpoint's: vLLM's own `auto` would take float16 for a float32 checkpoint."""
+    if config.dtype != "auto":
+        return config.dtype
+    stated = getattr(own, "dtype", None) or getattr(own.get_text_config(), "dtype", None)
+    if stated is not None:
+        return str(stated).removeprefix("torch.")
+    if config.backend == "vllm-server":
+        return "auto"
+    stored = [_FLOATS[t.dtype] for t in open_checkpoint(directory).tensors.values() if t.dtype in _FLOATS]
+    return stored[0] if stored else "float32"

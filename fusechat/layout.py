@@ -1,0 +1,55 @@
+"""Where a run keeps what it makes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """Where a run keeps what it makes."""
+
+    out: Path
+
+    @property
+    def config(self) -> Path:
+        """The run's settings, all of them."""
+        return self.out / "config.yaml"
+
+    @property
+    def categories(self) -> Path:
+        """The category of every dialogue that was fused on."""
+        return self.out / "categories.json"
+
+    @property
+    def ledger(self) -> Path:
+        """What every stage took (fusechat.ledger)."""
+        return self.out / "stages.jsonl"
+
+    def store(self, name: str) -> Path:
+        """The TopKStore of the pivot or of a source."""
+        return self.out / "extract" / name
+
+    def aligned(self, name: str) -> Path:
+        """The AlignedStore of a source."""
+        return self.out / "align" / name
+
+    def target(self, name: str) -> Path:
+        """The target trained with a source, or the control `sft`."""
+        return self.out / "targets" / name
+
+    @property
+    def merged(self) -> Path:
+        """The fused model."""
+        return self.out / "merged"
+
+    @property
+    def results(self) -> Path:
+        """The table of results."""
+        return self.out / "results.json"
+
+    @property
+    def report(self) -> Path:
+        """The report a person reads; its Markdown and JSON stand beside it."""
+        return self.out / "report.html"

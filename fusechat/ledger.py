@@ -1,0 +1,150 @@
+"""What the stages of a run took: seconds, CPU-seconds, peak memory, in stages.jsonl.
+
+One line when a process begins a stage and one when it has finished it, so that a stage that was killed shows: its first
+line has no second. Stages that were found done do no work and leave no line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from fusechat.artifact import Json
+from fusechat.reporter import Advance, Reporter
+
+_PACKAGES = ("fusechat", "torch", "transformers", "numpy", "triton", "vllm", "peft")
+
+
+@dataclass(slots=True)
+class _Work:
+    unit: str
+    wall: float
+    cpu: float
+    first: int | None = None
+    last: int = 0
+    total: int = 0
+
+
+class Ledger(Reporter):
+    """Passes everything on to another reporter and writes down what each stage took."""
+
+    def __init__(self, reporter: Reporter, path: Path) -> None:
+        self.reporter = reporter
+        self.path = path
+        self.work: dict[str, _Work] = {}
+        self.worked = False  # whether any stage had something to do
+
+    def stage(self, name: str, unit: str) -> Advance:
+        """Begin a stage."""
+        advance = self.reporter.stage(name, unit)
+        work = self.work[name] = _Work(unit, time.perf_counter(), time.process_time())
+        began = _now()
+        _reset_peak_memory()
+
+        def advance_and_note(done: int, total: int) -> None:
+            if work.first is None:
+                work.first = done
+                self.worked = True
+                self._write({"event": "begin", "stage": name, "at": began, "environment": environment()})
+            work.last, work.total = done, total
+            advance(done, total)
+
+        return advance_and_note
+
+    def done(self, name: str, note: str) -> None:
+        """Note a stage that did something."""
+        work = self.work.pop(name, None)
+        if work is not None and work.first is not None:
+            self._write(
+                {
+                    "event": "end",
+                    "stage": name,
+                    "at": _now(),
+                    "seconds": time.perf_counter() - work.wall,
+                    "cpu_seconds": time.process_time() - work.cpu,
+                    "unit": work.unit,
+                    "done": work.last,
+                    "total": work.total,
+                    **_peak_memory(),
+                    "note": note,
+                }
+            )
+        self.reporter.done(name, note)
+
+    def _write(self, line: Json) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def read_ledger(path: Path) -> list[Json]:
+    """Return the lines of a ledger, oldest first; a last line that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
+
+
+def environment() -> Json:
+    """Return the machine and the versions that this process computes with."""
+    versions = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    from fusechat import __version__
+
+    return {
+        "python": platform.python_version(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "devices": _devices(),
+        "versions": versions | {"fusechat": __version__},
+    }
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _devices() -> list[str]:
+    # Only where a stage has loaded torch: merging needs none.
+    torch = sys.modules.get("torch")
+    return [] if torch is None else [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def _reset_peak_memory() -> None:
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM starts anew from what is held now
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak_memory() -> Json:
+    peak: Json = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM"):
+                peak["peak_memory_bytes"] = int(line.split()[1]) * 1024
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        peak["peak_device_bytes"] = torch.cuda.max_memory_allocated()
+    return peak

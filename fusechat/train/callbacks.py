@@ -1,0 +1,122 @@
+"""What happens around a step: progress, signals, NaN, and marks on whole checkpoints."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from fusechat.artifact import Json, read_json, write_json
+from fusechat.errors import DataError, MismatchError
+from fusechat.train.trainer import FusionTrainer
+
+COMPLETE = "complete.json"
+
+
+class MarkComplete(TrainerCallback):  # type: ignore[misc]
+    """Marks a checkpoint as whole once the Trainer has written all of it: a kill may leave half of one."""
+
+    def __init__(self, facts: Json) -> None:
+        self.facts = facts
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        """Write the mark; raises DataError instead when the weights are not finite."""
+        bad = torch.zeros((), device=args.device)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+                bad += (~torch.isfinite(local.detach())).any().to(bad.device)
+        if dist.is_initialized():
+            dist.all_reduce(bad)
+        if bad.item():
+            raise DataError(
+                f"the weights are not finite after step {state.global_step}: lower train.learning_rate, or train in "
+                "float32; the last good checkpoint is kept, and the same command goes on there"
+            )
+        if state.is_world_process_zero:
+            write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE, self.facts)
+
+
+def last_whole_checkpoint(directory: Path, facts: Json, *, remove: bool) -> Path | None:
+    """Return the newest complete checkpoint under `directory`; `remove` those that a kill left half-written.
+
+    Raises MismatchError when it was written under another way of sharding than `facts` says.
+    """
+    best: tuple[int, Path] | None = None
+    for path in directory.glob("checkpoint-*"):
+        if not (path / COMPLETE).exists():
+            if remove:
+                shutil.rmtree(path)
+            continue
+        step = int(path.name.rpartition("-")[2])
+        if best is None or step > best[0]:
+            best = (step, path)
+    if best is None:
+        return None
+    found = read_json(best[1] / COMPLETE)
+    if found != facts:
+        raise MismatchError(
+            f"{best[1]} was written with sharding {found.get('sharding')}, this run has {facts['sharding']}: launch it "
+            "as before, or remove the checkpoint"
+        )
+    return best[1]
+
+
+class Watch(TrainerCallback):  # type: ignore[misc]
+    """Tells progress, stops at NaN, saves and stops at SIGTERM, and measures the held-out set at the last step."""
+
+    def __init__(self, trainer: FusionTrainer, progress: Callable[[int, int], None] | None) -> None:
+        self.trainer = trainer
+        self.progress = progress
+        self.asked_to_stop = False
+        self.stopped = False
+        self._before: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Catch SIGTERM from here on."""
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            self.asked_to_stop = True
+
+        self._before = signal.signal(signal.SIGTERM, stop)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Let SIGTERM be what it was."""
+        self.release()
+
+    def release(self) -> None:
+        """Give the signal back, also after an error."""
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+            self._before = None
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Stop before a NaN reaches the weights."""
+        self.trainer.require_finite_losses()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Report, and stop after a whole step if any process was asked to."""
+        if self.progress is not None:
+            self.progress(state.global_step, state.max_steps)
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = self.trainer.held_out is not None
+            control.should_log = True
+            return
+        asked = self.asked_to_stop
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            # All must stop after the same step, whenever each heard of it.
+            flag = torch.tensor(float(asked), device=args.device)
+            dist.all_reduce(flag)
+            asked = bool(flag.item())
+        if asked:
+            self.stopped = True
+            control.should_save = control.should_training_stop = True

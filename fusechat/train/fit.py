@@ -1,0 +1,283 @@
+"""From a dataset to trained weights: the model, the Trainer and its arguments."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers.utils.logging import set_verbosity_error
+
+from fusechat.artifact import Json, read_json
+from fusechat.config import TrainConfig
+from fusechat.errors import ConfigError, Stopped
+from fusechat.loss import LossOptions
+from fusechat.model import load_model, unwrapped
+from fusechat.processes import n_processes, rank
+from fusechat.tokenizer import load_tokenizer
+from fusechat.train.batches import StepBatches
+from fusechat.train.callbacks import MarkComplete, Watch, last_whole_checkpoint
+from fusechat.train.dataset import FusionDataset
+from fusechat.train.forward import LossSettings, install_loss, router_weight
+from fusechat.train.held_out import HeldOut
+from fusechat.train.meter import Meter
+from fusechat.train.trainer import FusionTrainer, rewind_log
+
+LOG_FILE = "training.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fitted:
+    """What a training leaves: the full state on rank 0 (None elsewhere), the logged losses, held-out bits per byte."""
+
+    state: dict[str, torch.Tensor] | None
+    losses: list[float]
+    held_out: list[tuple[int, float]]
+    best_step: int | None
+    sharding: str
+
+
+def fit(
+    directory: Path,
+    dataset: FusionDataset,
+    work: Path,
+    config: TrainConfig,
+    seed: int,
+    *,
+    held_out: HeldOut | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Fitted:
+    """Train from a model directory under `work`, resuming at its last whole checkpoint.
+
+    Raises Stopped after a SIGTERM, with a checkpoint written; DataError when a loss is NaN; MismatchError when the last
+    checkpoint was written under another way of sharding.
+    """
+    set_verbosity_error()
+    set_seed(seed)
+    tokenizer = load_tokenizer(directory)
+    model = prepare_model(directory, config)
+    order = dataset.byte_order
+    install_loss(model, loss_settings(model, config), None if order is None else torch.from_numpy(order))
+    trainer = FusionTrainer(
+        model=model,
+        args=training_arguments(work, config, seed, with_held_out=held_out is not None),
+        train_dataset=dataset,
+        batches=partial(
+            StepBatches,
+            dataset.lengths(),
+            batch_size=config.batch_size,
+            micro_batch_size=config.micro_batch_size,
+            seed=seed,
+            packing=config.packing,
+        ),
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+        packing=config.packing,
+        hard_weight_at=hard_weight_schedule(config) if dataset.sources else _always_labels,
+        held_out=held_out,
+        meter=Meter(["pivot", *(s.name for s in dataset.sources)], _n_matrix_parameters(model)),
+        log_file=work / LOG_FILE,
+    )
+    facts = {"sharding": _sharding(trainer)}
+    watch = Watch(trainer, progress)
+    trainer.add_callback(watch)
+    trainer.add_callback(MarkComplete(facts))
+    trainer.remove_callback(PrinterCallback)
+    checkpoint = last_whole_checkpoint(work, facts, remove=rank() == 0)
+    if rank() == 0:
+        history = [] if checkpoint is None else _history(checkpoint)
+        rewind_log(work / LOG_FILE, history)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        watch.release()
+    if watch.stopped:
+        raise Stopped(f"stopped by SIGTERM after step {trainer.state.global_step} of {trainer.state.max_steps}, saved")
+    state = _full_state(trainer)
+    return Fitted(
+        state=state,
+        losses=[entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        held_out=[(e["step"], e["eval_bpb"]) for e in trainer.state.log_history if "eval_bpb" in e],
+        best_step=trainer.state.best_global_step if config.final == "best" else None,
+        sharding=facts["sharding"],
+    )
+
+
+def prepare_model(directory: Path, config: TrainConfig) -> Any:
+    """Load the pivot as it is trained: float32 master weights, or frozen weights under adapters."""
+    if config.quantization is None:
+        model = load_model(directory, device="cpu").train().float()  # half precision is the Trainer's autocast
+    else:
+        model = _quantized(directory, config.quantization)
+    if config.attention is not None:
+        model.set_attn_implementation(config.attention)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.lora is not None:
+        model = with_adapters(model, config)
+        if config.gradient_checkpointing:
+            model.enable_input_require_grads()
+    return model
+
+
+def _quantized(directory: Path, bits: str) -> Any:
+    if not torch.cuda.is_available() or find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"train.quantization: {bits} needs a CUDA device and the package bitsandbytes, and one of them is missing: "
+            "leave it out (train.lora alone works anywhere)"
+        )
+    from peft import prepare_model_for_kbit_training
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    if bits == "4bit":
+        settings = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    else:
+        settings = BitsAndBytesConfig(load_in_8bit=True)
+    device = {"": int(os.environ.get("LOCAL_RANK", "0"))}
+    model = AutoModelForCausalLM.from_pretrained(directory, quantization_config=settings, device_map=device)
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+
+
+def with_adapters(model: Any, config: TrainConfig) -> Any:
+    """Put peft's LoRA adapters on a model."""
+    from peft import LoraConfig, get_peft_model
+
+    assert config.lora is not None
+    lora = config.lora
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=lora.target_modules,
+            task_type="CAUSAL_LM",
+        ),
+    )
+
+
+def loss_settings(model: Any, config: TrainConfig) -> LossSettings:
+    """Return what of the configuration the loss needs."""
+    names = ("divergence", "missing", "temperature", "student_temperature", "beta", "label_smoothing", "z_loss")
+    options = {name: getattr(config, name) for name in names}
+    LossOptions(**options)  # refuses what does not go together before anything is computed
+    return LossSettings(
+        **options,
+        objective=config.objective,
+        alm_temperature=config.alm_temperature,
+        router_weight=router_weight(unwrapped(model).config, config.router_weight),
+        budget_bytes=config.loss_budget_bytes,
+    )
+
+
+def hard_weight_schedule(config: TrainConfig) -> Callable[[float], float]:
+    """Return λ as a function of progress in [0, 1]: constant, or from `hard_weight` to `hard_weight_end`."""
+    first, last = config.hard_weight, config.hard_weight_end
+    if last is None:
+        return lambda progress: first
+    if config.hard_weight_schedule == "linear":
+        return lambda progress: first + (last - first) * progress
+    return lambda progress: last + (first - last) * (1.0 + math.cos(math.pi * progress)) / 2.0
+
+
+def _always_labels(progress: float) -> float:
+    return 1.0
+
+
+def training_arguments(work: Path, config: TrainConfig, seed: int, *, with_held_out: bool) -> TrainingArguments:
+    """Return the Trainer's arguments; raises ConfigError when the batch does not divide by the processes."""
+    per_forward = config.micro_batch_size * n_processes()
+    if config.batch_size % per_forward:
+        raise ConfigError(
+            f"train.batch_size {config.batch_size} does not divide by micro_batch_size {config.micro_batch_size} × "
+            f"{n_processes()} processes: set it to a multiple of {per_forward}"
+        )
+    if "tensorboard" in config.report_to:
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(work / "tensorboard")
+    held_out: dict[str, Any] = {}
+    if with_held_out:
+        held_out = {
+            "eval_strategy": "steps",
+            "eval_steps": config.save_steps,
+            "metric_for_best_model": "bpb",
+            "greater_is_better": False,
+            "load_best_model_at_end": config.final == "best",
+        }
+    return TrainingArguments(
+        output_dir=str(work),
+        per_device_train_batch_size=config.micro_batch_size,
+        gradient_accumulation_steps=config.batch_size // per_forward,
+        learning_rate=config.learning_rate,
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps,
+        warmup_steps=config.warmup_ratio,
+        lr_scheduler_type=config.lr_scheduler,
+        optim=config.optimizer,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        bf16=config.dtype == "bfloat16",
+        fp16=config.dtype == "float16",
+        torch_compile=config.torch_compile,
+        save_strategy="steps",
+        save_steps=config.save_steps,
+        save_total_limit=2,
+        logging_steps=config.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        dataloader_num_workers=config.workers,
+        ddp_find_unused_parameters=False,
+        seed=seed,
+        data_seed=seed,
+        remove_unused_columns=False,
+        report_to=list(config.report_to) or "none",
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+        **held_out,
+    )
+
+
+def _sharding(trainer: FusionTrainer) -> str:
+    if trainer.is_deepspeed_enabled:
+        return f"deepspeed-zero{trainer.accelerator.state.deepspeed_plugin.zero_stage}"
+    return "fsdp" if trainer.is_fsdp_enabled else "none"
+
+
+def _history(checkpoint: Path) -> list[Json]:
+    history: list[Json] = read_json(checkpoint / "trainer_state.json")["log_history"]
+    return history
+
+
+def _n_matrix_parameters(model: Any) -> int:
+    """Return the parameters that take two FLOPs a token in a forward pass: all but the input embedding."""
+    inner = unwrapped(model)
+    embedding = inner.get_input_embeddings().weight
+    total = int(sum(p.numel() for p in inner.parameters()))
+    tied = inner.get_output_embeddings().weight is embedding
+    return total if tied else total - int(embedding.numel())
+
+
+def _full_state(trainer: FusionTrainer) -> dict[str, torch.Tensor] | None:
+    """Gather the whole state on rank 0, under the names of the plain model."""
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if rank() != 0:
+        return None
+    wrappers = r"_orig_mod\.|_checkpoint_wrapped_module\.|^module\."
+    return {re.sub(wrappers, "", name): tensor for name, tensor in state.items()}
+
+
+def clean_half_model(work: Path) -> None:
+    """Remove the model that a kill left half-written."""
+    shutil.rmtree(work / "model", ignore_errors=True)

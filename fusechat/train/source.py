@@ -1,0 +1,136 @@
+"""What one source offers at the pivot's rows: from its AlignedStore, or from a TopKStore of the pivot's vocabulary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from fusechat.align import RowKind, read_byte_order
+from fusechat.artifact import MANIFEST, sha256_file
+from fusechat.errors import MismatchError
+from fusechat.store import ALIGNED_FORMAT, TOPK_FORMAT, Store, format_of
+from fusechat.train.targets import Array, Targets
+
+Record = dict[str, Array]
+TOTALS = ("source_nll", "pivot_nll", "source_tokens", "pivot_tokens", "content_bytes")
+
+
+class Source(Protocol):
+    """A candidate beside the pivot."""
+
+    name: str
+    byte_order: npt.NDArray[np.int32] | None
+
+    def totals(self) -> dict[int, tuple[float, ...]]:
+        """Return, for each dialogue the source has, the values of TOTALS."""
+
+    def gold_logprob(self, dialogue: int) -> Array:
+        """Return the source's log-probability of each pivot row's token, float32[R], NaN where it has none."""
+
+    def targets(self, dialogue: int, pivot: Record) -> Targets:
+        """Return what the source teaches at each pivot row."""
+
+
+def open_source(directory: Path, pivot: Store, name: str) -> Source:
+    """Open a source's AlignedStore, or its TopKStore if its byte table is the pivot's.
+
+    Raises MismatchError for a store that belongs to another pivot store, other dialogues or another tokenizer.
+    """
+    if format_of(directory) == TOPK_FORMAT:
+        return TwinSource(pivot, Store(directory, TOPK_FORMAT), name)
+    return AlignedSource(pivot, Store(directory, ALIGNED_FORMAT), name)
+
+
+class AlignedSource:
+    """A source of another vocabulary."""
+
+    def __init__(self, pivot: Store, store: Store, name: str) -> None:
+        ours, theirs = sha256_file(pivot.directory / MANIFEST), store.manifest["pivot_store_sha256"]
+        if ours != theirs:
+            raise MismatchError(
+                f"{store.directory} was aligned to another pivot store: {theirs[:12]}… there, {ours[:12]}… is "
+                f"{pivot.directory}; run the alignment again"
+            )
+        self.name = name
+        self.store = store
+        self.unaligned: str = store.manifest["unaligned"]
+        cells = store.manifest["granularity"] == "cells"
+        self.byte_order = read_byte_order(store.directory) if cells else None
+
+    def totals(self) -> dict[int, tuple[float, ...]]:
+        """Return, for each dialogue the source has, the values of TOTALS."""
+        found: dict[int, tuple[float, ...]] = {}
+        for number in range(self.store.n_shards):
+            shard = self.store.shard(number)
+            columns = [shard[f"dialogue.{name}"].tolist() for name in TOTALS]
+            found |= dict(zip(shard["dialogue.index"].tolist(), zip(*columns)))
+        return {dialogue: values for dialogue, values in found.items() if np.isfinite(values[0])}
+
+    def gold_logprob(self, dialogue: int) -> Array:
+        """Return the source's log-probability of each pivot row's token, float32[R], NaN where it has none."""
+        return self.store[dialogue]["row.gold_logprob"]
+
+    def targets(self, dialogue: int, pivot: Record) -> Targets:
+        """Return the source's rows; where it has none, what `unaligned` asks for (`gold` is in the store already)."""
+        source = self.store[dialogue]
+        kind = source["row.kind"]
+        taught = Targets.by(source["row.ids"], source["row.logprobs"])
+        if self.unaligned == "pivot":
+            # One-hot rows of `tokens: dtw` are of this kind too, and have their entry.
+            nothing = (kind == RowKind.NONE) & ~taught.present()
+            taught = taught.replaced(nothing, Targets.by(pivot["row.ids"], pivot["row.logprobs"]))
+        finer = kind == RowKind.FINER
+        if self.byte_order is not None:
+            ranges = {"low": source["cell.low"], "high": source["cell.high"]}
+            cells = Targets.by(source["cell.ids"], source["cell.logprobs"], **ranges)
+            taught = taught.replaced(finer, cells.spread(finer))
+        taught.partition[:] = finer
+        return taught
+
+
+class TwinSource:
+    """A source whose byte table is the pivot's: its rows need no alignment, where it has the same assistant tokens."""
+
+    def __init__(self, pivot: Store, store: Store, name: str) -> None:
+        for key, what in (("tokenizer_sha256", "tokenizers"), ("dataset_fingerprint", "dialogues")):
+            ours, theirs = pivot.manifest[key], store.manifest[key]
+            if ours != theirs:
+                raise MismatchError(
+                    f"{store.directory} and {pivot.directory} have different {what} ({theirs[:12]}… and {ours[:12]}…): "
+                    "align the source's store to the pivot's first"
+                )
+        self.name = name
+        self.byte_order: npt.NDArray[np.int32] | None = None
+        self.pivot = pivot
+        self.store = store
+
+    def totals(self) -> dict[int, tuple[float, ...]]:
+        """Return, for each dialogue of which both have the same assistant tokens, the values of TOTALS."""
+        found = {}
+        for dialogue in self.store:
+            if dialogue not in self.pivot:
+                continue
+            ours, theirs = self.pivot[dialogue], self.store[dialogue]
+            tokens, same = (record["token.input_ids"][record["token.loss_mask"]] for record in (ours, theirs))
+            if len(ours["row.ids"]) == len(theirs["row.ids"]) and np.array_equal(tokens, same):
+                nll = [-float(record["row.gold_logprob"].sum(dtype=np.float64)) for record in (theirs, ours)]
+                found[dialogue] = (*nll, len(tokens), len(tokens), _content_bytes(ours))
+        return found
+
+    def gold_logprob(self, dialogue: int) -> Array:
+        """Return the source's log-probability of each pivot row's token, float32[R]."""
+        return self.store[dialogue]["row.gold_logprob"]
+
+    def targets(self, dialogue: int, pivot: Record) -> Targets:
+        """Return the source's rows as they are."""
+        source = self.store[dialogue]
+        return Targets.by(source["row.ids"], source["row.logprobs"])
+
+
+def _content_bytes(record: Record) -> int:
+    turn, end = record["token.turn"], record["token.byte_end"]
+    mask = record["token.loss_mask"]
+    return sum(int(end[mask & (turn == t)].max(initial=0)) for t in np.unique(turn[mask]))
