@@ -91,6 +91,17 @@ def sparse_soft_ce(
     threads: int,
 ) -> tuple[npt.NDArray[Any], ...]: ...
 
+# fusechat/topk.py
+def topk_logprob(
+    *,
+    logits: npt.NDArray[Any],
+    format: str,
+    labels: npt.NDArray[np.int64] | None,
+    k: int,
+    softcap: float,
+    threads: int,
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.float32]]: ...
+
 # fusechat/align/timewarp.py and vocabulary.py
 def dtw(
     source_tokens: list[str], pivot_tokens: list[str], source_mark: str, pivot_mark: str

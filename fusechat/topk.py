@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fusechat.errors import ConfigError
+from fusechat.loss.backend import NATIVE_FORMATS, backend_for, native_topk
 
 _DEFAULT_BUDGET_BYTES = 64 << 20
 _BLOCK = 64
@@ -66,6 +67,16 @@ def topk_logprob(
     logprobs = torch.empty(n_rows, k, dtype=torch.float32, device=hidden.device)
     lse = torch.empty(n_rows, dtype=torch.float32, device=hidden.device)
     label_logprob = torch.full((n_rows,), float("nan"), device=hidden.device)
+    if scale is None and hidden.dtype in NATIVE_FORMATS and backend_for(hidden.device) != "torch":
+        known = torch.full((n_rows,), -1, device=hidden.device) if labels is None else labels.long()
+        step = budget_bytes // row_bytes
+        with torch.no_grad():
+            for start in range(0, n_rows, step):
+                part = slice(start, start + step)
+                logits = torch.nn.functional.linear(hidden[part], weight, bias)
+                found = topk_rows(logits, k, known[part], softcap or 0.0)
+                ids[part], logprobs[part], lse[part], label_logprob[part] = found
+        return ids, logprobs, lse, label_logprob
     with torch.no_grad():
         for part, z in _chunks(hidden, weight, budget_bytes // row_bytes, bias, softcap, scale):
             top, index = _largest(z, k)
@@ -76,6 +87,17 @@ def topk_logprob(
             if z_label is not None:
                 label_logprob[part] = z_label - lse[part]
     return ids, logprobs, lse, label_logprob
+
+
+def topk_rows(logits: Tensor, k: int, labels: Tensor, softcap: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what `topk_logprob` returns, of the logits [C, V] of a chunk, by the compiled engine or by Triton; softcap
+    0 means none."""
+    if backend_for(logits.device) == "native":
+        return native_topk(logits, k, labels, softcap)
+    from fusechat.kernels.topk_logprob import topk_logprob_rows
+
+    values: tuple[Tensor, Tensor, Tensor, Tensor] = topk_logprob_rows(logits, k, labels, softcap)
+    return values
 
 
 def drawn_logprob(

@@ -14,61 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fusechat.kernels.divergence import divergence_terms
+from fusechat.kernels.range_cells import gather_ranges, prepare_ranges, restore_ranges, scatter_ranges
+from fusechat.kernels.softcap import capped
+
 LOWEST = tl.constexpr(-3.0e38)
 TINY = tl.constexpr(1.1754944e-38)
-MASS_FLOOR = tl.constexpr(1e-6)
 IGNORE_LABEL = tl.constexpr(-100)
 MINUS_INFINITY = tl.constexpr(float("-inf"))
-
-
-@triton.jit
-def _divergence_terms(p, log_q, beta, DIVERGENCE: tl.constexpr):
-    """f(Q) and g = Q f'(Q) of each cell; add a divergence here and in reference.py."""
-    q = tl.exp(log_q)
-    log_p = tl.log(tl.maximum(p, TINY))
-    if DIVERGENCE == "ce":
-        f = tl.where(p > 0, -p * log_q, 0.0)
-        g = -p
-    elif DIVERGENCE == "kl":
-        f = tl.where(p > 0, p * (log_p - log_q), 0.0)
-        g = -p
-    elif DIVERGENCE == "tvd":
-        f = 0.5 * tl.abs(p - q)
-        g = tl.where(q > p, 0.5 * q, tl.where(q < p, -0.5 * q, 0.0))
-    elif DIVERGENCE == "reverse_kl":
-        ratio = tl.where(q > 0, log_q - tl.log(tl.maximum(p, MASS_FLOOR)), 0.0)
-        f = q * ratio
-        g = q * (ratio + 1.0)
-    elif DIVERGENCE == "alpha":
-        mixed = tl.where(p > 0, tl.exp(beta * log_p + (1.0 - beta) * log_q), 0.0)
-        f = (beta * p + (1.0 - beta) * q - mixed) / (beta * (1.0 - beta))
-        g = (q - mixed) / beta
-    else:
-        mixture = beta * p + (1.0 - beta) * q
-        log_mixture = tl.log(tl.maximum(mixture, TINY))
-        p_part = tl.where(p > 0, p * (log_p - log_mixture), 0.0)
-        if DIVERGENCE == "skew_kl":
-            f = p_part
-            g = tl.where(p > 0, -p * (1.0 - beta) * q / mixture, 0.0)
-        else:
-            tl.static_assert(DIVERGENCE == "jsd", "unknown divergence")
-            q_part = tl.where(q > 0, q * (log_q - log_mixture), 0.0)
-            f = beta * p_part + (1.0 - beta) * q_part
-            g = (1.0 - beta) * q_part
-    return f, g
-
-
-@triton.jit
-def _capped(u, cap, CAP: tl.constexpr):
-    """cap · tanh(u / cap), and its derivative."""
-    slope = u * 0.0 + 1.0
-    z = u
-    if CAP:
-        e = tl.exp(tl.minimum(2.0 * tl.abs(u) / cap, 80.0))
-        z = cap * (1.0 - 2.0 / (e + 1.0))
-        z = tl.where(u < 0, -z, z)
-        slope = 4.0 * e / ((e + 1.0) * (e + 1.0))
-    return z, slope
+_TWO_ROWS_BYTES = 96 << 10
 
 
 @triton.jit
@@ -77,7 +31,7 @@ def _scan_block(
 ):
     """Add a block to the running maximum, Σ exp((z − top) / τ), Σ exp(z − top) and Σ (z − base)."""
     u = u.to(tl.float32)
-    z, _ = _capped(u, cap, CAP)
+    z, _ = capped(u, cap, CAP)
     if CAP:
         z = tl.where(u == MINUS_INFINITY, u, z)  # tanh would bring the cells' −∞ back
     new_top = tl.maximum(top, tl.max(z, 0))
@@ -94,7 +48,7 @@ def _scan_block(
 @triton.jit
 def _gradient_block(u, top, a, a_hard, offset, inv_tau, cap, TAU: tl.constexpr, CAP: tl.constexpr):
     u = u.to(tl.float32)
-    z, slope = _capped(u, cap, CAP)
+    z, slope = capped(u, cap, CAP)
     if TAU:
         g = a * tl.exp((z - top) * inv_tau) + a_hard * tl.exp(z - top) + offset
     else:
@@ -105,13 +59,14 @@ def _gradient_block(u, top, a, a_hard, offset, inv_tau, cap, TAU: tl.constexpr, 
 
 
 @triton.jit
-def _sparse_soft_ce(
-    Z, G, LABELS, IDS, LOGPROBS, HARD_WEIGHT, ROW_SCALE, PARTITION, LOSS, HARD, SOFT, LSE, CORRECT,
+def _row(
+    row, Z, G, LABELS, IDS, LOGPROBS, HARD_WEIGHT, ROW_SCALE, PARTITION, LOSS, HARD, SOFT, LSE, CORRECT,
+    ORDER, LOW, HIGH, SAVED,
     z_stride, g_stride, V, K, inv_temperature, tau, inv_tau, beta, smoothing, z_weight, cap,
     DIVERGENCE: tl.constexpr, MISSING: tl.constexpr, TEMPERED: tl.constexpr, TAU: tl.constexpr, CAP: tl.constexpr,
-    SUMS: tl.constexpr, GRAD: tl.constexpr, INPLACE: tl.constexpr, KB: tl.constexpr, BLOCK: tl.constexpr,
+    SUMS: tl.constexpr, GRAD: tl.constexpr, INPLACE: tl.constexpr, RANGES: tl.constexpr, KB: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
     z_row = Z + row * z_stride
     g_row = G + row * g_stride
     label = tl.load(LABELS + row)
@@ -136,7 +91,7 @@ def _sparse_soft_ce(
         broken = (label < 0) | (label >= V)
         label = tl.where(broken, 0, label)
         u_label = tl.load(z_row + label).to(tl.float32)
-        z_label, slope_label = _capped(u_label, cap, CAP)
+        z_label, slope_label = capped(u_label, cap, CAP)
         if KB > 0:
             k = tl.arange(0, KB)
             ids = tl.load(IDS + row * K + k, mask=k < K, other=-1)
@@ -144,14 +99,35 @@ def _sparse_soft_ce(
             present = (ids >= 0) & (ids < V)
             slot = z_row + tl.where(present, ids, 0)
             u_k = tl.load(slot, mask=present, other=MINUS_INFINITY)
-            z_k, slope_k = _capped(u_k.to(tl.float32), cap, CAP)
-            p = tl.exp(tl.load(LOGPROBS + row * K + k, mask=present, other=MINUS_INFINITY).to(tl.float32))
-            equal = (ids[:, None] == ids[None, :]) & present[:, None] & present[None, :]
+            z_k, slope_k = capped(u_k.to(tl.float32), cap, CAP)
+            if RANGES:
+                low = tl.load(LOW + row * K + k, mask=k < K, other=0)
+                high = tl.load(HIGH + row * K + k, mask=k < K, other=0)
+                broken |= tl.max(((high > low) & ((low < 0) | (high > V))).to(tl.int32), 0) > 0
+                wide = (high - low > 1) & (low >= 0) & (high <= V)
+                p = tl.exp(tl.load(LOGPROBS + row * K + k, mask=present | wide, other=MINUS_INFINITY).to(tl.float32))
+                equal = (low[:, None] == low[None, :]) & (high[:, None] == high[None, :])
+                equal &= (present | wide)[:, None] & (present | wide)[None, :]
+            else:
+                wide = k < 0
+                p = tl.exp(tl.load(LOGPROBS + row * K + k, mask=present, other=MINUS_INFINITY).to(tl.float32))
+                equal = (ids[:, None] == ids[None, :]) & present[:, None] & present[None, :]
             p = tl.sum(tl.where(equal, p[None, :], 0.0), 1)  # equal ids add up
-            is_cell = present & (tl.sum((equal & (k[None, :] < k[:, None])).to(tl.int32), 1) == 0)
+            is_cell = (present | wide) & (tl.sum((equal & (k[None, :] < k[:, None])).to(tl.int32), 1) == 0)
             z_k = tl.where(present, z_k, MINUS_INFINITY)
             tl.debug_barrier()
             tl.store(slot, tl.full([KB], MINUS_INFINITY, tl.float32).to(Z.dtype.element_ty), mask=present)
+            # What a cell's logits add up to relative to the highest of them, z_k; a single id is its own sum.
+            n_k = is_cell.to(tl.int32)
+            sum_k = tl.full([KB], 1.0, tl.float32)
+            hard_k = sum_k
+            total_k = z_k - z_label
+            if RANGES:
+                z_k, sum_k, hard_k, total_k, n_k = gather_ranges(
+                    z_row, SAVED, ORDER, LOW + row * K, HIGH + row * K, K, k, low, high, is_cell, wide,
+                    z_k, total_k, n_k, z_label, inv_tau, cap, TAU, CAP, SUMS, KB,
+                )  # fmt: skip
+                is_cell &= n_k > 0  # a range none of whose tokens is left counts as missing mass
             tl.debug_barrier()
 
         top = LOWEST
@@ -174,18 +150,20 @@ def _sparse_soft_ce(
         n_rest = V
         if KB > 0:
             top = tl.maximum(tail, tl.max(tl.where(is_cell, z_k, LOWEST), 0))
-            n_rest = V - tl.sum(is_cell.to(tl.int32), 0)
+            n_rest = V - tl.sum(n_k, 0)
             if not INPLACE:
                 tl.debug_barrier()
                 tl.store(slot, u_k, mask=present)
+                if RANGES:
+                    restore_ranges(z_row, SAVED, ORDER, LOW + row * K, HIGH + row * K, K, k, low, high, is_cell, wide)
                 tl.debug_barrier()
         hard_in_tail = total_hard if TAU else total
         sum_hard = hard_in_tail * tl.exp(tail - top)
         sum_z = total_z
         if KB > 0:
-            sum_hard += tl.sum(tl.where(is_cell, tl.exp(z_k - top), 0.0), 0)
+            sum_hard += tl.sum(tl.where(is_cell, hard_k * tl.exp(z_k - top), 0.0), 0)
             if SUMS:
-                sum_z += tl.sum(tl.where(is_cell, z_k - z_label, 0.0), 0)
+                sum_z += tl.sum(tl.where(is_cell, total_k, 0.0), 0)
         log_hard = tl.log(sum_hard)
         lse = top + log_hard
         hard = log_hard - (z_label - top)
@@ -216,12 +194,14 @@ def _sparse_soft_ce(
                 p_tail = p_tail / mass
 
             x_k = (z_k - top) * inv_tau
+            if RANGES:
+                x_k += tl.log(sum_k)
             x_tail = tl.where(total > 0, (tail - top) * inv_tau + tl.log(tl.maximum(total, TINY)), MINUS_INFINITY)
             x_top = tl.maximum(x_tail, tl.max(tl.where(is_cell, x_k, LOWEST), 0))
             x_sum = tl.sum(tl.where(is_cell, tl.exp(x_k - x_top), 0.0), 0) + tl.exp(x_tail - x_top)
             log_sum = x_top + tl.log(x_sum)
-            f, g = _divergence_terms(p, x_k - log_sum, beta, DIVERGENCE)
-            f_tail, g_tail = _divergence_terms(p_tail, x_tail - log_sum, beta, DIVERGENCE)
+            f, g = divergence_terms(p, x_k - log_sum, beta, DIVERGENCE)
+            f_tail, g_tail = divergence_terms(p_tail, x_tail - log_sum, beta, DIVERGENCE)
             f = tl.where(is_cell, f, 0.0)
             g = tl.where(is_cell, g, 0.0)
             sum_g = tl.sum(g, 0)
@@ -288,18 +268,72 @@ def _sparse_soft_ce(
             value = (value + at_label) * slope_label
             tl.store(g_row + label, value.to(Z.dtype.element_ty), mask=is_label_cell == 0)
             if KB > 0:
+                if RANGES:
+                    tl.debug_barrier()
+                    scatter_ranges(
+                        g_row, SAVED, ORDER, LOW + row * K, HIGH + row * K, K, k, low, high, is_cell, wide,
+                        per_soft * alpha / sum_k, z_k, per_hard, top, flat_hard, label, at_label, inv_tau, cap, CAP,
+                    )  # fmt: skip
                 value = per_soft * alpha + per_hard * tl.exp(z_k - top) + flat_hard
                 value = (value + tl.where(ids == label, at_label, 0.0)) * slope_k
-                tl.store(g_row + tl.where(present, ids, 0), value.to(Z.dtype.element_ty), mask=is_cell)
+                tl.store(g_row + tl.where(present, ids, 0), value.to(Z.dtype.element_ty), mask=is_cell & present)
 
 
-def block_and_warps(vocabulary: int, element_bytes: int) -> tuple[int, int]:
+@triton.jit
+def _sparse_soft_ce(
+    Z, G, LABELS, IDS, LOGPROBS, HARD_WEIGHT, ROW_SCALE, PARTITION, LOSS, HARD, SOFT, LSE, CORRECT,
+    ORDER, LOW, HIGH, SAVED, HAS_RANGES,
+    z_stride, g_stride, N, V, K, inv_temperature, tau, inv_tau, beta, smoothing, z_weight, cap,
+    DIVERGENCE: tl.constexpr, MISSING: tl.constexpr, TEMPERED: tl.constexpr, TAU: tl.constexpr, CAP: tl.constexpr,
+    SUMS: tl.constexpr, GRAD: tl.constexpr, INPLACE: tl.constexpr, SELECT: tl.constexpr, RANGES: tl.constexpr,
+    KB: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    if RANGES:
+        # A scratch row a program, so few programs, of several rows each.
+        saved = SAVED + program * V
+        for row in range(program, N, tl.num_programs(0)):
+            if tl.load(HAS_RANGES + row) != 0:
+                _row(
+                    row, Z, G, LABELS, IDS, LOGPROBS, HARD_WEIGHT, ROW_SCALE, PARTITION, LOSS, HARD, SOFT, LSE,
+                    CORRECT, ORDER, LOW, HIGH, saved,
+                    z_stride, g_stride, V, K, inv_temperature, tau, inv_tau, beta, smoothing, z_weight, cap,
+                    DIVERGENCE, MISSING, TEMPERED, TAU, CAP, SUMS, GRAD, INPLACE, True, KB, BLOCK,
+                )  # fmt: skip
+    else:
+        # One row a program: a loop over rows would cost it half as many registers again.
+        mine = True
+        if SELECT:
+            mine = tl.load(HAS_RANGES + program) == 0
+        if mine:
+            _row(
+                program, Z, G, LABELS, IDS, LOGPROBS, HARD_WEIGHT, ROW_SCALE, PARTITION, LOSS, HARD, SOFT, LSE,
+                CORRECT, ORDER, LOW, HIGH, SAVED,
+                z_stride, g_stride, V, K, inv_temperature, tau, inv_tau, beta, smoothing, z_weight, cap,
+                DIVERGENCE, MISSING, TEMPERED, TAU, CAP, SUMS, GRAD, INPLACE, False, KB, BLOCK,
+            )  # fmt: skip
+
+
+def block_and_warps(vocabulary: int, element_bytes: int, *, wants_registers: bool) -> tuple[int, int]:
     """Return the elements of a block and the warps of a program.
 
-    `fusechat profile kernels` shows what each takes in registers: eight fp32 elements a thread on 16 warps spill.
+    Pass 2 finds a row in the L2 cache when the rows in flight fit half of it: with 16 warps two programs fit a
+    multiprocessor, so rows of more than 96 KiB (25 MB on 132 of them) get 32, one program each, which leaves a thread
+    64 registers. `wants_registers` is for specialisations that need more, and for AMD's warps of 64 lanes.
+    `fusechat profile kernels` shows what each takes.
     """
+    row_bytes = vocabulary * element_bytes
+    if row_bytes > _TWO_ROWS_BYTES and element_bytes == 2 and not wants_registers:
+        return 16384, 32
     block = min(triton.next_power_of_2(max(vocabulary, 1)), 16384 // element_bytes)
     return block, 16 if block == 8192 else 8 if block >= 1024 else 4
+
+
+def _range_programs(n_rows: int, device: torch.device) -> int:
+    """Return how many programs share the rows with ranges, each with a scratch row."""
+    if device.type != "cuda":
+        return min(n_rows, 4)  # the interpreter: few enough that a program has several rows
+    return min(n_rows, torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def sparse_soft_ce_rows(
@@ -310,6 +344,9 @@ def sparse_soft_ce_rows(
     hard_weight: Tensor,
     row_scale: Tensor,
     partition: Tensor,
+    order: Tensor | None,
+    low: Tensor | None,
+    high: Tensor | None,
     *,
     divergence: str,
     missing: str,
@@ -321,9 +358,10 @@ def sparse_soft_ce_rows(
     softcap: float,
     grad: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Compute what `reference.sparse_soft_ce_chunk` defines, for all rows of logits [N, V] in one launch.
+    """Compute what `reference.sparse_soft_ce_chunk` defines, for all rows of logits [N, V].
 
-    Rows may be apart, their elements not. A label or an id outside the vocabulary makes the row's loss NaN.
+    Rows with ranges are a launch of their own, so that the others cost what they cost without. Rows may be apart,
+    their elements not. A label, an id or a range outside the vocabulary makes the row's loss NaN.
     """
     n_rows, vocabulary = logits.shape
     if logits.stride(1) != 1 or (grad is not None and grad.stride(1) != 1):
@@ -333,40 +371,57 @@ def sparse_soft_ce_rows(
     correct = torch.empty(n_rows, dtype=torch.bool, device=logits.device)
     if n_rows == 0:
         return (*outputs, correct)
-    block, warps = block_and_warps(vocabulary, logits.element_size())
+    amd = torch.version.hip is not None
+    tau, cap, sums = student_temperature != 1.0, softcap != 0.0, label_smoothing != 0.0 or missing == "uniform"
+    programs = _range_programs(n_rows, logits.device)
     target = logits if grad is None else grad
-    _sparse_soft_ce[(n_rows,)](
-        logits,
-        target,
-        labels,
-        ids.contiguous(),
-        logprobs.contiguous(),
-        hard_weight,
-        row_scale,
-        partition,
-        *outputs,
-        correct,
-        logits.stride(0),
-        target.stride(0),
-        vocabulary,
-        n_entries,
-        1.0 / temperature,
-        student_temperature,
-        1.0 / student_temperature,
-        beta,
-        label_smoothing,
-        z_loss,
-        softcap or 1.0,
-        DIVERGENCE=divergence,
-        MISSING=missing,
-        TEMPERED=temperature != 1.0,
-        TAU=student_temperature != 1.0,
-        CAP=softcap != 0.0,
-        SUMS=label_smoothing != 0.0 or missing == "uniform",
-        GRAD=grad is not None,
-        INPLACE=grad is not None and grad.data_ptr() == logits.data_ptr(),
-        KB=triton.next_power_of_2(n_entries) if n_entries else 0,
-        BLOCK=block,
-        num_warps=warps,
-    )
+    select = order is not None and n_entries > 0
+    has_ranges, saved = partition, logits
+    if order is not None and low is not None and high is not None and select:
+        ids, low, high, has_ranges = prepare_ranges(ids, order, low, high)
+        saved = torch.empty(programs, vocabulary, dtype=logits.dtype, device=logits.device)
+    for ranges in (False, True) if select else (False,):
+        block, warps = block_and_warps(
+            vocabulary, logits.element_size(), wants_registers=n_entries > 64 or tau or cap or sums or ranges or amd
+        )
+        _sparse_soft_ce[(programs if ranges else n_rows,)](
+            logits,
+            target,
+            labels,
+            ids.contiguous(),
+            logprobs.contiguous(),
+            hard_weight,
+            row_scale,
+            partition,
+            *outputs,
+            correct,
+            *((order, low, high) if select else (ids, ids, ids)),
+            saved,
+            has_ranges,
+            logits.stride(0),
+            target.stride(0),
+            n_rows,
+            vocabulary,
+            n_entries,
+            1.0 / temperature,
+            student_temperature,
+            1.0 / student_temperature,
+            beta,
+            label_smoothing,
+            z_loss,
+            softcap or 1.0,
+            DIVERGENCE=divergence,
+            MISSING=missing,
+            TEMPERED=temperature != 1.0,
+            TAU=tau,
+            CAP=cap,
+            SUMS=sums,
+            GRAD=grad is not None,
+            INPLACE=grad is not None and grad.data_ptr() == logits.data_ptr(),
+            SELECT=select,
+            RANGES=ranges,
+            KB=triton.next_power_of_2(n_entries) if n_entries else 0,
+            BLOCK=block,
+            num_warps=warps,
+        )
     return (*outputs, correct)

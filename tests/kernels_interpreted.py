@@ -8,10 +8,12 @@ from dense_loss import dense_loss, make_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_loss import FORMS, assert_elementwise, run_ours
+from test_loss_cells import make_cells
 
 from fusechat.kernels import reference
 from fusechat.kernels.sparse_soft_ce import sparse_soft_ce_rows
-from fusechat.loss import linear_sparse_soft_ce
+from fusechat.kernels.topk_logprob import topk_logprob_rows
+from fusechat.loss import Cells, linear_sparse_soft_ce
 from fusechat.loss.options import LossOptions
 from fusechat.loss.rows import check_rows
 
@@ -52,7 +54,7 @@ def test_rows_of_several_blocks(vocabulary, n_entries, dtype):
     for inplace in (True, False):
         memory[:, :vocabulary] = logits
         ours = memory[:, :vocabulary] if inplace else torch.full_like(logits, float("nan"))
-        values = sparse_soft_ce_rows(memory[:, :vocabulary], *rows[:6], **options, grad=ours)
+        values = sparse_soft_ce_rows(memory[:, :vocabulary], *rows, **options, grad=ours)
         for value, reference_value in zip(values, expected):
             torch.testing.assert_close(value, reference_value, rtol=1e-5, atol=1e-5)
         rtol, atol = {torch.float32: (1e-5, 1e-9), torch.bfloat16: (8e-3, 1e-9), torch.float16: (1e-3, 1e-7)}[dtype]
@@ -66,7 +68,7 @@ def test_without_a_gradient_the_logits_come_back():
     logits, labels, ids, logprobs = make_rows(3, 6, 100, 7)
     rows = check_rows(labels, ids, logprobs, 0.4, None, None, None, shape=(6, 100))
     before = logits.clone()
-    sparse_soft_ce_rows(logits, *rows[:6], **LossOptions(missing="tail").scalars(), grad=None)
+    sparse_soft_ce_rows(logits, *rows, **LossOptions(missing="tail").scalars(), grad=None)
     assert torch.equal(logits, before)
 
 
@@ -76,7 +78,7 @@ def test_an_index_outside_the_vocabulary_makes_the_loss_nan():
     labels[:] = torch.tensor([3, 50, -7, 4])
     ids[0, 1] = 50
     rows = check_rows(labels, ids, logprobs, 0.4, None, None, None, shape=(4, 50))
-    loss = sparse_soft_ce_rows(logits, *rows[:6], **LossOptions().scalars(), grad=None)[0]
+    loss = sparse_soft_ce_rows(logits, *rows, **LossOptions().scalars(), grad=None)[0]
     assert loss.isnan().tolist() == [True, True, True, False]
 
 
@@ -100,6 +102,58 @@ def test_the_linear_form_uses_it():
     logits = (hidden.detach() @ weight.T).double()
     loss, *_ = dense_loss(logits, labels, ids, logprobs, hard_weight=0.5)
     torch.testing.assert_close(out.loss.double(), loss, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", [FORMS[1], FORMS[3], FORMS[-4], FORMS[-1]], ids=str)
+def test_ranges_match_the_dense_partition_element_by_element(form):
+    """Catches a token counted in two cells, or summed with the tail, and a row without ranges taken for one with."""
+    rows = make_rows(7, 6, 90, 6)
+    cells = make_cells(7, 6, 90, 6)
+    cells.high[1] = cells.low[1]
+    common = {"hard_weight": 0.4, "partition": torch.arange(6) % 3 == 0, "cells": cells, **form}
+    loss, gradient, size, _, soft = dense_loss(*rows, **common)
+    out, ours = run_ours(*rows, **common)
+    torch.testing.assert_close(out.loss.double(), loss, rtol=3e-6, atol=3e-6)
+    torch.testing.assert_close(out.soft.double(), soft, rtol=2e-5, atol=1e-5)
+    assert_elementwise(ours, gradient, 2 * size)
+
+
+def test_ranges_leave_the_logits_where_no_gradient_is_wanted():
+    """Catches −∞ left in the caller's logits, and ranges longer than a gathered block."""
+    logits, labels, ids, logprobs = make_rows(8, 3, 2000, 3)
+    order = torch.randperm(2000).int()
+    low, high = torch.tensor([[0, 100, 0]] * 3).int(), torch.tensor([[1500, 800, 0]] * 3).int()
+    rows = check_rows(labels, ids, logprobs, 0.4, None, None, Cells(order, low, high), shape=(3, 2000))
+    options, before = LossOptions(missing="tail").scalars(), logits.clone()
+    values = sparse_soft_ce_rows(logits, *rows, **options, grad=None)
+    assert torch.equal(logits, before)
+    for value, expected in zip(values, reference.sparse_soft_ce_chunk(logits, *rows, **options, grad=None)):
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
+    high[1, 0] = 2001
+    assert sparse_soft_ce_rows(logits, *rows, **options, grad=None)[0].isnan().tolist() == [
+        False,
+        bool(labels[1] != -100),
+        False,
+    ]
+
+
+@pytest.mark.parametrize("softcap", [0.0, 4.0])
+@pytest.mark.parametrize(("vocabulary", "k"), [(5, 5), (4096 + 300, 7)])
+def test_the_most_probable_tokens_come_in_order(vocabulary, k, softcap):
+    """Catches a token given twice, a group whose second best is lost, and −∞ that crowds out real tokens."""
+    rng = torch.Generator().manual_seed(vocabulary)
+    logits = torch.randint(-9, 9, (3, vocabulary), generator=rng).float()  # many ties
+    logits[0] = torch.randn(vocabulary, generator=rng)
+    logits[1, 2:] = -float("inf")
+    labels = torch.tensor([vocabulary - 1, -100, 0])
+    ids, logprobs, lse, label_logprob = topk_logprob_rows(logits, k, labels, softcap)
+    z = softcap * torch.tanh(logits.double() / softcap) if softcap else logits.double()
+    order = z.sort(dim=1, descending=True, stable=True)
+    assert torch.equal(ids.long(), order.indices[:, :k])
+    torch.testing.assert_close(lse.double(), z.logsumexp(1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logprobs.double(), order.values[:, :k] - z.logsumexp(1, True), rtol=1e-5, atol=1e-5)
+    expected = torch.stack([z[0, -1] - lse[0], torch.tensor(float("nan")), z[2, 0] - lse[2]])
+    torch.testing.assert_close(label_logprob.double(), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -34,7 +34,7 @@ def gate(tmp_path_factory):
 
 def check(gate, variant, target) -> None:
     found = gate.compile_variant(variant, target)
-    block, warps = variant.block_and_warps
+    block, warps = variant.block_and_warps(target)
     assert found.spills == 0, f"{variant.name} spills {found.spills} on {target}"
     assert found.wide_loads >= 1, f"{variant.name} has no 128-bit load on {target}"
     if isinstance(target, int):

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "sparse_soft_ce.hpp"
+#include "topk.hpp"
 
 namespace fusechat {
 namespace {
@@ -45,6 +46,34 @@ py::ssize_t row_stride(const py::array &array, py::ssize_t itemsize, const char 
     return array.strides(0) / itemsize;
 }
 
+loss::Matrix matrix_of(const py::array &logits, const std::string &format) {
+    loss::Matrix matrix{};
+    matrix.format = choose<Format>("format", format,
+                                   {{"float32", Format::float32}, {"bfloat16", Format::bfloat16}, {"float16", Format::float16}});
+    matrix.logits_stride = row_stride(logits, matrix.format == Format::float32 ? 4 : 2, "logits");
+    matrix.n_rows = logits.shape(0);
+    matrix.vocabulary = logits.shape(1);
+    require(matrix.vocabulary >= 1 && matrix.vocabulary <= INT32_MAX, "logits have no columns, or too many");
+    matrix.logits = logits.data();
+    return matrix;
+}
+
+py::tuple topk_logprob(const py::array &logits, const std::string &format, const std::optional<Array<std::int64_t>> &labels,
+                       py::ssize_t k, double softcap, int threads) {
+    const loss::Matrix matrix = matrix_of(logits, format);
+    const py::ssize_t n = matrix.n_rows;
+    require(k >= 1 && k <= matrix.vocabulary, "k is " + std::to_string(k) + ", outside the vocabulary's size");
+    const std::int64_t *label = labels ? column(*labels, {n}, "labels") : nullptr;
+    Array<std::int32_t> ids({n, k});
+    Array<float> logprobs({n, k}), lse(n), label_logprob(n);
+    const loss::TopK results{ids.mutable_data(), logprobs.mutable_data(), lse.mutable_data(), label_logprob.mutable_data()};
+    {
+        const py::gil_scoped_release released;
+        loss::topk_logprob(matrix, label, k, softcap, results, threads);
+    }
+    return py::make_tuple(ids, logprobs, lse, label_logprob);
+}
+
 py::tuple sparse_soft_ce(py::array logits, std::optional<py::array> gradient, const std::string &format,
                          const Array<std::int64_t> &labels, const Array<std::int64_t> &ids, const Array<float> &logprobs,
                          const Array<float> &hard_weight, const Array<float> &row_scale, const Array<bool> &partition,
@@ -52,16 +81,9 @@ py::tuple sparse_soft_ce(py::array logits, std::optional<py::array> gradient, co
                          const std::string &divergence, const std::string &missing, double temperature,
                          double student_temperature, double beta, double label_smoothing, double z_loss, double softcap,
                          int threads) {
-    loss::Matrix matrix{};
-    matrix.format = choose<Format>("format", format,
-                                   {{"float32", Format::float32}, {"bfloat16", Format::bfloat16}, {"float16", Format::float16}});
-    const py::ssize_t itemsize = matrix.format == Format::float32 ? 4 : 2;
-    matrix.logits_stride = row_stride(logits, itemsize, "logits");
-    matrix.n_rows = logits.shape(0);
-    matrix.vocabulary = logits.shape(1);
-    require(matrix.vocabulary >= 1 && matrix.vocabulary <= INT32_MAX, "logits have no columns, or too many");
-    matrix.logits = logits.data();
+    loss::Matrix matrix = matrix_of(logits, format);
     if (gradient) {
+        const py::ssize_t itemsize = matrix.format == Format::float32 ? 4 : 2;
         matrix.gradient_stride = row_stride(*gradient, itemsize, "gradient");
         require(gradient->shape(0) == matrix.n_rows && gradient->shape(1) == matrix.vocabulary,
                 "gradient must have the logits' shape");
@@ -120,6 +142,9 @@ py::tuple sparse_soft_ce(py::array logits, std::optional<py::array> gradient, co
 }  // namespace
 
 void bind_loss(py::module_ &m) {
+    m.def("topk_logprob", &topk_logprob, "Choose the k most probable tokens of every row; see fusechat.topk.topk_logprob.",
+          py::kw_only(), py::arg("logits").noconvert(), py::arg("format"), py::arg("labels").noconvert(), py::arg("k"),
+          py::arg("softcap"), py::arg("threads"));
     m.def("sparse_soft_ce", &sparse_soft_ce,
           "Compute the fusion loss of every row and write the gradient of the logits; see fusechat.loss.sparse_soft_ce.",
           py::kw_only(), py::arg("logits").noconvert(), py::arg("gradient").noconvert(), py::arg("format"),

@@ -244,6 +244,46 @@ FUSECHAT_INLINE void scan_row_either(const T *logits, std::int64_t n, const Scan
     else scan_row_body<true>(logits, n, options, cell_of, row);
 }
 
+template <class T>
+FUSECHAT_INLINE double logsumexp_row_body(const T *logits, std::int64_t n, float softcap, float *maxima) {
+    static_assert(kBlock % kGroup == 0, "a group lies in one block");
+    alignas(64) float z[kBlock];
+    float shift = kMinusInfinity;
+    double sum = 0;
+    for (std::int64_t begin = 0; begin < n; begin += kBlock) {
+        const std::int64_t count = std::min(kBlock, n - begin);
+        float top = kMinusInfinity;
+        for (std::int64_t i = 0; i < count; i += kGroup) {
+            const std::int64_t members = std::min(kGroup, count - i);
+            float top_of_group = load_block(logits + begin + i, members, z + i);
+            if (softcap != 0.0F) {
+                Floats v, slope;
+                for (std::int64_t j = i; j < i + padded(members); j += kLanes) {
+                    load(v, z + j);
+                    softcap_lanes(v, slope, softcap);
+                    store(z + j, v);
+                }
+                std::fill(z + i + members, z + i + padded(members), kMinusInfinity);
+                top_of_group = max_block(z + i, padded(members));
+            }
+            maxima[(begin + i) / kGroup] = top_of_group;
+            top = std::max(top, top_of_group);
+        }
+        if (shift == kMinusInfinity ? top > shift : top > shift + kSlack) {
+            if (shift != kMinusInfinity) sum *= std::exp(static_cast<double>(shift) - top);
+            shift = top;
+        }
+        Floats total = {}, v;
+        const float finite_shift = shift == kMinusInfinity ? 0.0F : shift;
+        for (std::int64_t i = 0; i < padded(count); i += kLanes) {
+            exp_lanes<false>(z + i, finite_shift, 1.0F, nullptr, v, total);
+            __builtin_prefetch(logits + begin + i + kBlock);
+        }
+        sum += add_lanes(total);
+    }
+    return shift + std::log(sum);
+}
+
 struct Table {
     Floats low, high;
 };
@@ -325,6 +365,16 @@ FUSECHAT_CLONES void scan_row(const BFloat16 *logits, std::int64_t n, const Scan
 FUSECHAT_CLONES void scan_row(const Float16 *logits, std::int64_t n, const ScanOptions &options, const std::uint8_t *cell_of,
                               RowScratch &row) {
     scan_row_either(logits, n, options, cell_of, row);
+}
+
+FUSECHAT_CLONES double logsumexp_row(const float *logits, std::int64_t n, float softcap, float *maxima) {
+    return logsumexp_row_body(logits, n, softcap, maxima);
+}
+FUSECHAT_CLONES double logsumexp_row(const BFloat16 *logits, std::int64_t n, float softcap, float *maxima) {
+    return logsumexp_row_body(logits, n, softcap, maxima);
+}
+FUSECHAT_CLONES double logsumexp_row(const Float16 *logits, std::int64_t n, float softcap, float *maxima) {
+    return logsumexp_row_body(logits, n, softcap, maxima);
 }
 
 FUSECHAT_CLONES float max_cell(const float *z, std::int64_t n) { return max_block(z, n); }

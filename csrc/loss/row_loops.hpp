@@ -1,5 +1,5 @@
-// The two loops over a row of logits, each compiled for several instruction sets: one reads the logits and keeps their
-// exponentials, one writes the gradient.
+// The loops over a row of logits, each compiled for several instruction sets: one reads the logits and keeps their
+// exponentials, one writes the gradient, one only sums.
 #pragma once
 
 #include <cstdint>
@@ -50,6 +50,14 @@ struct RowScratch {
 void scan_row(const float *logits, std::int64_t n, const ScanOptions &options, const std::uint8_t *cell_of, RowScratch &row);
 void scan_row(const BFloat16 *logits, std::int64_t n, const ScanOptions &options, const std::uint8_t *cell_of, RowScratch &row);
 void scan_row(const Float16 *logits, std::int64_t n, const ScanOptions &options, const std::uint8_t *cell_of, RowScratch &row);
+
+// Logits whose maximum is kept for the choice of the k largest.
+constexpr std::int64_t kGroup = 128;
+
+// log Σ exp(z_j), and the maximum of every group of kGroup logits.
+double logsumexp_row(const float *logits, std::int64_t n, float softcap, float *maxima);
+double logsumexp_row(const BFloat16 *logits, std::int64_t n, float softcap, float *maxima);
+double logsumexp_row(const Float16 *logits, std::int64_t n, float softcap, float *maxima);
 
 // The maximum of n elements, a multiple of kLanes.
 float max_cell(const float *z, std::int64_t n);

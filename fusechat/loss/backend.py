@@ -22,7 +22,7 @@ except ImportError:
 # Elements of a chunk in torch's own form: its few fp32 copies of a chunk stay in the last-level cache of a
 # CPU.
 _CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
-_NATIVE_FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+NATIVE_FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 def backend_for(device: torch.device) -> str:
@@ -53,31 +53,47 @@ def forward_rows(logits: Tensor, rows: Rows, options: LossOptions, grad: Tensor 
     for the device, such a row's loss is NaN.
     """
     backend = backend_for(logits.device)
-    known = logits.dtype in _NATIVE_FORMATS and logits.stride(1) == 1
+    known = logits.dtype in NATIVE_FORMATS and logits.stride(1) == 1
     if backend == "native" and known:
         return _native_rows(logits, rows, options, grad)
-    # Rows with ranges have no Triton kernel yet.
-    if backend == "triton" and known and rows.order is None:
+    if backend == "triton" and known:
         from fusechat.kernels.sparse_soft_ce import sparse_soft_ce_rows
 
-        values: tuple[Tensor, ...] = sparse_soft_ce_rows(logits, *rows[:6], **options.scalars(), grad=grad)
+        values: tuple[Tensor, ...] = sparse_soft_ce_rows(logits, *rows, **options.scalars(), grad=grad)
         return values
     return _torch_rows(logits, rows, options, grad)
 
 
-def _native_rows(logits: Tensor, rows: Rows, options: LossOptions, grad: Tensor | None) -> tuple[Tensor, ...]:
-    def plain(tensor: Tensor) -> Any:
-        # NumPy has no bfloat16: two-byte floats cross as their bits.
-        tensor = tensor.detach()
-        return (tensor if tensor.dtype == torch.float32 else tensor.view(torch.int16)).numpy()
+def _plain(tensor: Tensor) -> Any:
+    # NumPy has no bfloat16: two-byte floats cross as their bits.
+    tensor = tensor.detach()
+    return (tensor if tensor.dtype == torch.float32 else tensor.view(torch.int16)).numpy()
 
+
+def native_topk(logits: Tensor, k: int, labels: Tensor, softcap: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Call the compiled engine for `fusechat.topk.topk_rows`."""
+    try:
+        ids, logprobs, lse, label_logprob = _native.topk_logprob(
+            logits=_plain(logits),
+            format=NATIVE_FORMATS[logits.dtype],
+            labels=labels.contiguous().numpy(),
+            k=k,
+            softcap=softcap,
+            threads=torch.get_num_threads(),
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return torch.from_numpy(ids), torch.from_numpy(logprobs), torch.from_numpy(lse), torch.from_numpy(label_logprob)
+
+
+def _native_rows(logits: Tensor, rows: Rows, options: LossOptions, grad: Tensor | None) -> tuple[Tensor, ...]:
     columns = {name: column.contiguous().numpy() for name, column in rows._asdict().items() if column is not None}
     ranges = [columns.pop(name) for name in ("order", "low", "high")] if rows.order is not None else None
     try:
         values = _native.sparse_soft_ce(
-            logits=plain(logits),
-            gradient=None if grad is None else plain(grad),
-            format=_NATIVE_FORMATS[logits.dtype],
+            logits=_plain(logits),
+            gradient=None if grad is None else _plain(grad),
+            format=NATIVE_FORMATS[logits.dtype],
             **columns,
             ranges=None if ranges is None else tuple(ranges),
             **options.scalars(),

@@ -24,10 +24,17 @@ class Variant:
     extras: bool = False
     """Temperatures, softcap and label smoothing."""
 
-    @property
-    def block_and_warps(self) -> tuple[int, int]:
-        """The columns of one block, and the warps that work on it."""
-        block, warps = sparse_soft_ce.block_and_warps(self.vocabulary, 4 if self.dtype == "fp32" else 2)
+    ranges: bool = False
+    """The launch for rows with ranges, and not the one for the others."""
+
+    def block_and_warps(self, target: int | str) -> tuple[int, int]:
+        """Return the columns of one block, and the warps that work on it."""
+        wants_registers = self.n_entries > 64 or self.extras or self.missing == "uniform" or self.ranges
+        block, warps = sparse_soft_ce.block_and_warps(
+            self.vocabulary,
+            4 if self.dtype == "fp32" else 2,
+            wants_registers=wants_registers or isinstance(target, str),
+        )
         return int(block), int(warps)
 
 
@@ -40,21 +47,24 @@ VARIANTS = (
     Variant(name="float32", dtype="fp32"),
     Variant(name="V = 32,000", vocabulary=32_000),
     Variant(name="uniform, temperatures, softcap, smoothing", missing="uniform", extras=True),
+    Variant(name="rows with ranges, K ≤ 16", ranges=True),
 )
 
 
 def compile_variant(variant: Variant, target: int | str, aligned: bool = True) -> Resources:
     """Compile one variant for an NVIDIA architecture (80, 90, …) or an AMD one (gfx942)."""
-    block, warps = variant.block_and_warps
+    block, warps = variant.block_and_warps(target)
     constants = {
         "DIVERGENCE": variant.divergence, "MISSING": variant.missing, "TEMPERED": variant.extras,
         "TAU": variant.extras, "CAP": variant.extras, "SUMS": variant.extras or variant.missing == "uniform",
-        "GRAD": True, "INPLACE": True, "KB": variant.n_entries, "BLOCK": block,
+        "GRAD": True, "INPLACE": True, "SELECT": variant.ranges, "RANGES": variant.ranges,
+        "KB": variant.n_entries, "BLOCK": block,
     }  # fmt: skip
     kernel = sparse_soft_ce._sparse_soft_ce
-    signature = dict.fromkeys(kernel.arg_names, "fp32") | dict.fromkeys(("Z", "G"), f"*{variant.dtype}")
-    signature |= dict.fromkeys(("LABELS", "IDS"), "*i64") | dict.fromkeys(("PARTITION", "CORRECT"), "*i1")
-    signature |= {"z_stride": "i64", "g_stride": "i64", "V": "i32", "K": "i32"}
+    signature = dict.fromkeys(kernel.arg_names, "fp32") | dict.fromkeys(("Z", "G", "SAVED"), f"*{variant.dtype}")
+    signature |= dict.fromkeys(("LABELS", "IDS"), "*i64") | dict.fromkeys(("PARTITION", "CORRECT", "HAS_RANGES"), "*i1")
+    signature |= {"z_stride": "i64", "g_stride": "i64", "N": "i32", "V": "i32", "K": "i32"}
+    signature |= dict.fromkeys(("ORDER", "LOW", "HIGH"), "*i32")
     signature |= dict.fromkeys(("LOGPROBS", "HARD_WEIGHT", "ROW_SCALE", "LOSS", "HARD", "SOFT", "LSE"), "*fp32")
     return compile_kernel(
         kernel,
@@ -103,7 +113,7 @@ class Row:
 def table(target: int | str) -> list[Row]:
     """Compile every configuration for one architecture."""
     compiled = [
-        ("sparse_soft_ce", variant.name, *variant.block_and_warps, compile_variant(variant, target))
+        ("sparse_soft_ce", variant.name, *variant.block_and_warps(target), compile_variant(variant, target))
         for variant in VARIANTS
     ]
     compiled += [
