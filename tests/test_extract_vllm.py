@@ -10,11 +10,8 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from extract_world import check_store, make_hd32_model, manifest, shard_bytes, stores_agree
+from vllm_server import vllm_server
 
 import fusechat
 from fusechat.dialogue import load_dialogues
@@ -148,40 +146,9 @@ def test_every_row_is_of_the_token_after_it(tiny_world: Any, tmp_path: Path) -> 
 
 @pytest.fixture(scope="module")
 def server(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real `vllm serve` of the model; the CPU package lacks the distribution name that the command asks for."""
-    folder = tmp_path_factory.mktemp("serve")
-    import vllm
-
-    info = folder / "site" / f"vllm-{vllm.__version__}+cpu.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {vllm.__version__}+cpu\n")
-    from vllm.platforms import current_platform
-
-    on_cpu = current_platform.is_cpu()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {"TORCH_COMPILE_DISABLE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-    if on_cpu:
-        environment["PYTHONPATH"] = os.pathsep.join([str(folder / "site"), os.environ.get("PYTHONPATH", "")])
-    command = [
-        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(directory), "--port", str(port), "--dtype",
-        "float32", "--max-model-len", "202", "--max-logprobs", "8", "--no-enable-prefix-caching", "--enforce-eager",
-        *(["--kv-cache-memory-bytes", "100000000"] if on_cpu else ["--gpu-memory-utilization", "0.3"]),
-    ]  # fmt: skip
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(600):
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=1):
-                break
-            assert process.poll() is None, (folder / "log").read_text()[-3000:]
-            time.sleep(0.3)
+    options = ("--dtype", "float32", "--max-model-len", "202", "--max-logprobs", "8", "--no-enable-prefix-caching")
+    with vllm_server(directory, tmp_path_factory.mktemp("serve"), *options) as url:
         yield url
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def test_a_real_server_agrees_with_hf(
