@@ -29,7 +29,8 @@ class DataConfig(_Section):
     )
     held_out_fraction: float = Field(0.1, gt=0, lt=1, description="share of `train` held out when `held_out` is absent")
     validation: str | None = Field(
-        None, description="file of dialogues that only `merge.sweep` sees; else a split of `train`, made for a sweep"
+        None,
+        description="dialogues neither trained nor tested on: a sweep of merges and the best checkpoint choose on them",
     )
     validation_fraction: float = Field(
         0.1, gt=0, lt=1, description="share of what remains of `train` for `merge.sweep` to choose on"
@@ -229,11 +230,22 @@ class RunConfig(_Section):
     @model_validator(mode="after")
     def _names_differ(self) -> RunConfig:
         names = [source_name(source) for source in self.sources]
-        for name in {"pivot", "sft", "merged"} & set(names):
+        for name in {"pivot", "sft", "merged", "multi"} & set(names):
             raise ValueError(f"a source may not be named {name!r}")
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two sources are named {name!r}: give them a `name`")
+        if self.train.final == "best" and self.data.validation is None:
+            raise ValueError(
+                "train.final: best needs data.validation: chosen by the held-out dialogues, the results would flatter"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _draws_stay_unbiased(self) -> RunConfig:
+        caches = {(source.extract or self.extract).cache for source in self.sources}
+        if "sampled" in caches and self.train.temperature != 1.0:
+            raise ValueError("extract.cache: sampled is an estimate at train.temperature: 1 only; set it to 1")
         return self
 
 
