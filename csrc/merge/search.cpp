@@ -63,8 +63,11 @@ void Search::bracket_from(std::vector<double> &sample) {
                 static_cast<double>(n_nonzero) / static_cast<double>(n);
     }
     // Four standard deviations of independent draws: neighbours resemble each other, but a miss costs only time.
-    double margin = 4 * std::sqrt(share * (1 - std::min(share, 1.0)) / static_cast<double>(n)) + 1e-5;
-    margin = std::min(margin, 0.4 * static_cast<double>(limit_) / static_cast<double>(own_.n));
+    const double deviation = std::sqrt(share * (1 - std::min(share, 1.0)) / static_cast<double>(n));
+    const double kept_whole = 0.4 * static_cast<double>(limit_) / static_cast<double>(own_.n);
+    double margin = 4 * deviation + 1e-5;
+    // A miss costs about three passes, a bracket that is narrowed first one.
+    if (kept_whole > 1.5 * deviation) margin = std::min(margin, kept_whole);
     auto bits_at_rank = [&](double from_top) {
         const auto rank = static_cast<std::int64_t>(from_top * static_cast<double>(n));
         if (rank < 0) return Bracket{}.high - 1;

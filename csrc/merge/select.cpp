@@ -10,15 +10,17 @@
 namespace fusechat::merge {
 namespace {
 
-constexpr std::int64_t kListBytes = 4 << 20, kLeastListBytes = 1 << 18;  // kept of all searches' brackets, and of one's
-constexpr std::int64_t kSampleItems = 1 << 19;   // sampled at most, for all searches
+constexpr std::int64_t kListBytes = 3 << 20, kLeastListBytes = 1 << 18;  // kept of all searches' brackets, and of one's
+constexpr std::int64_t kSampleItems = 1 << 18;   // sampled at most, for all searches
+constexpr std::int64_t kListedWhole = 1 << 23;   // of larger tensors a bracket seldom fits its list
 constexpr int kSampleRun = 128;                  // neighbours taken together: a read costs more than their arithmetic
 constexpr std::int64_t kSampledFrom = 1 << 16;   // smaller tensors are kept or narrowed at once
 
 void bracket_by_sample(const Inputs &inputs, std::deque<Search> &searches, ScratchPool &pool) {
     if (inputs.n < kSampledFrom) return;
-    // About n^(2/3) balances the cost of the sample with that of what its bracket keeps.
+    // About n^(2/3) balances the cost of the sample with that of what its bracket keeps, as long as that can be kept.
     std::int64_t wanted = std::int64_t{1} << 2 * std::bit_width(static_cast<std::uint64_t>(inputs.n)) / 3;
+    if (inputs.n > kListedWhole) wanted = kSampleItems;
     wanted = std::min(wanted, kSampleItems / static_cast<std::int64_t>(searches.size()));
     const std::int64_t n_runs = std::max<std::int64_t>(wanted / kSampleRun, 1);
     std::vector<std::vector<double>> samples(searches.size());

@@ -13,12 +13,12 @@ from fusechat.merge.layout import Shard
 from fusechat.merge.tensor import Job, merge_one
 
 # csrc/merge: one chunk of 16,384 items of every source at four bytes, one tile of every delta, per thread; and what
-# selection keeps: a sample of at most 2^19 keys, lists of 4 MiB (or 2^18 bytes a target, if that is more) and their
-# keys, and a target's histograms of 2^14 bins.
+# selection keeps: a sample of at most 2^18 keys, lists of 3 MiB (or 2^18 bytes a target, if that is more), which double
+# as they grow, their keys, and a target's histograms of 2^14 bins.
 _CHUNK_BYTES = 16384 * 4
 _TILE_BYTES = 512 * 4
-_SAMPLE_BYTES = 8 << 19
-_LIST_BYTES = (4 << 20) + (2 << 20)
+_SAMPLE_BYTES = 8 << 18
+_LIST_BYTES = (6 << 20) + (1 << 20)
 _TARGET_BYTES = 1 << 18
 _HISTOGRAM_BYTES = 2 * 24 << 14
 _TIMED_ITEMS = 1 << 20
