@@ -18,5 +18,5 @@ def held_out(data: str, *, limit: int | None, **options: Any) -> list[Dialogue]:
 
     config = Layout(out=Path(data)).config
     if config.is_file():
-        return load_split(load_config(config))[1][:limit]
+        return load_split(load_config(config)).held_out[:limit]
     return load_dialogues(data, limit=limit, **options)
