@@ -13,7 +13,6 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-
 _PATIENCE_S = 900  # a loaded machine is no reason for a red test
 
 
