@@ -13,6 +13,14 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+_PATIENCE_S = 900  # a loaded machine is no reason for a red test
+
+
+def _is_up(port: int) -> bool:
+    with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+        return True
+    return False
+
 
 @contextlib.contextmanager
 def vllm_server(model: Path, folder: Path, *options: str) -> Iterator[str]:
@@ -38,10 +46,10 @@ def vllm_server(model: Path, folder: Path, *options: str) -> Iterator[str]:
             [*command, "--enforce-eager", *options], env=environment, stdout=log, stderr=log, start_new_session=True
         )
     try:
-        for _ in range(600):
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
-                break
+        deadline_s = time.monotonic() + _PATIENCE_S
+        while not _is_up(port):
             assert process.poll() is None, (folder / "log").read_text()[-3000:]
+            assert time.monotonic() < deadline_s, f"vllm serve is not up after {_PATIENCE_S} s: see {folder / 'log'}"
             time.sleep(0.3)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
