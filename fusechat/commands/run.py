@@ -22,4 +22,4 @@ def run(
     with terminal_reporter() as reporter:
         results = run_all(settings, reporter=reporter)
     print_results(results)
-    typer.echo(f"everything is in {settings.out}")
+    typer.echo(f"everything is in {settings.out}; the report is report.html there")
