@@ -13,6 +13,8 @@ from fusechat.commands.extract import extract
 from fusechat.commands.info import info
 from fusechat.commands.inspect import inspect
 from fusechat.commands.merge import merge
+from fusechat.commands.plan import plan
+from fusechat.commands.profile import profile
 from fusechat.commands.report import report
 from fusechat.commands.run import run
 from fusechat.commands.train import train
@@ -28,6 +30,7 @@ app = typer.Typer(
 
 app.command()(demo)
 app.command()(run)
+app.command()(plan)
 app.command()(extract)
 app.command()(align)
 app.command()(train)
@@ -36,5 +39,6 @@ app.add_typer(evaluate)
 app.command()(report)
 app.command()(compare)
 app.command()(bench)
+app.command()(profile)
 app.command()(inspect)
 app.command()(info)

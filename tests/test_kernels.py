@@ -29,16 +29,16 @@ def test_results_under_the_interpreter():
 @pytest.fixture(scope="module")
 def gate(tmp_path_factory):
     os.environ.setdefault("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-    return pytest.importorskip("kernel_gate", reason="Triton's NVIDIA tools are not here")
+    return pytest.importorskip("fusechat.profile.gate", reason="Triton's NVIDIA tools are not here")
 
 
 def check(gate, variant, target) -> None:
     found = gate.compile_variant(variant, target)
-    block, warps = gate.sparse_soft_ce.block_and_warps(variant.vocabulary, 4 if variant.dtype == "fp32" else 2)
+    block, warps = variant.block_and_warps
     assert found.spills == 0, f"{variant.name} spills {found.spills} on {target}"
     assert found.wide_loads >= 1, f"{variant.name} has no 128-bit load on {target}"
     if isinstance(target, int):
-        assert found.registers * 32 * warps <= gate.REGISTERS_PER_SM, f"{variant.name}: {found.registers} registers"
+        assert gate.occupancy(found, warps, target) > 0, f"{variant.name}: {found.registers} registers"
         if not variant.extras:
             # One exponential an element and pass; a few more for the K cells and the running maximum.
             per_thread = block // (32 * warps)

@@ -1,0 +1,54 @@
+"""fusechat plan CONFIG.yaml|recipe:NAME [key=value ...] [--hardware] [--gpus] [--gpu-memory] [--disk] [--json]"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def plan(
+    config: Annotated[str, typer.Argument(help="YAML of the run, or recipe:NAME", show_default=False)],
+    overrides: Annotated[list[str] | None, typer.Argument(help="changes such as train.epochs=2")] = None,
+    hardware: Annotated[
+        str, typer.Option(help="h200, h100-80, a100-80, a100-40, rtx4090, cpu, or a file of facts")
+    ] = "cpu",
+    gpus: Annotated[int | None, typer.Option(min=1, help="how many; the hardware's own number when absent")] = None,
+    gpu_memory: Annotated[str | None, typer.Option(help="of one GPU, such as 40GB")] = None,
+    disk: Annotated[str | None, typer.Option(help="room, such as 2TB; what is free under `out` when absent")] = None,
+    dialogues: Annotated[int | None, typer.Option(min=1, help="how many, for data that is not a local file")] = None,
+    tokens_per_dialogue: Annotated[int | None, typer.Option(min=1, help="on average, for the same")] = None,
+    json: Annotated[bool, typer.Option(help="print JSON instead of tables")] = False,
+) -> None:
+    """Say what a fusion will need, stage by stage: memory, disk, FLOPs, time, and what to change. Reads no weights."""
+    import json as js
+    import shutil
+
+    from rich.console import Console
+
+    from fusechat.config import load_config
+    from fusechat.merge.size import parse_size
+    from fusechat.plan import plan as make_plan
+    from fusechat.plan.hardware import load_hardware
+    from fusechat.plan.report import print_plan
+    from fusechat.recipe import PREFIX, recipe_path
+
+    settings = load_config(recipe_path(config), overrides or [])
+    machine = load_hardware(
+        hardware, gpus=gpus, memory_bytes=None if gpu_memory is None else parse_size(gpu_memory)
+    )  # fmt: skip
+    place = Path.cwd() if config.startswith(PREFIX) else Path(settings.out)
+    while not place.exists():
+        place = place.parent
+    result = make_plan(
+        settings,
+        machine,
+        dialogues=dialogues,
+        tokens_per_dialogue=tokens_per_dialogue,
+        disk_limit_bytes=shutil.disk_usage(place).free if disk is None else parse_size(disk),
+    )
+    if json:
+        typer.echo(js.dumps(result.as_json(), indent=2, ensure_ascii=False))
+    else:
+        print_plan(result, Console())

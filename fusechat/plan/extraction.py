@@ -1,0 +1,174 @@
+"""What extracting one model's top-k takes: with vLLM, with transformers, or from servers elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fusechat.config import ExtractConfig
+from fusechat.extract.budget import GPU_MEMORY_UTILIZATION, max_batched_tokens, prompt_logprob_bytes
+from fusechat.plan.hardware import Hardware
+from fusechat.plan.model_shape import (
+    ITEM_BYTES,
+    ModelShape,
+    count_parameters,
+    forward_flops,
+    kv_bytes_per_token,
+    stored_bytes,
+)
+from fusechat.plan.process import GPU_PROCESS_BYTES
+from fusechat.plan.stage import StagePlan
+from fusechat.plan.workload import Lengths
+from fusechat.store import id_dtype
+
+# glibc keeps a freed block below its largest mmap threshold in its heap, and cannot give it to the next aligned request
+# of the same size: such buffers take their room twice (measured, docs/plan.md).
+HEAP_BLOCK_BYTES = 32 << 20
+HEAD_CHUNK_BYTES = 64 << 20  # fusechat.topk's own budget
+_TOKEN_BYTES = 4 + 1 + 4 + 4  # input_ids, loss_mask, turn, byte_end
+_CUDA_BYTES = 1_000_000_000  # context and libraries
+_SERVER_TOKENS_PER_S = 7000.0  # one API process makes JSON of 750 bytes a token (docs/extraction.md)
+
+
+def store_bytes(lengths: Lengths, vocab: int, top_k: int) -> int:
+    """Return the size of a TopKStore (fusechat.store), or of an AlignedStore's rows."""
+    row_bytes = top_k * (id_dtype(vocab).itemsize + 2) + 4
+    return int(lengths.tokens * _TOKEN_BYTES + lengths.rows * row_bytes + lengths.n_dialogues * 24)
+
+
+def plan_extraction(
+    name: str, shape: ModelShape, lengths: Lengths, config: ExtractConfig, hardware: Hardware, process_bytes: int
+) -> StagePlan:
+    """Return what extracting a model takes on the hardware."""
+    flops = forward_flops(shape, lengths.tokens, lengths.typical, lengths.rows)
+    disk = {"top-k store": store_bytes(lengths, shape.vocab, config.top_k)}
+    dtype = shape.dtype if config.dtype == "auto" else config.dtype
+    common: dict[str, Any] = {
+        "stage": "extract", "name": name, "parameters": count_parameters(shape), "flops": flops, "disk_parts": disk,
+    }  # fmt: skip
+    if config.backend == "vllm-server":
+        return StagePlan(
+            **common, devices=0, host_parts={"process": process_bytes}, host_limit_bytes=hardware.host_memory_bytes,
+            seconds=lengths.tokens / (_SERVER_TOKENS_PER_S * len(config.servers)), settings={"backend": config.backend},
+        )  # fmt: skip
+    if config.backend == "vllm" and not hardware.on_cpu:
+        return _with_vllm(common, shape, config, hardware, dtype)
+    parts = hf_parts(shape, lengths, config, process_bytes)
+    settings = {"backend": "hf", "batch_tokens": config.batch_tokens, "dtype": dtype}
+    changes = ("a smaller extract.batch_tokens, extract.dtype: bfloat16, or extract.backend: vllm-server",)
+    if hardware.on_cpu:
+        return StagePlan(
+            **common, devices=0, host_parts=parts, host_limit_bytes=hardware.memory_bytes, settings=settings,
+            seconds=flops / hardware.rate("extract", dtype), changes=changes,
+        )  # fmt: skip
+    return StagePlan(
+        **common, devices=1, device_parts=on_device(parts), device_limit_bytes=hardware.memory_bytes,
+        host_parts={"process": process_bytes}, host_limit_bytes=hardware.host_memory_bytes, settings=settings,
+        seconds=flops / hardware.rate("extract", dtype), changes=("extract.backend: vllm", *changes),
+    )  # fmt: skip
+
+
+def on_device(parts: Mapping[str, int]) -> dict[str, int]:
+    """Return what of the transformers backend's parts lies on a GPU; its allocator reuses what a heap would keep."""
+    return {key: parts[key] for key in ("weights", "forward", "logits")} | {"cuda": _CUDA_BYTES}
+
+
+def gpu_parts(
+    shape: ModelShape, max_length_tokens: int, memory_bytes: int, tensor_parallel: int, dtype: str
+) -> dict[str, int]:
+    """Return what one GPU of an engine holds: its share of the weights, CUDA, the cache of one longest sequence, what a
+    step's tokens take inside the layers, and what vLLM does not count: the logits and log-softmax of a step."""
+    item = int(ITEM_BYTES.get(dtype, 2))
+    step = max_batched_tokens(shape.vocab, memory_bytes, dtype_bytes=item)
+    kept = max(max_length_tokens + 1, step)
+    width = 4 * shape.hidden + 3 * shape.intermediate // tensor_parallel
+    quantised = shape.quantisation is not None or dtype not in ITEM_BYTES
+    weights = stored_bytes(shape) if quantised else stored_bytes(shape, dtype)
+    return {
+        "weights": -(-weights // tensor_parallel),
+        "kv cache": kept * kv_bytes_per_token(shape, item) // min(tensor_parallel, shape.kv_heads),
+        "activations": step * width * item,
+        "logits": prompt_logprob_bytes(step, shape.vocab, dtype_bytes=item),
+        "cuda": _CUDA_BYTES,
+    }
+
+
+def hf_parts(shape: ModelShape, lengths: Lengths, config: ExtractConfig, process_bytes: int) -> dict[str, int]:
+    """Return what the transformers backend holds at its peak on the CPU.
+
+    Weights of the asked dtype are pages of their file, and of an untied embedding only the rows that occur are read.
+    The widest moment of a layer is its MLP (three intermediate widths) or its attention; in half precision sequences
+    are padded to batches, and under a mask keys and values are widened to all heads.
+    """
+    from fusechat.extract.hf import length_batches
+
+    dtype = shape.dtype if config.dtype == "auto" else config.dtype
+    item = int(ITEM_BYTES[dtype])
+    in_file = dtype == shape.dtype
+    weights = stored_bytes(shape, None if in_file else dtype)
+    unread = 0 if shape.tied or not in_file else (shape.vocab - min(shape.vocab, lengths.distinct_ids)) * shape.hidden
+    sample = lengths.sample[: config.shard_dialogues].tolist()
+    count, longest = 1, max(sample)
+    if item < 4:
+        batches = [(len(batch), sample[batch[0]]) for batch in length_batches(sample, config.batch_tokens)]
+        count, longest = max(batches, key=lambda batch: batch[0] * batch[1])
+    padded = count * longest
+    query, key = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
+    attention = 3 * query + 2 * (query if count > 1 else 0) + 2 * key
+    width = 2 * shape.hidden + max(3 * shape.intermediate, attention)
+    rows = padded * lengths.row_share
+    chunk = min(rows, HEAD_CHUNK_BYTES // (shape.vocab * (item + 4)))
+    forward = padded * width * item
+    head = int(chunk * shape.vocab * (8 + (item if item < 4 else 0)))
+    heap = forward * (padded * shape.intermediate * item < HEAP_BLOCK_BYTES)
+    heap += head * (chunk * shape.vocab * 4 < HEAP_BLOCK_BYTES)
+    mask = count * longest**2 * (1 + item) if count > 1 else 0
+    return {
+        "process": process_bytes,
+        "weights": weights - unread * item,
+        "forward": forward + mask + int(rows) * shape.hidden * item,
+        "logits": head,
+        "kept by the heap": int(heap),
+        "results": int(lengths.tokens * _TOKEN_BYTES + sum(sample) * lengths.row_share * (config.top_k * 14 + 8)),
+    }
+
+
+def _with_vllm(
+    common: dict[str, Any], shape: ModelShape, config: ExtractConfig, hardware: Hardware, dtype: str
+) -> StagePlan:
+    limit = min(config.max_length_tokens, shape.context_tokens)
+    wanted = config.tensor_parallel_size
+    sizes = [n for n in (1, 2, 4, 8, 16) if wanted <= n <= hardware.devices and shape.heads % n == 0] or [wanted]
+
+    def fits(parts: dict[str, int]) -> bool:
+        inside = sum(size for part, size in parts.items() if part not in ("logits", "cuda"))
+        return (
+            inside <= GPU_MEMORY_UTILIZATION * hardware.memory_bytes
+            and sum(parts.values()) <= hardware.memory_bytes
+        )  # fmt: skip
+
+    chosen = next((n for n in sizes if fits(gpu_parts(shape, limit, hardware.memory_bytes, n, dtype))), sizes[-1])
+    parts = gpu_parts(shape, limit, hardware.memory_bytes, chosen, dtype)
+    engines = min(max(1, hardware.devices // chosen), config.engines or hardware.devices)
+    used = engines * chosen
+    changes: list[str] = []
+    if used > hardware.devices:
+        changes.append(f"extract.tensor_parallel_size {chosen} asks for more than {hardware.devices} GPUs")
+    if not fits(parts):
+        for smaller in ("fp8", "int4"):
+            least = next((n for n in sizes if fits(gpu_parts(shape, limit, hardware.memory_bytes, n, smaller))), None)
+            if least is not None:
+                changes.append(f"a source quantised to {smaller} on {least} GPU" + "s" * (least > 1))
+                break
+        changes.append("more GPUs (extract.tensor_parallel_size), or extract.backend: vllm-server")
+    step = max_batched_tokens(shape.vocab, hardware.memory_bytes, dtype_bytes=int(ITEM_BYTES.get(dtype, 2)))
+    return StagePlan(
+        **common, devices=used, device_parts=parts, device_limit_bytes=hardware.memory_bytes,
+        host_parts={"processes": GPU_PROCESS_BYTES * used}, host_limit_bytes=hardware.host_memory_bytes,
+        seconds=common["flops"] / (used * hardware.rate("extract", dtype)),
+        settings={
+            "backend": "vllm", "tensor_parallel_size": chosen, "engines": engines, "max_num_batched_tokens": step,
+            "gpu_memory_utilization": GPU_MEMORY_UTILIZATION, "dtype": dtype,
+        },
+        changes=tuple(changes),
+    )  # fmt: skip

@@ -1,0 +1,138 @@
+"""The machine a plan is for: shipped facts, a file of the same form, or this computer."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fusechat.artifact import Json
+from fusechat.errors import ConfigError
+from fusechat.merge.size import parse_size
+from fusechat.plan.models import shipped
+
+_KEYS = ("device", "memory", "host_memory", "devices", "tflops", "bandwidth", "disk_rate", "efficiency")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hardware:
+    """`devices` devices of `memory_bytes` each; rates per second of one device; efficiencies are shares of the peak."""
+
+    name: str
+    device: str
+    devices: int
+    memory_bytes: int
+    host_memory_bytes: int
+    flops: dict[str, float]
+    bandwidth_bytes: float
+    disk_rate_bytes: float
+    efficiency: dict[str, float]
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether there is no accelerator: device and host memory are then one."""
+        return self.device == "cpu"
+
+    def rate(self, stage: str, dtype: str) -> float:
+        """Return the FLOP/s that one device is assumed to attain in a stage."""
+        peak = self.flops["float32" if dtype == "float32" else "bfloat16"]
+        return peak * self.efficiency["train" if stage == "train" else "extract"]
+
+
+def load_hardware(name: str, *, gpus: int | None = None, memory_bytes: int | None = None) -> Hardware:
+    """Return known hardware, this computer (`cpu`), or what a YAML or JSON file says; both others alter it.
+
+    Raises ConfigError, naming the nearest known hardware, or the key of the file that is wrong.
+    """
+    known = shipped("hardware.json")
+    if name == "cpu":
+        hardware = this_computer()
+    elif name in known:
+        hardware = _parse(name, known[name])
+    elif Path(name).is_file():
+        hardware = _parse(Path(name).stem, _read(Path(name)))
+    else:
+        names = [*known, "cpu"]
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}"
+        raise ConfigError(f"unknown hardware {name!r}: {hint} A YAML or JSON file of its facts works too")
+    if gpus is not None:
+        if hardware.on_cpu:
+            raise ConfigError("--gpus has no meaning with --hardware cpu: leave it out, or name a GPU")
+        hardware = replace(hardware, devices=gpus)
+    if memory_bytes is not None:
+        hardware = replace(hardware, memory_bytes=memory_bytes)
+    return hardware
+
+
+def this_computer() -> Hardware:
+    """Return this computer's memory and its measured FLOP/s in float32 products (a quarter of a second)."""
+    import numpy as np
+
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    a = np.ones((768, 768), np.float32)
+    best = 0.0
+    started = time.perf_counter()
+    while time.perf_counter() - started < 0.25:
+        begin = time.perf_counter()
+        a @ a
+        best = max(best, 2 * 768**3 / (time.perf_counter() - begin))
+    return Hardware(
+        name="cpu",
+        device="cpu",
+        devices=1,
+        memory_bytes=total,
+        host_memory_bytes=total,
+        flops={"float32": best, "bfloat16": best},
+        bandwidth_bytes=1e10,
+        disk_rate_bytes=1e9,
+        efficiency={"extract": 0.5, "train": 0.5},
+    )
+
+
+def _read(path: Path) -> Json:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML or JSON: {str(error).splitlines()[0]}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold a mapping with the keys {', '.join(_KEYS)}")
+    return values
+
+
+def _parse(name: str, values: Json) -> Hardware:
+    for key in values:
+        if key not in _KEYS:
+            near = difflib.get_close_matches(str(key), _KEYS, n=1)
+            raise ConfigError(f"hardware {name}: unknown key `{key}`, did you mean `{near[0] if near else _KEYS[0]}`?")
+    missing = [key for key in _KEYS if key not in values]
+    if missing:
+        raise ConfigError(f"hardware {name} lacks {', '.join(missing)}")
+
+    def number(value: Any, key: str) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+            raise ConfigError(f"hardware {name}: {key} is {value!r}, expected a number above 0")
+        return float(value)
+
+    def numbers(key: str, wanted: tuple[str, ...]) -> dict[str, float]:
+        table = values[key]
+        if not isinstance(table, dict) or set(table) != set(wanted):
+            raise ConfigError(f"hardware {name}: {key} must be a mapping with {' and '.join(wanted)}")
+        return {k: number(v, f"{key}.{k}") for k, v in table.items()}
+
+    return Hardware(
+        name=name,
+        device=str(values["device"]),
+        devices=int(number(values["devices"], "devices")),
+        memory_bytes=parse_size(str(values["memory"])),
+        host_memory_bytes=parse_size(str(values["host_memory"])),
+        flops={k: v * 1e12 for k, v in numbers("tflops", ("bfloat16", "float32")).items()},
+        bandwidth_bytes=float(parse_size(str(values["bandwidth"]))),
+        disk_rate_bytes=float(parse_size(str(values["disk_rate"]))),
+        efficiency=numbers("efficiency", ("extract", "train")),
+    )

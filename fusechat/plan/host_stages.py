@@ -1,0 +1,90 @@
+"""What alignment, merging and evaluation take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fusechat.config import ExtractConfig
+from fusechat.plan.extraction import hf_parts, on_device, store_bytes
+from fusechat.plan.hardware import Hardware
+from fusechat.plan.model_shape import ModelShape, count_parameters, forward_flops, stored_bytes
+from fusechat.plan.process import GPU_PROCESS_BYTES
+from fusechat.plan.stage import StagePlan
+from fusechat.plan.workload import Lengths
+
+# One thread of a 2-core Xeon (bench/results): `align, bytes, store to store`, and `sce` with five targets.
+ALIGN_TOKENS_PER_S = 2.2e6
+ALIGN_FIXED_S = 4.4
+MERGE_S_PER_SOURCE_ELEMENT = 2.6e-9
+_ALIGN_BYTES_PER_TOKEN = 5.0
+_ALIGN_TABLE_BYTES = 1200  # per entry of the two vocabularies: byte strings, maps, statistics
+
+
+def plan_alignment(
+    name: str, pivot: ModelShape, source: ModelShape, lengths: Lengths, top_k: int, hardware: Hardware, base_bytes: int
+) -> StagePlan:
+    """Return what aligning a source's store takes: it streams shards and holds the two vocabularies."""
+    return StagePlan(
+        stage="align",
+        name=name,
+        parameters=count_parameters(source),
+        devices=0,
+        host_parts={
+            "process": base_bytes,
+            "vocabularies": _ALIGN_TABLE_BYTES * (pivot.vocab + source.vocab),
+            "shards": int(_ALIGN_BYTES_PER_TOKEN * lengths.tokens),
+        },
+        host_limit_bytes=hardware.host_memory_bytes,
+        disk_parts={"aligned store": store_bytes(lengths, pivot.vocab, top_k) + int(lengths.rows)},
+        seconds=ALIGN_FIXED_S + lengths.tokens / ALIGN_TOKENS_PER_S,
+    )
+
+
+def plan_merge(
+    pivot: ModelShape, n_targets: int, threads: int, hardware: Hardware, base_bytes: int, method: str
+) -> StagePlan:
+    """Return what merging the targets takes: the engine's buffers, whatever the size of the model."""
+    from fusechat.merge.estimate import engine_bytes
+
+    elements = count_parameters(pivot)
+    target_bytes = stored_bytes(pivot)
+    computing = elements * (n_targets + 1) * MERGE_S_PER_SOURCE_ELEMENT / threads
+    moving = target_bytes * (n_targets + 2) / hardware.disk_rate_bytes
+    return StagePlan(
+        stage="merge",
+        name=method,
+        parameters=elements,
+        devices=0,
+        host_parts={"process": base_bytes, "engine": engine_bytes(n_targets, threads)},
+        host_limit_bytes=hardware.host_memory_bytes,
+        disk_parts={"merged model": target_bytes},
+        seconds=max(computing, moving),
+        settings={"threads": threads, "bound_by": "disk" if moving > computing else "cores"},
+    )
+
+
+def plan_evaluation(
+    models: Mapping[str, tuple[ModelShape, Lengths]], n_held_out: int, config: ExtractConfig, hardware: Hardware,
+    base_bytes: int,
+) -> StagePlan:  # fmt: skip
+    """Return what scoring every model on the held-out dialogues takes: one model at a time, on one device."""
+    flops = seconds = 0.0
+    for shape, lengths in models.values():
+        tokens = n_held_out * lengths.tokens / lengths.n_dialogues
+        work = forward_flops(shape, tokens, lengths.typical, tokens * lengths.row_share)
+        flops += work
+        seconds += work / hardware.rate("extract", shape.dtype)
+    name, (shape, lengths) = max(models.items(), key=lambda item: stored_bytes(item[1][0]))
+    parts = hf_parts(shape, lengths, config, base_bytes)
+    common = {"stage": "evaluate", "name": "all", "parameters": count_parameters(shape), "flops": flops}
+    common |= {"seconds": seconds, "settings": {"largest": name}}
+    if hardware.on_cpu:
+        return StagePlan(
+            **common, devices=0, host_parts=parts, host_limit_bytes=hardware.memory_bytes,  # type: ignore[arg-type]
+            changes=(f"leave {name} out of the evaluation, or a smaller extract.batch_tokens",),
+        )  # fmt: skip
+    return StagePlan(
+        **common, devices=1, device_parts=on_device(parts), device_limit_bytes=hardware.memory_bytes,  # type: ignore[arg-type]
+        host_parts={"process": GPU_PROCESS_BYTES}, host_limit_bytes=hardware.host_memory_bytes,
+        changes=(f"{name} is too large for the run's evaluation on one device: `fusechat eval` takes the others",),
+    )  # fmt: skip

@@ -1,0 +1,193 @@
+"""A causal language model as numbers: what its config says about parameters, memory and work.
+
+The counts are of whole weight matrices, norms and biases, as the Hugging Face implementations have them; tests hold
+them to those implementations. Everything here is arithmetic on a config: no torch, no weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fusechat.errors import DataError
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1, "int8": 1, "int4": 0.5}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Family:
+    """How an architecture differs from Llama in what it counts."""
+
+    gated: bool = True
+    """The MLP has a gate beside its up projection."""
+    qkv_bias: bool = False
+    bias: bool = False
+    """Every projection of a layer has a bias."""
+    norms: int = 2
+    """Norms of the hidden width per layer."""
+    norm_bias: bool = False
+    qk_norm: bool = False
+    """Norms of the head width on queries and keys."""
+    tied: bool = False
+    """Head and embedding are one matrix where the config does not say."""
+
+
+FAMILIES = {
+    "llama": Family(),
+    "mistral": Family(),
+    "mixtral": Family(),
+    "internlm2": Family(),
+    "phi3": Family(),
+    "qwen2": Family(qkv_bias=True),
+    "qwen3": Family(qk_norm=True),
+    "gemma": Family(tied=True),
+    "gemma2": Family(norms=4, tied=True),
+    "gpt_neox": Family(gated=False, bias=True, norm_bias=True),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelShape:
+    """The sizes of a decoder-only transformer. `dtype` is that of the stored weights, `quantisation` its method."""
+
+    name: str
+    family: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    intermediate: int
+    vocab: int
+    tied: bool
+    context_tokens: int
+    experts: int = 1
+    experts_per_token: int = 1
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    dtype: str = "bfloat16"
+    quantisation: str | None = None
+    weight_bytes: int | None = None
+    """Size of the stored weights, where their headers were read."""
+
+    @property
+    def known(self) -> bool:
+        """Whether the architecture's norms and biases are known; else it is counted like a Llama."""
+        return self.family in FAMILIES
+
+
+def shape_from_config(name: str, config: Mapping[str, Any]) -> ModelShape:
+    """Return the shape a config.json describes; raises DataError naming the key that it lacks."""
+    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    assert text is not None
+    family_name = str(text.get("model_type") or config.get("model_type") or "")
+    family = FAMILIES.get(family_name, Family())
+
+    def size(*keys: str, default: int | None = None) -> int:
+        value = next((text[key] for key in keys if text.get(key) is not None), default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise DataError(f"the config of {name} has no {keys[0]}: it is not a decoder-only language model's")
+        return value
+
+    hidden = size("hidden_size", "n_embd", "d_model")
+    heads = size("num_attention_heads", "n_head")
+    quantisation = config.get("quantization_config")
+    return ModelShape(
+        name=name,
+        family=family_name,
+        hidden=hidden,
+        layers=size("num_hidden_layers", "n_layer"),
+        heads=heads,
+        kv_heads=size("num_key_value_heads", default=heads),
+        head_width=size("head_dim", default=max(1, hidden // heads)),
+        intermediate=size("moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim", default=4 * hidden),
+        vocab=size("vocab_size"),
+        tied=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", family.tied))),
+        context_tokens=size("max_position_embeddings", "n_positions", default=2048),
+        experts=size("num_local_experts", "num_experts", "n_routed_experts", default=1),
+        experts_per_token=size("num_experts_per_tok", default=1),
+        attention_bias=bool(text.get("attention_bias", False)) or family.bias,
+        mlp_bias=bool(text.get("mlp_bias", False)) or family.bias,
+        dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
+        quantisation=str(quantisation.get("quant_method", "quantised")) if isinstance(quantisation, dict) else None,
+    )
+
+
+def expert_parameters(shape: ModelShape) -> int:
+    """Return the parameters of one MLP."""
+    gated = _family(shape).gated
+    weights = (3 if gated else 2) * shape.hidden * shape.intermediate
+    return weights + shape.mlp_bias * (shape.intermediate * (2 if gated else 1) + shape.hidden)
+
+
+def attention_parameters(shape: ModelShape) -> int:
+    """Return the parameters of one layer's attention."""
+    query, key = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
+    weights = shape.hidden * (2 * query + 2 * key)
+    biases = query + 2 * key if shape.attention_bias or _family(shape).qkv_bias else 0
+    return weights + biases + shape.hidden * shape.attention_bias + 2 * shape.head_width * _family(shape).qk_norm
+
+
+def layer_parameters(shape: ModelShape) -> int:
+    """Return the parameters of one decoder layer."""
+    router = shape.hidden * shape.experts if shape.experts > 1 else 0
+    norms = _family(shape).norms * shape.hidden * (1 + _family(shape).norm_bias)
+    return attention_parameters(shape) + shape.experts * expert_parameters(shape) + router + norms
+
+
+def embedding_parameters(shape: ModelShape) -> int:
+    """Return the parameters of the input embedding, which are also the head's."""
+    return shape.vocab * shape.hidden
+
+
+def count_parameters(shape: ModelShape) -> int:
+    """Return all parameters; a tied head counts once."""
+    final_norm = shape.hidden * (1 + _family(shape).norm_bias)
+    ends = embedding_parameters(shape) * (1 if shape.tied else 2)
+    return shape.layers * layer_parameters(shape) + final_norm + ends
+
+
+def active_parameters(shape: ModelShape) -> int:
+    """Return the parameters of the layers that one token passes: of a mixture's experts only those chosen."""
+    idle = (shape.experts - shape.experts_per_token) * expert_parameters(shape)
+    return shape.layers * (layer_parameters(shape) - idle)
+
+
+def stored_bytes(shape: ModelShape, dtype: str | None = None) -> int:
+    """Return the size of the weights: as stored, or as they would be in `dtype`.
+
+    Embedding and head stay 2 bytes wide in a quantised model.
+    """
+    if dtype is None and shape.weight_bytes is not None:
+        return shape.weight_bytes
+    dtype = dtype or shape.dtype
+    n = count_parameters(shape)
+    if dtype in ("fp8", "int8", "int4"):
+        wide = embedding_parameters(shape) * (1 if shape.tied else 2)
+        return int((n - wide) * ITEM_BYTES[dtype] + wide * 2)
+    return int(n * ITEM_BYTES.get(dtype, 2))
+
+
+def kv_bytes_per_token(shape: ModelShape, item_bytes: int = 2) -> int:
+    """Return what one token keeps in the attention's cache."""
+    return 2 * shape.layers * shape.kv_heads * shape.head_width * item_bytes
+
+
+def forward_flops(shape: ModelShape, tokens: float, context_tokens: float, head_rows: float) -> float:
+    """Return the floating-point operations of a forward pass: 2 per weight and token, attention over half of the
+    context on average (`context_tokens` is a sequence's length), and the head on `head_rows` positions."""
+    attention = 2 * 2 * shape.layers * shape.heads * shape.head_width * context_tokens / 2
+    return tokens * (2 * active_parameters(shape) + attention) + head_rows * 2 * embedding_parameters(shape)
+
+
+def training_flops(
+    shape: ModelShape, tokens: float, context_tokens: float, head_rows: float, *, frozen: bool = False
+) -> float:
+    """Return the operations of forward and backward, without what gradient checkpointing repeats: the backward pass
+    costs two forwards, or one where the weights are `frozen` (LoRA) and need no gradient of their own."""
+    return forward_flops(shape, tokens, context_tokens, head_rows) * (2 if frozen else 3)
+
+
+def _family(shape: ModelShape) -> Family:
+    return FAMILIES.get(shape.family, Family())

@@ -1,0 +1,92 @@
+"""Where a plan's facts come from: headers and configs of local models, shipped facts of the paper's, or the hub's."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fusechat.artifact import Json, read_json
+from fusechat.checkpoint import INDEX_FILE, SINGLE_FILE, read_weights
+from fusechat.errors import DataError, FormatError
+from fusechat.plan.model_shape import ModelShape, count_parameters, shape_from_config
+
+_FOLDER = Path(__file__).parent / "facts"
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "fp8", "F8_E5M2": "fp8", "I8": "int8"}
+
+
+def shipped(name: str) -> Json:
+    """Return a table of facts that comes with the package."""
+    return dict(read_json(_FOLDER / name))
+
+
+def shipped_models() -> dict[str, Json]:
+    """Return the configs of the paper's models by hub id."""
+    tables = [read_json(file) for file in sorted((_FOLDER / "models").glob("*.json"))]
+    return {table["model"]: table["config"] for table in tables}
+
+
+def model_shape(model: str) -> tuple[ModelShape, str]:
+    """Return the shape of a model and where it was read: a local directory's config and headers, the facts shipped with
+    fusechat, or the hub's config and headers.
+
+    Raises DataError for a model without config, FormatError for a header that contradicts its file.
+    """
+    directory = Path(model).expanduser()
+    if directory.is_dir():
+        return _local(directory), "its headers"
+    known = shipped_models()
+    if model in known:
+        return shape_from_config(model, known[model]), "shipped facts"
+    if directory.is_absolute() or model.startswith("."):
+        raise DataError(f"model {model} does not exist: give a directory with config.json and safetensors, or a hub id")
+    return _hub(model, sorted(known)), "the hub's headers"
+
+
+def _local(directory: Path) -> ModelShape:
+    if not (directory / "config.json").exists():
+        raise DataError(f"{directory} has no config.json: it is not a model directory")
+    config = read_json(directory / "config.json")
+    if not isinstance(config, dict):
+        raise FormatError(f"{directory / 'config.json'} is not a JSON object")
+    entries = read_weights(directory, SINGLE_FILE, INDEX_FILE).values()
+    dtypes: dict[str, int] = {}
+    for entry in entries:
+        dtypes[entry.dtype] = dtypes.get(entry.dtype, 0) + entry.size_bytes
+    widest = max(dtypes, key=lambda dtype: dtypes[dtype])
+    return _with_headers(
+        directory.name, config, sum(dtypes.values()), sum(e.n_elements for e in entries), _DTYPES.get(widest, widest)
+    )
+
+
+def _with_headers(name: str, config: Json, size_bytes: int, n_elements: int, dtype: str) -> ModelShape:
+    shape = replace(shape_from_config(name, config), dtype=dtype, weight_bytes=size_bytes)
+    counted = count_parameters(shape)
+    # Rotary tables, odd extra heads: small. A config of another model than the weights: not small.
+    if shape.quantisation is None and shape.known and not math.isclose(counted, n_elements, rel_tol=0.02):
+        raise DataError(
+            f"{name}: the config describes {counted:,} parameters, the weights hold {n_elements:,}: "
+            "config.json and weights are not of one model"
+        )
+    return shape
+
+
+def _hub(model: str, known: list[str]) -> ModelShape:
+    from huggingface_hub import get_safetensors_metadata, hf_hub_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        config: Any = read_json(Path(hf_hub_download(model, "config.json")))
+        sizes = get_safetensors_metadata(model).parameter_count
+    except (OSError, ValueError, RuntimeError, HFValidationError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(
+            f"nothing is known of model {model}: no directory, no answer from the hub ({reason}), and the shipped "
+            f"facts are of {', '.join(known)}"
+        ) from error
+    n_elements = sum(sizes.values())
+    widest = max(sizes, key=lambda dtype: sizes[dtype])
+    item = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4}
+    size_bytes = sum(n * item.get(dtype, 1) for dtype, n in sizes.items())
+    return _with_headers(model, config, size_bytes, n_elements, _DTYPES.get(widest, widest))

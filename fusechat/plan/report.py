@@ -1,0 +1,95 @@
+"""A plan on the terminal, within 80 columns."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from fusechat.merge.size import human_bytes
+from fusechat.plan import Plan
+
+
+def human_count(n: float) -> str:
+    """Write a number of parameters or operations with three digits."""
+    for limit, suffix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if n >= limit:
+            return f"{n / limit:.3g}{suffix}"
+    return f"{n:.0f}"
+
+
+def human_flops(n: float) -> str:
+    """Write floating-point operations with three digits and an SI prefix."""
+    return human_count(n).replace("B", "G") if n else "–"
+
+
+def human_time(seconds: float) -> str:
+    """Write a duration in the unit that suits it."""
+    if seconds < 1:
+        return "< 1 s"
+    for limit, unit in ((86_400 * 2, "d"), (5_400, "h"), (90, "min")):
+        if seconds >= limit:
+            return f"{seconds / {'d': 86_400, 'h': 3_600, 'min': 60}[unit]:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Print the stages, training under every strategy, what to change, and what was assumed."""
+    hardware = plan.hardware
+    what = (
+        f"this computer, {human_bytes(hardware.memory_bytes)}"
+        if hardware.on_cpu
+        else f"{hardware.devices} × {hardware.name}, {human_bytes(hardware.memory_bytes)} each"
+    )
+    console.print(f"[bold]plan[/bold] on {what}", highlight=False)
+    console.print(_stages(plan))
+    total = sum(stage.seconds for stage in plan.stages)
+    left = "" if plan.disk_limit_bytes is None else f" of {human_bytes(plan.disk_limit_bytes)}"
+    console.print(
+        f"together {human_time(total)}, {human_bytes(plan.disk_bytes)}{left} on the disk", highlight=False, style="bold"
+    )
+    if plan.strategies:
+        cells = [
+            f"{name} [{'green' if size <= hardware.memory_bytes else 'red'}]{human_bytes(size)}[/]"
+            for name, size in plan.strategies.items()
+        ]
+        console.print(f"\ntraining, a GPU: {', '.join(cells)}", highlight=False)
+    changes = [
+        f"{stage.stage} {stage.name} does not fit ({_too_much(stage)}): {'; or '.join(stage.changes) or 'more memory'}"
+        for stage in plan.stages
+        if not stage.fits
+    ]
+    if not plan.disk_fits:
+        changes.append(f"the disk is too small by {human_bytes(plan.disk_bytes - (plan.disk_limit_bytes or 0))}")
+    for change in changes:
+        console.print(f"\n[red]![/red] {change}", highlight=False)
+    console.print("\nassumed: " + "; ".join(plan.assumptions), style="dim", highlight=False)
+
+
+def _too_much(stage: object) -> str:
+    from fusechat.plan.stage import StagePlan
+
+    assert isinstance(stage, StagePlan)
+    device, host = stage.device_bytes - stage.device_limit_bytes, stage.host_bytes - stage.host_limit_bytes
+    return f"{human_bytes(device)} too much a GPU" if device > 0 else f"{human_bytes(host)} too much on the host"
+
+
+def _stages(plan: Plan) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 0, 0, 1))
+    for header in ("stage", "of"):
+        table.add_column(header, no_wrap=True, max_width=14, overflow="ellipsis")
+    for header in ("params", "GPUs", "GPU", "host", "disk", "FLOPs", "time", ""):
+        table.add_column(header, justify="right", no_wrap=True)
+    for stage in plan.stages:
+        table.add_row(
+            stage.stage,
+            stage.name,
+            human_count(stage.parameters),
+            str(stage.devices or "–"),
+            human_bytes(stage.device_bytes) if stage.devices else "–",
+            human_bytes(stage.host_bytes),
+            human_bytes(stage.disk_bytes) if stage.disk_bytes else "–",
+            human_flops(stage.flops),
+            human_time(stage.seconds),
+            "[green]fits[/]" if stage.fits else "[red]no[/]",
+        )
+    return table

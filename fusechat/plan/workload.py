@@ -1,0 +1,157 @@
+"""How much there is to read: dialogues and their lengths in each model's tokens, counted on a sample or assumed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+import numpy.typing as npt
+
+from fusechat.config import DataConfig, ExtractConfig
+from fusechat.dialogue import read_dialogues, split_held_out
+from fusechat.errors import ConfigError
+from fusechat.plan.models import shipped
+from fusechat.records import Dialogue
+
+SAMPLE_DIALOGUES = 512
+ASSUMED_BYTES_PER_TOKEN = 4.0
+ASSUMED_ROW_SHARE = 0.75
+_ASSUMED_SPREAD = 0.7  # σ of a log-normal: chat data's lengths spread about a factor of two around the median
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lengths:
+    """A data set in one model's tokens: a sample of lengths int64[n], in the data's order, and the share of rows."""
+
+    n_dialogues: int
+    sample: npt.NDArray[np.int64]
+    row_share: float
+    distinct_ids: int
+    """How many different tokens occur."""
+
+    @property
+    def tokens(self) -> float:
+        """All tokens."""
+        return self.n_dialogues * float(self.sample.mean())
+
+    @property
+    def rows(self) -> float:
+        """All positions that predict an assistant token."""
+        return self.tokens * self.row_share
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest dialogue."""
+        return int(self.sample.max())
+
+    @property
+    def typical(self) -> float:
+        """The length at which a token, rather than a dialogue, finds itself on average."""
+        return float((self.sample.astype(float) ** 2).sum() / self.sample.sum())
+
+    def padded_share(self, batch_dialogues: int) -> float:
+        """Return padded tokens over tokens in random batches of `batch_dialogues`."""
+        rng = np.random.default_rng(0)
+        draws = rng.choice(self.sample, (1000, batch_dialogues))
+        return float(draws.max(axis=1).sum() * batch_dialogues / draws.sum())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    """The dialogues of a run: what is fused on and what is held out, and what was assumed about them."""
+
+    train: Sequence[Dialogue] | None
+    n_train: int
+    n_held_out: int
+    bytes_per_dialogue: float
+    assumptions: tuple[str, ...]
+
+
+def find_workload(data: DataConfig, seed: int, dialogues: int | None, tokens_per_dialogue: int | None) -> Workload:
+    """Return the workload of a run: read from a local file, known of a shipped data set, or as given.
+
+    Raises ConfigError when nothing is known of a data set that is no local file and nothing was given.
+    """
+    if dialogues is None and Path(data.train).exists():
+        options = {"format": data.format, "separator": data.separator, "max_bytes": data.max_bytes}
+        read, _ = read_dialogues(data.train, limit=data.limit, **options)  # type: ignore[arg-type]
+        if data.held_out is None:
+            read, held_out = split_held_out(read, data.held_out_fraction, seed)
+        else:
+            held_out, _ = read_dialogues(data.held_out, **options)  # type: ignore[arg-type]
+        n_bytes = sum(len(m.content.encode()) for d in read for m in d.messages)
+        return Workload(
+            train=read, n_train=len(read), n_held_out=len(held_out), bytes_per_dialogue=n_bytes / len(read),
+            assumptions=(),
+        )  # fmt: skip
+    known = shipped("data.json").get(data.train, {})
+    count = dialogues or known.get("dialogues")
+    if count is None:
+        raise ConfigError(f"nothing is known of the data set {data.train}: give --dialogues and --tokens-per-dialogue")
+    count = min(count, data.limit or count)
+    size = ASSUMED_BYTES_PER_TOKEN * tokens_per_dialogue if tokens_per_dialogue else None
+    size = size or (known["text_bytes"] / known["dialogues"] if known else 2400.0)
+    held_out_count = math.ceil(count * data.held_out_fraction) if data.held_out is None else 0
+    return Workload(
+        train=None,
+        n_train=count - held_out_count,
+        n_held_out=held_out_count,
+        bytes_per_dialogue=size,
+        assumptions=(
+            f"{count:,} dialogues of {size / ASSUMED_BYTES_PER_TOKEN:,.0f} tokens on average "
+            f"({ASSUMED_BYTES_PER_TOKEN:g} bytes a token), {ASSUMED_ROW_SHARE:.0%} of them the assistant's",
+        ),
+    )
+
+
+def lengths(workload: Workload, model: str, config: ExtractConfig, context_tokens: int) -> tuple[Lengths, str]:
+    """Return a data set's lengths in a model's tokens, and how they were found.
+
+    A local model's tokenizer and template encode up to 512 dialogues, the longest among them; without one the lengths
+    are log-normal about the mean bytes.
+    """
+    limit = min(config.max_length_tokens, context_tokens)
+    if workload.train is None or not Path(model).is_dir():
+        quantiles = (np.arange(1000) + 0.5) / 1000
+        shape = np.exp(_ASSUMED_SPREAD * np.array([NormalDist().inv_cdf(q) for q in quantiles]))
+        mean = workload.bytes_per_dialogue / ASSUMED_BYTES_PER_TOKEN
+        sample = np.clip(shape / shape.mean() * mean, 2, limit).astype(np.int64)
+        everything = int(min(1e9, workload.n_train * mean))
+        return Lengths(
+            n_dialogues=workload.n_train, sample=sample, row_share=ASSUMED_ROW_SHARE, distinct_ids=everything
+        ), "assumed"
+    encoded = _encode(workload.train, Path(model), config.template, limit)
+    counts = np.array([len(ids) for ids, _ in encoded], dtype=np.int64)
+    rows = sum(int(mask[1:].sum()) for _, mask in encoded)
+    distinct = len(np.unique(np.concatenate([ids for ids, _ in encoded])))
+    return Lengths(
+        n_dialogues=workload.n_train, sample=counts, row_share=rows / int(counts.sum()), distinct_ids=distinct
+    ), "counted"
+
+
+def _encode(
+    dialogues: Sequence[Dialogue], directory: Path, template: str, limit: int
+) -> list[tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]]:
+    from fusechat.bytetable import ByteTable
+    from fusechat.encode import encode_all
+    from fusechat.template import load_template
+    from fusechat.tokenizer import load_tokenizer
+
+    chosen = list(dialogues)
+    if len(chosen) > SAMPLE_DIALOGUES:
+        longest = max(chosen, key=lambda d: sum(len(m.content) for m in d.messages))
+        step = len(chosen) / (SAMPLE_DIALOGUES - 1)
+        chosen = [longest, *(chosen[int(i * step)] for i in range(SAMPLE_DIALOGUES - 1))]
+    tokenizer = load_tokenizer(directory)
+    encoded = encode_all(
+        chosen,
+        tokenizer,
+        ByteTable.from_tokenizer(tokenizer),
+        template=load_template(tokenizer, template),
+        max_length_tokens=limit,
+    ).encoded
+    return [(e.input_ids, e.loss_mask) for e in encoded]

@@ -1,0 +1,110 @@
+"""What `fusechat profile` prints: the summary of a stage, and the compile-time table of the kernels."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from fusechat.config import load_config
+from fusechat.errors import ConfigError
+from fusechat.profile.native import Function
+from fusechat.profile.piece import STAGES
+from fusechat.profile.stage import (
+    TORCH_STAGES,
+    fresh_folder,
+    ncu_command,
+    profile_native,
+    profile_torch,
+    write_summary,
+)
+from fusechat.profile.summary import table
+from fusechat.recipe import recipe_path
+
+
+def stage_report(stage: str, config: str, overrides: list[str], out: Path, dialogues: int, console: Console) -> None:
+    """Profile a stage and print what it found; raises ConfigError for a stage that there is not."""
+    if stage not in STAGES:
+        raise ConfigError(f"no stage {stage!r} to profile: there are {', '.join(STAGES)} and kernels")
+    settings = load_config(recipe_path(config), overrides)
+    fresh_folder(out)
+    facts: dict[str, object] = {"stage": stage}
+    if stage in TORCH_STAGES:
+        lines, facts = profile_torch(stage, settings, out, dialogues)
+        ceilings = facts["ceilings"]
+        assert isinstance(ceilings, dict)
+        console.print(
+            f"[bold]{stage}[/bold], {dialogues} dialogues on {facts['device']}: {facts['seconds']:.1f} s, tensors "
+            f"{int(str(facts['peak_tensor_bytes'])) / 1e6:,.0f} MB at most",
+            highlight=False,
+        )
+        console.print(table(lines))
+        roofs = ", ".join(f"{name} {value:,.0f}" for name, value in ceilings.items())
+        console.print(f"roofs of this run: {roofs}", style="dim", highlight=False)
+        facts["operators"] = [asdict(line) for line in lines]
+    functions = profile_native(stage, config, overrides, out, dialogues)
+    console.print(f"\n[bold]{stage}[/bold], functions of the process (perf)", highlight=False)
+    if isinstance(functions, str):
+        console.print(functions, style="yellow", highlight=False)
+        facts["functions"] = functions
+    else:
+        console.print(_functions(functions))
+        facts["functions"] = [asdict(function) for function in functions]
+    if stage in TORCH_STAGES:
+        facts["ncu"] = ncu_command(stage, config, overrides, out, dialogues)
+        console.print("\nCUDA kernels one by one, where there is a GPU:", highlight=False)
+        console.print(str(facts["ncu"]), style="cyan", soft_wrap=True, highlight=False)
+    write_summary(out, facts)
+    console.print(f"\n{out}: {', '.join(sorted(path.name for path in out.iterdir()))}", highlight=False)
+
+
+def kernels(arch: str, console: Console) -> None:
+    """Compile every kernel and configuration for an architecture and print what each takes.
+
+    Raises ConfigError when Triton is not installed, and for an architecture that is not known.
+    """
+    try:
+        from fusechat.profile.compiled import parse_arch
+        from fusechat.profile.gate import table as compile_table
+    except ImportError as error:
+        raise ConfigError("fusechat profile kernels needs Triton: pip install 'fusechat[triton]'") from error
+    import triton
+
+    target = parse_arch(arch)
+    result = Table(box=None, pad_edge=False, padding=(0, 0, 0, 1))
+    for header in ("kernel", "configuration"):
+        result.add_column(header)
+    for header in ("block", "warps", "regs", "spills", "shared", "128-bit", "occup."):
+        result.add_column(header, justify="right", no_wrap=True)
+    for row in compile_table(target):
+        found = row.resources
+        result.add_row(
+            row.kernel,
+            row.variant,
+            str(row.block),
+            str(row.warps),
+            str(found.registers),
+            f"[red]{found.spills}[/]" if found.spills else "0",
+            f"{found.shared_bytes}",
+            str(found.wide_loads),
+            "–" if row.occupancy is None else f"{row.occupancy:.0%}",
+        )
+    console.print(f"[bold]{arch}[/bold], Triton {triton.__version__}, compiled here without a GPU", highlight=False)
+    console.print(result)
+    console.print(
+        "registers a thread, shared memory in bytes a program, 128-bit loads in the code, warps in flight an SM",
+        style="dim",
+        highlight=False,
+    )
+
+
+def _functions(functions: list[Function]) -> Table:
+    result = Table(box=None, pad_edge=False, padding=(0, 0, 0, 1))
+    result.add_column("time", justify="right")
+    result.add_column("library", max_width=24, no_wrap=True, overflow="ellipsis")
+    result.add_column("function", max_width=46, no_wrap=True, overflow="ellipsis")
+    for function in functions:
+        result.add_row(f"{function.share:.1%}", function.library, function.name)
+    return result

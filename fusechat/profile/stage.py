@@ -1,0 +1,129 @@
+"""One stage under the profilers: a trace, a memory timeline, a summary against ceilings measured in the same run."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fusechat.artifact import Json
+from fusechat.config import RunConfig
+from fusechat.profile.native import Function, hot_functions, perf_missing, record
+from fusechat.profile.piece import prepare
+from fusechat.profile.summary import Line, summarise
+from fusechat.profile.trace import memory_timeline, read_operators
+
+TORCH_STAGES = ("extract", "train")
+
+
+def profile_torch(stage: str, config: RunConfig, out: Path, dialogues: int) -> tuple[list[Line], Json]:
+    """Run a piece of a stage under torch.profiler; write trace.json and memory.csv to `out`; return its summary.
+
+    The facts are wall seconds, the most bytes torch held, and the ceilings.
+    """
+    import torch
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    from fusechat.bench.machine import ceilings
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
+    with tempfile.TemporaryDirectory() as temporary:
+        run = prepare(stage, config, Path(temporary) / "work", dialogues)
+        started = time.perf_counter()
+        with profile(activities=activities, record_shapes=True, profile_memory=True) as profiler, record_function(
+            f"fusechat {stage}"
+        ):  # fmt: skip
+            run()
+        seconds = time.perf_counter() - started
+    trace = out / "trace.json"
+    profiler.export_chrome_trace(str(trace))
+    timeline = memory_timeline(trace)
+    rows = "".join(f"{at:.6f},{size}\n" for at, size in timeline)
+    (out / "memory.csv").write_text("seconds,bytes\n" + rows)
+    found = ceilings(device)
+    operators = [o for o in read_operators(trace) if not o.name.startswith(("fusechat ", "ProfilerStep"))]
+    dtype = config.train.dtype if stage == "train" else config.extract.dtype
+    facts: Json = {
+        "stage": stage,
+        "device": device,
+        "seconds": seconds,
+        "peak_tensor_bytes": max((size for _, size in timeline), default=0),
+        "ceilings": found,
+    }
+    return summarise(operators, found, "float32" if dtype == "auto" and device == "cpu" else dtype), facts
+
+
+def profile_native(
+    stage: str, config_path: str, overrides: list[str], out: Path, dialogues: int
+) -> list[Function] | str:
+    """Run a piece of a stage in a child under perf; return its hot functions, or why there are none."""
+    reason = perf_missing()
+    if reason is not None:
+        return reason
+    data = out / "perf.data"
+    arguments = ["-m", "fusechat.profile.stage", stage, str(dialogues), config_path, *overrides]
+    if record(arguments, data):
+        return "the stage failed under perf; its own message stands above"
+    return hot_functions(data)
+
+
+def ncu_command(stage: str, config_path: str, overrides: list[str], out: Path, dialogues: int) -> str:
+    """Return the command line that profiles the stage's CUDA kernels with Nsight Compute, inside its NVTX range."""
+    inner = [sys.executable, "-m", "fusechat.profile.stage", stage, str(dialogues), config_path, *overrides]
+    nvtx = ["--nvtx", "--nvtx-include", f"fusechat {stage}/"]
+    return shlex.join(["ncu", *nvtx, "--set", "full", "-o", str(out / "ncu"), *inner])
+
+
+def run_piece(stage: str, config: RunConfig, dialogues: int) -> None:
+    """Run a piece of a stage in an NVTX range, for profilers from outside."""
+    with tempfile.TemporaryDirectory() as temporary:
+        in_range(stage, prepare(stage, config, Path(temporary) / "work", dialogues))
+
+
+def in_range(stage: str, run: Callable[[], Any]) -> None:
+    """Call within the NVTX range "fusechat STAGE" where there is a GPU."""
+    if stage not in TORCH_STAGES:
+        run()
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        run()
+        return
+    with torch.cuda.nvtx.range(f"fusechat {stage}"):
+        run()
+        torch.cuda.synchronize()
+
+
+def write_summary(out: Path, facts: Json) -> None:
+    """Write what was found as JSON beside the trace."""
+    (out / "summary.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+
+
+def fresh_folder(out: Path) -> None:
+    """Empty a folder of an earlier profile; raises FusechatError when it holds something else."""
+    from fusechat.errors import MismatchError
+
+    ours = {"trace.json", "memory.csv", "summary.json", "perf.data", "perf.data.old", "ncu.ncu-rep"}
+    if out.exists():
+        foreign = sorted(path.name for path in out.iterdir() if path.name not in ours)
+        if foreign:
+            raise MismatchError(
+                f"{out} holds {foreign[0]}, which is no profile of ours: choose another place with --out"
+            )
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+
+
+if __name__ == "__main__":
+    from fusechat.config import load_config
+    from fusechat.recipe import recipe_path
+
+    run_piece(sys.argv[1], load_config(recipe_path(sys.argv[3]), sys.argv[4:]), int(sys.argv[2]))

@@ -1,0 +1,180 @@
+"""The plan: what it decides, what it advises, what it prints, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+import fusechat.plan as room
+from fusechat.cli import app
+from fusechat.config import RunConfig, load_config, parse_config
+from fusechat.errors import ConfigError, DataError
+from fusechat.plan import Plan, plan
+from fusechat.plan.hardware import Hardware, load_hardware
+from fusechat.plan.report import print_plan
+from fusechat.plan.stage import StagePlan
+from fusechat.plan.workload import Lengths
+from fusechat.recipe import recipe_path
+
+
+@pytest.fixture(scope="module")
+def paper() -> RunConfig:
+    return load_config(recipe_path("recipe:fusechat_7b_v2"))
+
+
+@pytest.fixture
+def light(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare the children that measure an empty process."""
+    monkeypatch.setattr(room, "process_bytes", lambda stages: dict.fromkeys(stages, 400_000_000))
+
+
+def stage(result: Plan, what: str, name: str) -> StagePlan:
+    return next(s for s in result.stages if (s.stage, s.name) == (what, name))
+
+
+def test_the_paper_fits_the_paper_s_machine_with_full_sharding_only(paper: RunConfig) -> None:
+    result = plan(paper, load_hardware("a100-40"))
+    train = stage(result, "train", "qwen")
+    assert train.settings["strategy"] == "fsdp2"
+    assert train.fits
+    sizes = list(result.strategies.values())
+    assert sizes == sorted(sizes, reverse=True), "more sharding takes less"
+    assert stage(result, "extract", "qwen").settings["tensor_parallel_size"] == 8
+    assert stage(result, "extract", "pivot").settings["engines"] == 8
+    assert {s.name for s in result.stages if s.stage == "extract"} == {
+        "pivot", "starling", "solar", "internlm", "mixtral", "qwen",
+    }  # fmt: skip
+    assert 2 * 3600 < train.seconds < 10 * 3600  # the authors: about 7 hours
+
+
+def test_more_memory_needs_fewer_gpus_for_a_large_source(paper: RunConfig) -> None:
+    widths = [
+        stage(plan(paper, load_hardware("h200", memory_bytes=size)), "extract", "qwen").settings["tensor_parallel_size"]
+        for size in (40_000_000_000, 80_000_000_000, 141_000_000_000)
+    ]
+    assert widths == sorted(widths, reverse=True)  # type: ignore[type-var]
+    assert widths[0] > widths[-1]  # type: ignore[operator]
+
+
+def test_what_a_plan_advises_makes_it_fit(paper: RunConfig) -> None:
+    hardware = replace(load_hardware("a100-40", gpus=4), host_memory_bytes=2_000_000_000_000)
+    tight = replace(hardware, memory_bytes=16_000_000_000)
+    before = stage(plan(paper, tight), "train", "solar")
+    if before.fits:  # offloading was enough: take less
+        tight = replace(hardware, memory_bytes=before.device_bytes - 1_000_000_000)
+        before = stage(plan(paper, tight), "train", "solar")
+    assert not before.fits
+    (advice,) = before.changes
+    values = paper.model_dump()
+    for change in advice.split(" and "):
+        key, _, value = change.removeprefix("train.").partition(": ")
+        values["train"][key] = {"true": True, "{rank: 16}": {"rank": 16}}.get(value) or (
+            int(value) if value.isdecimal() else value
+        )
+    assert stage(plan(parse_config(values, "advised"), tight), "train", "solar").fits
+
+
+def test_a_source_too_large_for_every_split_is_told_to_be_quantised(paper: RunConfig) -> None:
+    result = plan(paper, load_hardware("a100-40", gpus=2))
+    changes = " ".join(stage(result, "extract", "qwen").changes)
+    assert "int4 on 2 GPUs" in changes
+    assert "vllm-server" in changes
+
+
+def test_local_dialogues_are_counted_and_assumed_ones_said(tiny_world: Any, light: None, tmp_path: Path) -> None:
+    values = {
+        "pivot": str(tiny_world.pivot), "sources": [str(tiny_world.source)], "out": str(tmp_path / "run"),
+        "data": {"train": str(tiny_world.dialogues), "held_out_fraction": 0.25},
+        "train": {"batch_size": 4, "micro_batch_size": 2, "epochs": 2},
+    }  # fmt: skip
+    values["sources"] = [{"model": str(tiny_world.source)}]
+    result = plan(parse_config(values, "here"), load_hardware("cpu"))
+    assert not any("bytes a token" in text for text in result.assumptions)
+    train = stage(result, "train", "source")
+    assert train.settings["steps"] == 2 * 5  # 18 dialogues in batches of 4, twice
+    assert train.devices == 0
+    assert result.fits
+    assert not (tmp_path / "run").exists()
+    values["data"] = {"train": "somebody/unknown"}
+    with pytest.raises(ConfigError, match="--dialogues"):
+        plan(parse_config(values, "here"), load_hardware("cpu"))
+    more = plan(parse_config(values, "here"), load_hardware("cpu"), dialogues=1000, tokens_per_dialogue=50)
+    assert any("1,000 dialogues of 50 tokens" in text for text in more.assumptions)
+
+
+def test_packing_is_priced_by_real_lengths() -> None:
+    even = Lengths(n_dialogues=100, sample=np.full(100, 30), row_share=1.0, distinct_ids=9)
+    assert even.padded_share(4) == pytest.approx(1.0)
+    spread = Lengths(n_dialogues=100, sample=np.array([10] * 99 + [1000]), row_share=1.0, distinct_ids=9)
+    assert spread.padded_share(4) > 2
+    assert spread.padded_share(1) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("name", ["a100-40", "rtx4090"])
+def test_the_table_fits_80_columns(paper: RunConfig, name: str) -> None:
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    print_plan(plan(paper, load_hardware(name), disk_limit_bytes=10**9), console)
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    for word in ("internlm", "the disk is too small", "fits", "GB"):
+        assert word in text
+
+
+def test_the_command_prints_json_offline() -> None:
+    done = CliRunner().invoke(app, ["plan", "recipe:fusechat_7b_v2", "--hardware", "a100-80", "--gpus", "4", "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["devices"] == 4
+    assert len(found["stages"]) == 6 + 5 + 6 + 1 + 1
+    first = found["stages"][0]
+    assert first["device_bytes"] == sum(first["device_parts"].values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["recipe:fusechat_7b_v3"], "did you mean fusechat_7b_v2"),
+        (["recipe:fusechat_7b_v2", "--hardware", "h20"], "did you mean h200"),
+        (["recipe:fusechat_7b_v2", "--gpus", "2"], "--gpus has no meaning"),
+        (["recipe:fusechat_7b_v2", "--hardware", "h200", "--gpu-memory", "much"], "is no size"),
+        (["recipe:fusechat_7b_v2", "pivot=./nowhere", "--hardware", "h200"], "does not exist"),
+        (["nowhere.yaml"], "cannot read nowhere.yaml"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(arguments: list[str], message: str) -> None:
+    done = CliRunner().invoke(app, ["plan", *arguments])
+    assert isinstance(done.exception, (ConfigError, DataError))
+    assert message in str(done.exception)
+    assert "\n" not in str(done.exception)
+
+
+def test_a_file_describes_hardware(tmp_path: Path) -> None:
+    facts = {
+        "device": "cuda", "memory": "24GiB", "host_memory": "64GB", "devices": 3, "bandwidth": "1TB",
+        "tflops": {"bfloat16": 100, "float32": 50}, "disk_rate": "2GB", "efficiency": {"extract": 0.5, "train": 0.4},
+    }  # fmt: skip
+    path = tmp_path / "box.json"
+    path.write_text(json.dumps(facts))
+    box = load_hardware(str(path))
+    assert isinstance(box, Hardware)
+    assert box.memory_bytes == 24 * 2**30
+    assert box.rate("train", "bfloat16") == pytest.approx(40e12)
+    for broken, message in (
+        ({"memry": "1GB"}, "did you mean `memory`"),
+        ({"devices": None}, "devices is None"),
+        ({"tflops": {"bfloat16": 1}}, "tflops must be a mapping with bfloat16 and float32"),
+    ):
+        path.write_text(json.dumps({**facts, **broken}))
+        with pytest.raises(ConfigError, match=message):
+            load_hardware(str(path))
+    path.write_text("{")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_hardware(str(path))

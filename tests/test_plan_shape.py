@@ -1,0 +1,189 @@
+"""What a plan counts, against the implementations: parameters, FLOPs, what a forward pass keeps, bytes of a store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fusechat.errors import DataError, FormatError
+from fusechat.plan.extraction import store_bytes
+from fusechat.plan.model_shape import (
+    ModelShape,
+    count_parameters,
+    forward_flops,
+    kv_bytes_per_token,
+    shape_from_config,
+    stored_bytes,
+)
+from fusechat.plan.models import model_shape, shipped_models
+from fusechat.plan.training import activation_bytes, lora_parameters
+from fusechat.plan.workload import Lengths
+
+SIZES = {
+    "hidden_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "intermediate_size": 160,
+    "vocab_size": 500,
+    "max_position_embeddings": 64,
+}
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"tie_word_embeddings": False}),
+    ("llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    ("mistral", {"tie_word_embeddings": False, "head_dim": 24}),
+    ("qwen2", {"tie_word_embeddings": False}),
+    ("qwen2", {"tie_word_embeddings": True}),
+    ("qwen3", {"tie_word_embeddings": False, "head_dim": 32}),
+    ("gemma2", {"tie_word_embeddings": True, "head_dim": 20}),
+    ("phi3", {"tie_word_embeddings": False, "pad_token_id": 0}),
+    ("gpt_neox", {"tie_word_embeddings": False}),
+    ("mixtral", {"tie_word_embeddings": False, "num_local_experts": 4, "num_experts_per_tok": 2}),
+]
+
+
+def build(family: str, options: dict[str, Any], device: str = "meta") -> tuple[Any, ModelShape]:
+    """Return a model, on the meta device without memory, and its shape by its config."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {key: value for key, value in SIZES.items() if family != "gpt_neox" or key != "num_key_value_heads"}
+    config = AutoConfig.for_model(family, **sizes, **options)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config)
+    return model, shape_from_config(family, config.to_dict())
+
+
+@pytest.mark.parametrize(("family", "options"), VARIANTS)
+def test_parameters_are_the_implementation_s(family: str, options: dict[str, Any]) -> None:
+    model, shape = build(family, options)
+    assert shape.known
+    assert count_parameters(shape) == model.num_parameters()
+
+
+@pytest.mark.parametrize(("family", "options"), [v for v in VARIANTS if v[0] in ("llama", "qwen2", "gpt_neox")])
+def test_flops_are_those_torch_counts(family: str, options: dict[str, Any]) -> None:
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, shape = build(family, options, "cpu")
+    model.set_attn_implementation("eager")  # torch does not count the CPU's fused attention
+    n, length = 2, 48
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=torch.zeros(n, length, dtype=torch.int64), use_cache=False)
+    # torch counts the whole square of an attention; half of it is needed.
+    ours = forward_flops(shape, n * length, 2 * length, n * length)
+    assert ours == pytest.approx(counter.get_total_flops(), rel=0.02)  # norms and biases are not products
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_forward_pass_keeps_what_is_counted(padded: bool) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**SIZES, tie_word_embeddings=False)
+    model = LlamaForCausalLM(config).train()
+    ids = torch.ones(4, 64, dtype=torch.int64)
+    mask = torch.ones_like(ids)
+    mask[0, 40:] = 1 - padded
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = tensor  # alive, so that no address is given twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+    measured = sum(t.untyped_storage().nbytes() for t in kept.values())
+    shape = shape_from_config("llama", config.to_dict())
+    counted = activation_bytes(shape, 256, item=4, checkpointing=False, mask_tokens=64 * padded)
+    assert counted == pytest.approx(measured, rel=0.05)
+
+
+def test_adapters_are_peft_s() -> None:
+    peft = pytest.importorskip("peft")
+    model, shape = build("llama", {"tie_word_embeddings": False})
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM"))
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert lora_parameters(shape, 3) == trained
+
+
+@pytest.mark.parametrize(
+    ("model", "published"),
+    [
+        ("openchat/openchat_3.5", 7_241_748_480),
+        ("mistralai/Mixtral-8x7B-Instruct-v0.1", 46_702_792_704),
+        ("internlm/internlm2-chat-20b", 19_861_149_696),
+        ("Qwen/Qwen1.5-72B-Chat", 72_287_920_128),
+        ("NousResearch/Nous-Hermes-2-SOLAR-10.7B", 10_731_540_480),
+    ],
+)
+def test_the_paper_s_models_have_their_published_sizes(model: str, published: int) -> None:
+    shape, where = model_shape(model)
+    assert where == "shipped facts"
+    assert count_parameters(shape) == published
+    assert model in shipped_models()
+
+
+def test_quantised_weights_keep_their_ends_wide() -> None:
+    shape, _ = model_shape("Qwen/Qwen1.5-72B-Chat")
+    assert 144e9 < stored_bytes(shape) < 145e9
+    assert 39e9 < stored_bytes(shape, "int4") < 41e9
+    assert kv_bytes_per_token(shape) == 2 * 80 * 64 * 128 * 2
+
+
+def test_a_store_is_as_large_as_counted(tmp_path: Path) -> None:
+    from fusechat.store import make_block, write_block
+
+    rng = np.random.default_rng(0)
+    records = []
+    for i, n in enumerate((40, 7, 93)):
+        mask = rng.random(n) < 0.6
+        rows = int(mask[1:].sum())
+        records.append(
+            {
+                "dialogue.index": np.array([i]),
+                "token.input_ids": np.zeros(n, np.int32),
+                "token.loss_mask": mask,
+                "token.turn": np.zeros(n, np.int32),
+                "token.byte_end": np.zeros(n, np.int32),
+                "row.ids": np.zeros((rows, 10), np.uint16),
+                "row.logprobs": np.zeros((rows, 10), np.float16),
+                "row.gold_logprob": np.zeros(rows, np.float32),
+            }
+        )
+    write_block(tmp_path / "shard", make_block(records))
+    n_rows = sum(len(r["row.ids"]) for r in records)
+    found = Lengths(n_dialogues=3, sample=np.array([40, 7, 93]), row_share=n_rows / 140, distinct_ids=1)
+    header = int.from_bytes((tmp_path / "shard").read_bytes()[:8], "little") + 8
+    assert store_bytes(found, 32_000, 10) == pytest.approx((tmp_path / "shard").stat().st_size - header, abs=64)
+
+
+def test_a_config_without_sizes_is_named() -> None:
+    with pytest.raises(DataError, match="the config of thing has no hidden_size"):
+        shape_from_config("thing", {"model_type": "clip"})
+
+
+def test_local_models_are_read_by_their_headers(tiny_world: Any, tmp_path: Path) -> None:
+    shape, where = model_shape(str(tiny_world.pivot))
+    assert where == "its headers"
+    assert shape.weight_bytes == count_parameters(shape) * 4
+    folder = tmp_path / "model"
+    folder.mkdir()
+    with pytest.raises(DataError, match=r"has no config\.json"):
+        model_shape(str(folder))
+    (folder / "config.json").write_text((tiny_world.source / "config.json").read_text())
+    (folder / "model.safetensors").write_bytes((tiny_world.pivot / "model.safetensors").read_bytes())
+    with pytest.raises(DataError, match="not of one model"):
+        model_shape(str(folder))
+    (folder / "model.safetensors").write_bytes(b"\xff" * 100)
+    with pytest.raises(FormatError, match="truncated or no safetensors"):
+        model_shape(str(folder))
+    with pytest.raises(DataError, match="does not exist"):
+        model_shape("./nowhere")
