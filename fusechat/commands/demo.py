@@ -39,6 +39,7 @@ def demo(
     settings = out / "demo.yaml"
     console.print(f"\nλ, τ, steps and the SCE variant, with their reasons: {settings}", highlight=False)
     console.print(f"everything is in {out}; the fused model is {out / 'run' / 'merged'}", highlight=False)
+    console.print(f"what came out, to look at: {out / 'run' / 'report.html'}", highlight=False)
     if not all(check.holds for check in outcome.checks):
         console.print("[red]the fusion did not do what it should: see the checks above[/red]")
         raise typer.Exit(1)

@@ -23,4 +23,4 @@ def run(
         results = run_all(settings, reporter=reporter)
     if results:
         print_results(results)
-        typer.echo(f"everything is in {settings.out}")
+        typer.echo(f"everything is in {settings.out}; the report is report.html there")

@@ -258,7 +258,12 @@ def _training(t: Json) -> dict[str, Any]:
             continue
         base = alt.Chart(data(rows)).encode(
             x=alt.X("step:Q", title="optimiser step", axis=alt.Axis(tickCount=5, grid=False)),
-            y=alt.Y("value:Q", title=title, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=5)),
+            y=alt.Y(
+                "value:Q",
+                title=title,
+                scale=alt.Scale(zero=key == "tokens_per_second"),  # a rate has a true zero, a loss has none
+                axis=alt.Axis(tickCount=5),
+            ),
             color=series("target", names)["color"],
         )
         points = (

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from fusechat.artifact import Json, read_json
+from fusechat.errors import FormatError
 from fusechat.layout import Layout
 
 _MERGED = "merged"
@@ -13,6 +14,8 @@ _MERGED = "merged"
 
 def outcome(layout: Layout, config: Json) -> Json:
     """Return the verdict and the table of results; raises FormatError when the run was not evaluated."""
+    if not layout.results.exists():
+        raise FormatError(f"the run is not evaluated yet: {layout.results} is not there")
     results = read_json(layout.results)
     groups = results["groups"]
     models = list(groups["overall"]["models"])

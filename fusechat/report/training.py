@@ -21,7 +21,9 @@ _CURVE = ("step", "loss", "hard_loss", "soft_loss", "tokens_per_second", "held_o
 
 def training(layout: Layout, config: Json) -> Json:
     """Return every target's curve; raises FormatError when none is trained."""
-    names = [*source_names(config), *(["sft"] if config.get("train", {}).get("sft_control", True) else [])]
+    settings = config.get("train", {})
+    targets = ["multi"] if settings.get("mode") == "multi" else source_names(config)
+    names = [*targets, *(["sft"] if settings.get("sft_control", True) else [])]
     others = sorted(path.parent.name for path in layout.target("*").parent.glob("*/provenance.json"))
     done = [name for name in dict.fromkeys([*names, *others]) if name in others]
     if not done:
@@ -29,7 +31,7 @@ def training(layout: Layout, config: Json) -> Json:
     ends = {line["stage"]: line for line in read_ledger(layout.ledger) if line["event"] == "end"}
     n_tokens = _n_tokens(layout.store("pivot") / "manifest.json")
     return {
-        "hard_weight": config.get("train", {}).get("hard_weight"),
+        "hard_weight": settings.get("hard_weight"),
         "by_target": {name: _target(layout.target(name), ends.get(f"train {name}", {}), n_tokens) for name in done},
         "absent": [name for name in names if name not in done],
     }
