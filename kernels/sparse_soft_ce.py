@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusechat.kernels.divergence import divergence_terms
+from fusechat.kernels.launch import block_and_warps, range_programs
 from fusechat.kernels.range_cells import gather_ranges, prepare_ranges, restore_ranges, scatter_ranges
 from fusechat.kernels.softcap import capped
 
@@ -22,7 +23,6 @@ LOWEST = tl.constexpr(-3.0e38)
 TINY = tl.constexpr(1.1754944e-38)
 IGNORE_LABEL = tl.constexpr(-100)
 MINUS_INFINITY = tl.constexpr(float("-inf"))
-_TWO_ROWS_BYTES = 96 << 10
 
 
 @triton.jit
@@ -314,28 +314,6 @@ def _sparse_soft_ce(
             )  # fmt: skip
 
 
-def block_and_warps(vocabulary: int, element_bytes: int, *, wants_registers: bool) -> tuple[int, int]:
-    """Return the elements of a block and the warps of a program.
-
-    Pass 2 finds a row in the L2 cache when the rows in flight fit half of it: with 16 warps two programs fit a
-    multiprocessor, so rows of more than 96 KiB (25 MB on 132 of them) get 32, one program each, which leaves a thread
-    64 registers. `wants_registers` is for specialisations that need more, and for AMD's warps of 64 lanes.
-    `fusechat profile kernels` shows what each takes.
-    """
-    row_bytes = vocabulary * element_bytes
-    if row_bytes > _TWO_ROWS_BYTES and element_bytes == 2 and not wants_registers:
-        return 16384, 32
-    block = min(triton.next_power_of_2(max(vocabulary, 1)), 16384 // element_bytes)
-    return block, 16 if block == 8192 else 8 if block >= 1024 else 4
-
-
-def _range_programs(n_rows: int, device: torch.device) -> int:
-    """Return how many programs share the rows with ranges, each with a scratch row."""
-    if device.type != "cuda":
-        return min(n_rows, 4)  # the interpreter: few enough that a program has several rows
-    return min(n_rows, torch.cuda.get_device_properties(device).multi_processor_count)
-
-
 def sparse_soft_ce_rows(
     logits: Tensor,
     labels: Tensor,
@@ -367,13 +345,13 @@ def sparse_soft_ce_rows(
     if logits.stride(1) != 1 or (grad is not None and grad.stride(1) != 1):
         raise ValueError("rows of logits and of their gradient must be contiguous")
     n_entries = ids.shape[1]
-    outputs = [torch.empty(n_rows, dtype=torch.float32, device=logits.device) for _ in range(4)]
-    correct = torch.empty(n_rows, dtype=torch.bool, device=logits.device)
+    outputs = [logits.new_empty(n_rows, dtype=torch.float32) for _ in range(4)]
+    correct = logits.new_empty(n_rows, dtype=torch.bool)
     if n_rows == 0:
         return (*outputs, correct)
     amd = torch.version.hip is not None
     tau, cap, sums = student_temperature != 1.0, softcap != 0.0, label_smoothing != 0.0 or missing == "uniform"
-    programs = _range_programs(n_rows, logits.device)
+    programs = range_programs(n_rows, logits.device)
     target = logits if grad is None else grad
     select = order is not None and n_entries > 0
     has_ranges, saved = partition, logits
@@ -387,12 +365,7 @@ def sparse_soft_ce_rows(
         _sparse_soft_ce[(programs if ranges else n_rows,)](
             logits,
             target,
-            labels,
-            ids.contiguous(),
-            logprobs.contiguous(),
-            hard_weight,
-            row_scale,
-            partition,
+            *(labels, ids.contiguous(), logprobs.contiguous(), hard_weight, row_scale, partition),
             *outputs,
             correct,
             *((order, low, high) if select else (ids, ids, ids)),

@@ -238,8 +238,7 @@ FUSECHAT_INLINE void scan_row_body(const T *logits, std::int64_t n, const ScanOp
 }
 
 template <class T>
-FUSECHAT_INLINE void scan_row_either(const T *logits, std::int64_t n, const ScanOptions &options, const std::uint8_t *cell_of,
-                                     RowScratch &row) {
+FUSECHAT_INLINE void scan_row_either(const T *logits, std::int64_t n, const ScanOptions &options, const std::uint8_t *cell_of, RowScratch &row) {
     if (cell_of == nullptr) scan_row_body<false>(logits, n, options, cell_of, row);
     else scan_row_body<true>(logits, n, options, cell_of, row);
 }
@@ -311,8 +310,7 @@ FUSECHAT_INLINE void gradient_lanes(const float *e, const float *e_hard, const f
 }
 
 template <bool kCells, bool kHard, bool kSlope, class T>
-FUSECHAT_INLINE void write_row_body(const RowScratch &row, const DenseGradient &dense, const std::uint8_t *cell_of, std::int64_t n,
-                                    T *gradient) {
+FUSECHAT_INLINE void write_row_body(const RowScratch &row, const DenseGradient &dense, const std::uint8_t *cell_of, std::int64_t n, T *gradient) {
     const float *e = row.e, *e_hard = row.e_hard.data(), *slope = row.slope.data();
     Table table;
     load(table.low, dense.soft);
@@ -336,8 +334,7 @@ FUSECHAT_INLINE void write_row_body(const RowScratch &row, const DenseGradient &
 }
 
 template <bool kCells, class T>
-FUSECHAT_INLINE void write_row_form(const RowScratch &row, const DenseGradient &dense, const std::uint8_t *cell_of, std::int64_t n,
-                                    T *gradient) {
+FUSECHAT_INLINE void write_row_form(const RowScratch &row, const DenseGradient &dense, const std::uint8_t *cell_of, std::int64_t n, T *gradient) {
     const bool has_hard = !row.e_hard.empty(), has_slope = !row.slope.empty();
     if (has_hard && has_slope) write_row_body<kCells, true, true>(row, dense, cell_of, n, gradient);
     else if (has_hard) write_row_body<kCells, true, false>(row, dense, cell_of, n, gradient);
@@ -346,24 +343,20 @@ FUSECHAT_INLINE void write_row_form(const RowScratch &row, const DenseGradient &
 }
 
 template <class T>
-FUSECHAT_INLINE void write_row_either(const RowScratch &row, const DenseGradient &dense, const std::uint8_t *cell_of, std::int64_t n,
-                                      T *gradient) {
+FUSECHAT_INLINE void write_row_either(const RowScratch &row, const DenseGradient &dense, const std::uint8_t *cell_of, std::int64_t n, T *gradient) {
     if (cell_of == nullptr) write_row_form<false>(row, dense, cell_of, n, gradient);
     else write_row_form<true>(row, dense, cell_of, n, gradient);
 }
 
 }  // namespace
 
-FUSECHAT_CLONES void scan_row(const float *logits, std::int64_t n, const ScanOptions &options, const std::uint8_t *cell_of,
-                              RowScratch &row) {
+FUSECHAT_CLONES void scan_row(const float *logits, std::int64_t n, const ScanOptions &options, const std::uint8_t *cell_of, RowScratch &row) {
     scan_row_either(logits, n, options, cell_of, row);
 }
-FUSECHAT_CLONES void scan_row(const BFloat16 *logits, std::int64_t n, const ScanOptions &options, const std::uint8_t *cell_of,
-                              RowScratch &row) {
+FUSECHAT_CLONES void scan_row(const BFloat16 *logits, std::int64_t n, const ScanOptions &options, const std::uint8_t *cell_of, RowScratch &row) {
     scan_row_either(logits, n, options, cell_of, row);
 }
-FUSECHAT_CLONES void scan_row(const Float16 *logits, std::int64_t n, const ScanOptions &options, const std::uint8_t *cell_of,
-                              RowScratch &row) {
+FUSECHAT_CLONES void scan_row(const Float16 *logits, std::int64_t n, const ScanOptions &options, const std::uint8_t *cell_of, RowScratch &row) {
     scan_row_either(logits, n, options, cell_of, row);
 }
 
@@ -387,36 +380,19 @@ FUSECHAT_CLONES double exp_cell(const float *z, std::int64_t n, float shift, flo
     return sum;
 }
 
-// Eight sums side by side: each token's exponential comes from the L2 cache, and an addition may not wait for it.
-double sum_at(const float *e, const std::int32_t *order, std::int64_t n) {
-    constexpr int kSums = 8;
-    float sums[kSums] = {};
-    std::int64_t i = 0;
-    for (; i + kSums <= n; i += kSums) {
-        for (int k = 0; k < kSums; ++k) sums[k] += e[order[i + k]];
-    }
-    double total = 0;
-    for (; i < n; ++i) total += e[order[i]];
-    for (const float sum : sums) total += sum;
-    return total;
-}
-
 float softcap_one(float z, float cap) {
     Floats v = Floats{} + z, slope;
     softcap_lanes(v, slope, cap);
     return v[0];
 }
 
-FUSECHAT_CLONES void write_row(const RowScratch &row, const DenseGradient &dense, const std::uint8_t *cell_of, std::int64_t n,
-                               float *gradient) {
+FUSECHAT_CLONES void write_row(const RowScratch &row, const DenseGradient &dense, const std::uint8_t *cell_of, std::int64_t n, float *gradient) {
     write_row_either(row, dense, cell_of, n, gradient);
 }
-FUSECHAT_CLONES void write_row(const RowScratch &row, const DenseGradient &dense, const std::uint8_t *cell_of, std::int64_t n,
-                               BFloat16 *gradient) {
+FUSECHAT_CLONES void write_row(const RowScratch &row, const DenseGradient &dense, const std::uint8_t *cell_of, std::int64_t n, BFloat16 *gradient) {
     write_row_either(row, dense, cell_of, n, gradient);
 }
-FUSECHAT_CLONES void write_row(const RowScratch &row, const DenseGradient &dense, const std::uint8_t *cell_of, std::int64_t n,
-                               Float16 *gradient) {
+FUSECHAT_CLONES void write_row(const RowScratch &row, const DenseGradient &dense, const std::uint8_t *cell_of, std::int64_t n, Float16 *gradient) {
     write_row_either(row, dense, cell_of, n, gradient);
 }
 

@@ -65,9 +65,6 @@ float max_cell(const float *z, std::int64_t n);
 // e_j = exp((z_j − shift) · inverse_tau) over n elements, a multiple of kLanes; returns Σ e.
 double exp_cell(const float *z, std::int64_t n, float shift, float inverse_tau, float *e);
 
-// Σ e[order[i]] over n elements.
-double sum_at(const float *e, const std::int32_t *order, std::int64_t n);
-
 // The logit after the softcap, and the softcap's derivative there.
 float softcap_one(float z, float cap);
 
