@@ -20,8 +20,10 @@ $(STAMP): $(SOURCES)
 demo: setup
 	cd $(ROOT) && $(RUN) -m fusechat demo
 
+# A worker a core, each with one thread: torch's own threads only get in each other's way on models this small.
 test: setup
-	cd $(ROOT) && FUSECHAT_NATIVE=require $(RUN) -m pytest -q -m "not peer and not vllm and not gpu"
+	cd $(ROOT) && FUSECHAT_NATIVE=require OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m "not peer and not vllm and not gpu" \
+	--numprocesses auto --dist loadfile
 
 # vLLM pins its own torch and transformers, so it lives in an environment of its own. A GPU machine: VLLM=vllm.
 # Its vision, audio and video companions are of no use here, and builds that do not match torch keep it from importing.

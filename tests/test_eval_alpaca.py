@@ -72,6 +72,12 @@ def files(tmp_path: Path) -> dict[str, Path]:
     return {name: tmp_path / name for name in ("outputs.json", "reference.json", "replies.jsonl")}
 
 
+def _package_files() -> dict[Path, int]:
+    """Every file of the installed package and when it was written."""
+    folder = Path(package().__file__).parent
+    return {p: p.stat().st_mtime_ns for p in folder.rglob("*") if "__pycache__" not in p.parts}
+
+
 def _annotate(files: dict[str, Path], url: str) -> list[dict[str, object]]:
     outputs, reference, replies = files.values()
     endpoint = Endpoint(url=url, model="stub", retries=1, backoff_s=0.01, timeout_s=20, concurrency=1)
@@ -88,7 +94,9 @@ def test_published_win_rates_are_reproduced_from_the_annotations(shared_data: Pa
     gamed = shared_data / "chat/fuseeval/IF-Eval/AlpacaEval-2/ref_data/df_gamed.csv"
     rows = load_annotations(root / f"results/{model}/weighted_alpaca_eval_gpt4_turbo/annotations.json")
     reference = load_outputs(root / "results/gpt4_1106_preview/model_outputs.json")
+    before = _package_files()
     found = win_rates({model: rows[::-1]}, reference=reference, gamed=gamed, samples=100)["models"][model]
+    assert _package_files() == before
     for key in ("n_wins", "n_wins_base", "n_draws", "n_total", "avg_length"):
         assert found[key] == int(published[key])
     # The annotations' preferences are rounded to ten decimals: the sixteenth digit of their mean is not in the files.
@@ -100,8 +108,7 @@ def test_published_win_rates_are_reproduced_from_the_annotations(shared_data: Pa
 
 @pytest.mark.peer
 def test_a_judge_process_annotates_and_nothing_is_asked_for_twice(judge: Judge, files: dict[str, Path]) -> None:
-    folder = Path(package().__file__).parent
-    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if "__pycache__" not in p.parts}
+    before = _package_files()
     with pytest.raises(EndpointError, match="revoked"):
         _annotate(files, judge.url("revoked", "x"))
     rows = _annotate(files, judge.url("good", "rest"))
@@ -120,7 +127,7 @@ def test_a_judge_process_annotates_and_nothing_is_asked_for_twice(judge: Judge, 
         m = preference_of(json.dumps(messages, sort_keys=True))
         mine_is_m = prompt.index(f"did {n}") < prompt.index(f"done {n}")
         assert row["preference"] == pytest.approx(1 + (m if mine_is_m else 1 - m))
-    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if "__pycache__" not in p.parts} == before
+    assert _package_files() == before
 
 
 @pytest.mark.peer

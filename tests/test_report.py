@@ -180,7 +180,9 @@ def test_numbers_that_are_not_finite_are_shown_as_such(reported_run: Path, tmp_p
     results = json.loads((run / "results.json").read_text())
     for group in results["groups"].values():
         for model in ("merged", "target source"):
-            group["models"][model] = {key: [math.nan] * 3 for key in group["models"][model]}
+            group["models"][model] = {
+                key: math.nan if key in ("p", "p_holm") else [math.nan] * 3 for key in group["models"][model]
+            }
     (run / "results.json").write_text(json.dumps(results))
     told = gather(Layout(out=run))
     assert told["outcome"]["verdict"] == "unknown"

@@ -55,6 +55,10 @@ class Page:
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
 
+    def seconds_of_work(self) -> float:
+        metrics = self.driver.execute_cdp_cmd("Performance.getMetrics", {})["metrics"]
+        return next(metric["value"] for metric in metrics if metric["name"] == "TaskDuration")
+
     def keys(self, *keys: str) -> None:
         from selenium.webdriver.common.action_chains import ActionChains
 
@@ -106,12 +110,11 @@ def test_every_section_is_there_and_every_chart_is_drawn(page: Page) -> None:
 
 
 def test_it_opens_in_under_a_second(page: Page) -> None:
-    took_ms = []
-    while len(took_ms) < 6 and min(took_ms, default=1000) >= 1000:  # others may be using the machine
-        page.driver.refresh()
-        page.wait("document.documentElement.dataset.charts === 'drawn'")
-        took_ms.append(page.js("performance.getEntriesByName('drawn')[0].startTime"))
-    assert min(took_ms) < 1000
+    # The main thread's own time, which begins anew with the page: others may be using the machine.
+    page.driver.execute_cdp_cmd("Performance.enable", {"timeDomain": "threadTicks"})
+    page.driver.refresh()
+    page.wait("document.documentElement.dataset.charts === 'drawn'")
+    assert 0.01 < page.seconds_of_work() < 1
 
 
 def test_a_chart_says_its_numbers_under_the_pointer(page: Page) -> None:

@@ -89,13 +89,13 @@ def annotate(
     rows, base = load_outputs(outputs), load_outputs(reference)
     order = positions(rows, base, str(outputs))
     name = str(rows[0].get("generator", outputs.stem))
-    mine = [{**base[n], "generator": base[n].get("generator", reference.stem)} for n in order]
-    theirs = [{"instruction": r["instruction"], "output": r["output"], "generator": name} for r in rows]
+    against = [{**base[n], "generator": base[n].get("generator", reference.stem)} for n in order]
+    own = [{"instruction": r["instruction"], "output": r["output"], "generator": name} for r in rows]
     with open_journal(replies) as journal, quietly():
         annotator = alpaca_eval.annotators.PairwiseAnnotator(annotators_config=ANNOTATOR, caching_path=None)
         (single,) = annotator.annotators.values()
         single.fn_completions = _completions(journal, endpoint, progress)
-        annotations = annotator.annotate_head2head(outputs_1=mine, outputs_2=theirs, chunksize=None)
+        annotations = annotator.annotate_head2head(outputs_1=against, outputs_2=own, chunksize=None)
     for row in annotations:
         row["judge"] = endpoint.model
         row["preference"] = None if preference(row) is None else float(row["preference"])

@@ -143,7 +143,7 @@ def sweep(
     merge(best.recipe, work.place(best), **options)  # as it is, or again if a kill came between
     table = {
         "format": FORMAT, "version": 1, "best": best.name, "n_dialogues": len(validation),
-        **work.table(samples, confidence, seed), "request": request,
+        **work.table(validation, samples, confidence, seed), "request": request,
     }  # fmt: skip
     write_json(work.place(best) / TABLE, table)
     work.place(best).replace(out)
@@ -198,25 +198,24 @@ class Work:
         if loser != self.best and not self.keep_all:
             shutil.rmtree(self.place(loser), ignore_errors=True)
 
-    def table(self, samples: int, confidence: float, seed: int) -> Json:
+    def table(self, validation: Sequence[Dialogue], samples: int, confidence: float, seed: int) -> Json:
         """Return every candidate's bits per byte and paired difference to the best, with bootstrap intervals."""
         import numpy as np
 
-        from fusechat.evaluate.bootstrap import compare
-        from fusechat.evaluate.bpb import Scores, bits_per_byte, common_dialogues
+        from fusechat.evaluate.bpb import Scores, results_table
 
         scores = {
             name: Scores(nll=np.array(facts["nll"], np.float64), content_bytes=np.array(facts["content_bytes"]))
             for name, (_, facts) in self.tried.items()
         }
-        common = common_dialogues(scores)
-        ratios = {name: bits_per_byte(one).of(common) for name, one in scores.items()}
-        compared = compare(ratios, against=self.best.name, samples=samples, confidence=confidence, seed=seed)
+        best = self.best.name
+        results = results_table(scores, validation, against=best, samples=samples, confidence=confidence, seed=seed)
+        found = results["groups"]["overall"]["models"]
         return {
             "merges": {
                 name: {
-                    "bits_per_byte": compared[name].level.triple(),
-                    "difference_to_best": compared[name].difference.triple(),
+                    "bits_per_byte": found[name]["bits_per_byte"],
+                    "difference_to_best": found[name][f"difference_to_{best}"],
                     "surviving_share": facts["surviving_share"],
                     "recipe": _without_models(candidate.recipe),
                 }

@@ -37,7 +37,6 @@
   const drawing = [...document.querySelectorAll("[data-chart]")].map((element) =>
     vegaEmbed(element, charts[element.dataset.chart], options));
   Promise.all(drawing).then(() => {
-    performance.mark("drawn");
     document.documentElement.dataset.charts = "drawn";
   });
 
