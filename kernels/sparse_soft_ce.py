@@ -296,7 +296,7 @@ def _sparse_soft_ce(
 def block_and_warps(vocabulary: int, element_bytes: int) -> tuple[int, int]:
     """Return the elements of a block and the warps of a program.
 
-    tests/kernel_gate.py shows what each takes in registers: eight fp32 elements a thread on 16 warps spill.
+    `fusechat profile kernels` shows what each takes in registers: eight fp32 elements a thread on 16 warps spill.
     """
     block = min(triton.next_power_of_2(max(vocabulary, 1)), 16384 // element_bytes)
     return block, 16 if block == 8192 else 8 if block >= 1024 else 4

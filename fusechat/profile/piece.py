@@ -12,7 +12,8 @@ from fusechat.checkpoint import TensorEntry, open_checkpoint, resolve_model
 from fusechat.config import RunConfig, source_name
 from fusechat.dialogue import read_dialogues
 from fusechat.errors import ConfigError
-from fusechat.run import Layout, merge_recipe
+from fusechat.layout import Layout
+from fusechat.run import merge_recipe
 
 STAGES = ("extract", "align", "train", "merge")
 MERGED_ELEMENTS = 32_000_000
