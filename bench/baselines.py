@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,3 +44,19 @@ def dense_loss(
     hard = F.cross_entropy(flat, labels.view(-1))
     soft = F.cross_entropy(flat, target.view(-1, target.shape[-1]).to(flat.dtype))
     return hard_weight * hard + (1.0 - hard_weight) * soft
+
+
+def padded_topk(model: Any, sequences: Sequence[Any], k: int, *, length: int = 2048) -> list[tuple[Tensor, Tensor]]:
+    """Extract top-k logits as the research code does: pad to `length`, all logits in fp16 on the CPU, then top-k.
+
+    Returns ids int64[T, k] and logits float16[T, k] of each sequence of token ids.
+    """
+    input_ids = torch.zeros(len(sequences), length, dtype=torch.int64)
+    mask = torch.zeros_like(input_ids)
+    for b, ids in enumerate(sequences):
+        input_ids[b, : len(ids)] = torch.as_tensor(ids)
+        mask[b, : len(ids)] = 1
+    with torch.no_grad():
+        logits = model(input_ids=input_ids, attention_mask=mask).logits.to(torch.float16).cpu()
+    values, indices = logits.topk(k, dim=-1)
+    return [(indices[b, : len(ids)], values[b, : len(ids)]) for b, ids in enumerate(sequences)]

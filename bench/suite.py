@@ -14,8 +14,11 @@ from fusechat.errors import ConfigError
 
 MODULES = {
     "align": "align",
+    "extract": "extract",
     "loss": "loss",
     "plan": "plan",
+    "store": "store",
+    "train": "train",
 }
 CUDA_MODULES = {"loss": "loss_gpu"}
 

@@ -10,16 +10,15 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any
 
 from fusechat.artifact import Json, read_json, sha256_file, sha256_json
 from fusechat.errors import DataError, FormatError
+
+if TYPE_CHECKING:  # headers alone, which is all a merge reads in Python, need no NumPy
+    import numpy.typing as npt
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -201,6 +200,8 @@ def read_tensor(entry: TensorEntry) -> npt.NDArray[Any]:
 
     Raises FormatError when the file shrank since its header was read, DataError for float8.
     """
+    import numpy as np
+
     data = bytearray(entry.size_bytes)
     with entry.file.open("rb") as file:
         file.seek(entry.begin)
@@ -219,6 +220,8 @@ def map_tensors(path: Path) -> dict[str, npt.NDArray[Any]]:
 
     Raises FormatError as `read_header` does, DataError for a dtype that NumPy cannot hold.
     """
+    import numpy as np
+
     entries = read_header(path)
     data = np.memmap(path, dtype=np.uint8, mode="r")
     tensors = {}
@@ -236,6 +239,8 @@ def checkpoint_sha256(directory: Path) -> str:
     It reads every byte, shards in parallel. It depends on file names and sharding, not on the folder's place.
     Raises as `open_checkpoint` does.
     """
+    from concurrent.futures import ThreadPoolExecutor
+
     checkpoint = open_checkpoint(directory)
     files = sorted((*checkpoint.files, directory / "config.json"), key=lambda path: path.name)
     with ThreadPoolExecutor(max_workers=min(len(files), len(os.sched_getaffinity(0)))) as pool:

@@ -28,6 +28,13 @@ class DataConfig(_Section):
         None, description="file of dialogues only the evaluation sees; else a split of `train`"
     )
     held_out_fraction: float = Field(0.1, gt=0, lt=1, description="share of `train` held out when `held_out` is absent")
+    validation: str | None = Field(
+        None,
+        description="dialogues neither trained nor tested on: a sweep of merges and the best checkpoint choose on them",
+    )
+    validation_fraction: float = Field(
+        0.1, gt=0, lt=1, description="share of what remains of `train` for `merge.sweep` to choose on"
+    )
     format: Literal["auto", "sharegpt", "messages", "alpaca", "text"] = Field("auto", description="layout of the file")
     separator: str | list[str] | None = Field(None, description="what separates documents in a text file")
     max_bytes: int | None = Field(None, gt=0, description="running text is cut into pieces of at most this many bytes")
@@ -193,6 +200,10 @@ class MergeConfig(_Section):
     variant: Literal["fuseai", "paper", "mergekit"] = Field("fuseai", description="sce: which of its three readings")
     select_topk: float = Field(0.1, gt=0, le=1, description="sce: τ, the share of elements selected by variance")
     weights: list[float] | None = Field(None, description="linear: one weight per source; equal when absent")
+    sweep: list[dict[str, Any]] | None = Field(
+        None,
+        description="merges to compare on validation dialogues, in place of the above: merge_method, parameters, each",
+    )
 
 
 class EvalConfig(_Section):
@@ -219,11 +230,22 @@ class RunConfig(_Section):
     @model_validator(mode="after")
     def _names_differ(self) -> RunConfig:
         names = [source_name(source) for source in self.sources]
-        for name in {"pivot", "sft", "merged"} & set(names):
+        for name in {"pivot", "sft", "merged", "multi"} & set(names):
             raise ValueError(f"a source may not be named {name!r}")
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two sources are named {name!r}: give them a `name`")
+        if self.train.final == "best" and self.data.validation is None:
+            raise ValueError(
+                "train.final: best needs data.validation: chosen by the held-out dialogues, the results would flatter"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _draws_stay_unbiased(self) -> RunConfig:
+        caches = {(source.extract or self.extract).cache for source in self.sources}
+        if "sampled" in caches and self.train.temperature != 1.0:
+            raise ValueError("extract.cache: sampled is an estimate at train.temperature: 1 only; set it to 1")
         return self
 
 
@@ -362,6 +384,6 @@ def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
         values["sources"] = [s | {"model": resolve(s.get("model"))} if isinstance(s, dict) else s for s in named]
     data = values.get("data")
     if isinstance(data, dict):
-        for key in ("train", "held_out"):
+        for key in ("train", "held_out", "validation"):
             if key in data:
                 data[key] = resolve(data[key])

@@ -67,7 +67,10 @@ def load_model(directory: Path, *, dtype: str = "auto", device: str = "auto", de
         return model.eval()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device).eval()
+    try:
+        return model.to(device).eval()
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise DataError(f"{directory} does not go to device {device}: {str(error).splitlines()[0]}") from error
 
 
 def unwrapped(model: Any) -> Any:
@@ -110,12 +113,12 @@ def embedding_rows(model: Any) -> int:
     return int(model.get_input_embeddings().weight.shape[0])
 
 
-def context_tokens(config: Any, asked_tokens: int) -> int:
-    """Return the smaller of the asked length and the model's own context, saying so when the model's is smaller."""
+def context_tokens(config: Any, asked_tokens: int, *, reserve: int = 0) -> int:
+    """Return the smaller of the asked length and the model's own context, less `reserve`, saying so when that is it."""
     own = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if own is not None and own < asked_tokens:
-        log.info("context: %d tokens (the model's own), %d were asked for", own, asked_tokens)
-        return int(own)
+    if own is not None and own - reserve < asked_tokens:
+        log.info("context: %d tokens (the model's own), %d were asked for", own - reserve, asked_tokens)
+        return int(own) - reserve
     return asked_tokens
 
 

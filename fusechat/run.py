@@ -3,7 +3,7 @@
 out/config.yaml      every setting
 out/extract/NAME/    TopKStore of the pivot and of every source
 out/align/NAME/      AlignedStore of every source
-out/targets/NAME/    one target per source, and `sft`, the control
+out/targets/NAME/    one target per source (`multi` when all teach at once), and `sft`, the control
 out/merged/          the fused model
 out/results.json     held-out bits per byte of all of them
 out/categories.json  the category of every dialogue that was fused on
@@ -19,15 +19,18 @@ from typing import Any
 
 import yaml
 
-from fusechat.artifact import Json, atomic_write, read_json, write_json
+from fusechat.artifact import MANIFEST, Json, atomic_write, read_json, write_json
 from fusechat.callable_module import make_callable
 from fusechat.config import RunConfig, load_config, source_name
-from fusechat.dialogue import dataset_fingerprint, load_dialogues, read_dialogues, split_held_out
+from fusechat.dialogue import dataset_fingerprint
 from fusechat.errors import FormatError, MismatchError
 from fusechat.layout import Layout
 from fusechat.ledger import Ledger
+from fusechat.processes import rank, wait_until
 from fusechat.records import Dialogue
 from fusechat.reporter import Reporter
+from fusechat.split import Split, load_split
+from fusechat.store import same_vocabulary
 
 __all__ = ["run"]
 make_callable(__name__)
@@ -35,10 +38,13 @@ make_callable(__name__)
 RESULTS_FORMAT = "fusechat.results"
 CATEGORIES_FORMAT = "fusechat.categories"
 SFT = "sft"
+MULTI = "multi"
 
 
 def run(config: RunConfig | Path | str, overrides: Sequence[str] = (), *, reporter: Reporter | None = None) -> Json:
     """Run or resume a whole fusion and return its results (the content of results.json).
+
+    Under torchrun or accelerate launch all processes train, and the first does the other stages; only it has results.
 
     Stages whose artefacts are whole and made from the same inputs are skipped; raises MismatchError, naming both sides,
     when they were made from others.
@@ -47,33 +53,37 @@ def run(config: RunConfig | Path | str, overrides: Sequence[str] = (), *, report
         config = load_config(Path(config), overrides)
     layout = Layout(out=Path(config.out))
     layout.out.mkdir(parents=True, exist_ok=True)
-    report = Ledger(reporter or Reporter(), layout.ledger)
-    train_set, held_out = _load_data(config, report)
-    _write_config(config, layout)
-
+    ledger = Ledger(reporter or Reporter(), layout.ledger)
+    report = ledger if rank() == 0 else Reporter()
+    split = _load_data(config, report)
     names = [source_name(source) for source in config.sources]
-    _extract_all(config, layout, train_set, report)
-    _write_categories(train_set, layout)
-    _align_all(config, layout, names, report)
-    _train_all(config, layout, names, report)
-    _merge(config, layout, names, report)
-    results = _evaluate(config, layout, names, held_out, report)
-    _report(layout, report)
+    if rank() == 0:
+        _write_config(config, layout)
+        _extract_all(config, layout, split.train, report)
+        _write_categories(split.train, layout)
+        _align_all(config, layout, names, report)
+    else:
+        # Artefacts that are there from before may be refused by the first process: it then ends this one too.
+        stores = [layout.store(name) / MANIFEST for name in ("pivot", *names)]
+        wait_until(lambda: all(path.exists() for path in stores))
+        wait_until(lambda: all((path / MANIFEST).exists() for path in _taught_by(layout, names)))
+    _train_all(config, layout, names, split.validation or split.held_out, report)
+    if rank() != 0:
+        return {}
+    targets = [MULTI] if config.train.mode == "multi" else names
+    _merge(config, layout, targets, split.validation, report)
+    results = _evaluate(config, layout, targets, split.held_out, report)
+    _report(layout, ledger)
     return results
 
 
-def _load_data(config: RunConfig, report: Reporter) -> tuple[list[Dialogue], list[Dialogue]]:
-    data = config.data
-    options: dict[str, Any] = {"format": data.format, "separator": data.separator, "max_bytes": data.max_bytes}
+def _load_data(config: RunConfig, report: Reporter) -> Split:
     report.stage("read data", "dialogues")
-    dialogues, loaded = read_dialogues(data.train, limit=data.limit, **options)
-    if data.held_out is not None:
-        held_out = load_dialogues(data.held_out, **options)
-    else:
-        dialogues, held_out = split_held_out(dialogues, data.held_out_fraction, config.seed)
-    dropped = "".join(f"; dropped: {count} × {reason}" for reason, count in loaded.dropped.items())
-    report.done("read data", f"{len(dialogues):,} to fuse on, {len(held_out):,} held out{dropped}")
-    return dialogues, held_out
+    split = load_split(config)
+    dropped = "".join(f"; dropped: {count} × {reason}" for reason, count in split.loaded.dropped.items())
+    chosen_on = f", {len(split.validation):,} to choose on" * bool(split.validation)
+    report.done("read data", f"{len(split.train):,} to fuse on{chosen_on}, {len(split.held_out):,} held out{dropped}")
+    return split
 
 
 def _write_config(config: RunConfig, layout: Layout) -> None:
@@ -118,6 +128,10 @@ def _align_all(config: RunConfig, layout: Layout, names: list[str], report: Repo
     from fusechat.align import align
 
     for name in names:
+        if same_vocabulary(layout.store("pivot"), layout.store(name)):
+            report.stage(f"align {name}", "rows")
+            report.done(f"align {name}", "not needed: its tokens are the pivot's, byte by byte")
+            continue
         manifest = align(
             layout.store("pivot"),
             layout.store(name),
@@ -129,17 +143,30 @@ def _align_all(config: RunConfig, layout: Layout, names: list[str], report: Repo
         report.done(f"align {name}", ", ".join(f"{kind} {share:.0%}" for kind, share in coverage.items()))
 
 
-def _train_all(config: RunConfig, layout: Layout, names: list[str], report: Reporter) -> None:
+def _taught_by(layout: Layout, names: list[str]) -> list[Path]:
+    """Return the store each source teaches from: its own where its vocabulary is the pivot's, else its AlignedStore."""
+    pivot = layout.store("pivot")
+    return [layout.store(n) if same_vocabulary(pivot, layout.store(n)) else layout.aligned(n) for n in names]
+
+
+def _train_all(config: RunConfig, layout: Layout, names: list[str], held_out: list[Dialogue], report: Reporter) -> None:
     from fusechat.train import train
 
-    for name in names + [SFT] * config.train.sft_control:
+    stores = _taught_by(layout, names)
+    targets: dict[str, list[Path]] = {name: [store] for name, store in zip(names, stores)}
+    if config.train.mode == "multi":
+        targets = {MULTI: stores}
+    if config.train.sft_control:
+        targets[SFT] = []
+    for name, taught_by in targets.items():
         provenance = train(
             config.pivot,
             layout.store("pivot"),
-            None if name == SFT else layout.aligned(name),
+            taught_by,
             layout.target(name),
             config.train,
             seed=config.seed,
+            held_out=held_out,
             progress=report.stage(f"train {name}", "steps"),
         )
         share = "" if name == SFT else f", source taught in {provenance['source_share']:.0%}"
@@ -148,9 +175,9 @@ def _train_all(config: RunConfig, layout: Layout, names: list[str], report: Repo
 
 def merge_recipe(config: RunConfig, layout: Layout, names: list[str]) -> Json:
     """Return the merge of the run's targets onto the pivot in the YAML form `fusechat merge` reads."""
-    weights = config.merge.weights or [1.0] * len(names)
+    weights = [1.0] * len(names) if names == [MULTI] else config.merge.weights or [1.0] * len(names)
     models = [{"model": str(layout.target(name))} for name in names]
-    if config.merge.method == "linear":
+    if config.merge.method == "linear" or names == [MULTI]:
         return {
             "merge_method": "linear",
             "base_model": config.pivot,
@@ -164,9 +191,28 @@ def merge_recipe(config: RunConfig, layout: Layout, names: list[str]) -> Json:
     }
 
 
-def _merge(config: RunConfig, layout: Layout, names: list[str], report: Reporter) -> None:
+def _merge(config: RunConfig, layout: Layout, names: list[str], validation: list[Dialogue], report: Reporter) -> None:
     from fusechat.merge import merge
 
+    if config.merge.sweep:
+        from fusechat.merge.sweep import sweep
+
+        models = [{"model": str(layout.target(name))} for name in names]
+        table = sweep(
+            {"base_model": config.pivot, "models": models},
+            config.merge.sweep,
+            layout.merged,
+            validation,
+            max_length_tokens=config.extract.max_length_tokens,
+            dtype=config.extract.dtype,
+            batch_tokens=config.extract.batch_tokens,
+            samples=config.eval.bootstrap_samples,
+            confidence=config.eval.confidence,
+            seed=config.seed,
+            progress=report.stage("merge", "merges"),
+        )
+        report.done("merge", f"{table['best']}, best of {len(table['merges'])}")
+        return
     recipe = merge_recipe(config, layout, names)
     provenance = merge(recipe, layout.merged, progress=report.stage("merge", "bytes"))
     report.done("merge", f"{config.merge.method}, {provenance['n_tensors']} tensors")

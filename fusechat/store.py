@@ -10,6 +10,7 @@ A *row* belongs to a position t whose next token t+1 is the assistant's: the dis
 
 Log-probabilities are natural and of the full softmax at temperature 1. An absent entry has id 0 and log-probability
 −inf. Beside the columns a shard holds offset.token and offset.row, int64[n+1]. Later versions may add columns.
+On disk the token columns are packed (fusechat/packing.py).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from safetensors.numpy import save_file
 from fusechat.artifact import MANIFEST, Json, read_json, read_manifest, verify_shards
 from fusechat.checkpoint import map_tensors
 from fusechat.errors import FormatError
+from fusechat.packing import is_packed, pack, unpack
 
 TOPK_FORMAT = "fusechat.topk"
 ALIGNED_FORMAT = "fusechat.aligned"
@@ -62,7 +64,9 @@ class Block:
 
     def at(self, i: int) -> dict[str, Array]:
         """Return dialogue i's part of every column, as views."""
-        return {key: values[self._range(key, i)] for key, values in self.columns.items()}
+        place = {axis: slice(int(ends[i]), int(ends[i + 1])) for axis, ends in self.offsets.items()}
+        place["dialogue"] = slice(i, i + 1)
+        return {key: values[place[key[: key.index(".")]]] for key, values in self.columns.items()}
 
     def part(self, begin: int, end: int) -> Block:
         """Return dialogues begin..end as a block of views."""
@@ -97,9 +101,10 @@ def make_block(dialogues: Iterable[Mapping[str, Array]]) -> Block:
 
 
 def write_block(path: Path, block: Block) -> None:
-    """Write a block as one safetensors file; raises OSError when it cannot be written."""
-    tensors = {key: np.ascontiguousarray(values) for key, values in block.columns.items()}
-    tensors |= {f"offset.{axis}": offsets for axis, offsets in block.offsets.items()}
+    """Write a block as one safetensors file, its token columns packed; raises OSError when it cannot be written."""
+    columns, offsets = pack(block.columns, block.offsets)
+    tensors = {key: np.ascontiguousarray(values) for key, values in columns.items()}
+    tensors |= {f"offset.{axis}": ends for axis, ends in offsets.items()}
     try:
         save_file(tensors, str(path))
     except SafetensorError as error:
@@ -107,7 +112,19 @@ def write_block(path: Path, block: Block) -> None:
 
 
 def map_block(path: Path) -> Block:
-    """Open a shard as memory-mapped columns; raises FormatError when it is truncated, foreign or inconsistent."""
+    """Open a shard, its rows memory-mapped; raises FormatError when it is truncated, foreign or inconsistent."""
+    return _unpacked(_map_stored(path))
+
+
+def _unpacked(block: Block) -> Block:
+    if not is_packed(block.columns):
+        return block
+    offsets = {axis: block.offsets[axis] for axis in ("token", "row")}
+    columns = unpack(block.columns, block.offsets["token"], block.offsets["turn"])
+    return Block(columns=columns, offsets=offsets)
+
+
+def _map_stored(path: Path) -> Block:
     tensors = map_tensors(path)
     columns = {name: values for name, values in tensors.items() if not name.startswith("offset.")}
     offsets = {name.partition(".")[2]: values for name, values in tensors.items() if name.startswith("offset.")}
@@ -119,7 +136,19 @@ def map_block(path: Path) -> Block:
         ends = offsets.get(axis, np.arange(n + 1)) if axis != "dialogue" else np.arange(n + 1)
         if len(ends) != n + 1 or ends[0] != 0 or ends[-1] != len(values) or (np.diff(ends) < 0).any():
             raise FormatError(f"{path} has offsets that do not fit {key}: remove its store and run the stage again")
+    if is_packed(columns):
+        _check_turns(path, columns, offsets)
     return Block(columns=columns, offsets=offsets)
+
+
+def _check_turns(path: Path, columns: Mapping[str, Array], offsets: Mapping[str, npt.NDArray[np.int64]]) -> None:
+    begin, end = columns["turn.begin"].astype(np.int64), columns["turn.end"].astype(np.int64)
+    dialogue = np.repeat(np.arange(len(offsets["turn"]) - 1), np.diff(offsets["turn"]))
+    masked = np.zeros(len(offsets["turn"]) - 1, dtype=np.int64)
+    np.add.at(masked, dialogue, end - begin)
+    fits = (begin >= 0) & (begin <= end) & (end <= np.diff(offsets["token"])[dialogue])
+    if not fits.all() or not np.array_equal(masked, np.diff(offsets["masked"])):
+        raise FormatError(f"{path} has turns that do not fit its tokens: remove its store and run the stage again")
 
 
 class Store:
@@ -134,7 +163,7 @@ class Store:
         self.manifest: Json = read_manifest(self.directory, expected_format)
         if verify:
             verify_shards(self.directory, self.manifest)
-        self._shards = [map_block(self.directory / shard["file"]) for shard in self.manifest["shards"]]
+        self._shards = [_map_stored(self.directory / shard["file"]) for shard in self.manifest["shards"]]
         self._place = {
             int(index): (s, i)
             for s, shard in enumerate(self._shards)
@@ -159,9 +188,13 @@ class Store:
         return self._place[dialogue]
 
     def __getitem__(self, dialogue: int) -> dict[str, Array]:
-        """Return the columns of one dialogue as views of the file; raises KeyError when this store skipped it."""
-        shard, i = self._place[dialogue]
-        return self._shards[shard].at(i)
+        """Return the columns of one dialogue, its rows as views; raises KeyError when this store skipped it."""
+        number, i = self._place[dialogue]
+        shard = self._shards[number]
+        record = shard.at(i)
+        if not is_packed(record):
+            return record
+        return unpack(record, np.array([0, len(record["token.input_ids"])]), np.array([0, len(record["turn.begin"])]))
 
     @property
     def n_shards(self) -> int:
@@ -169,14 +202,20 @@ class Store:
         return len(self._shards)
 
     def shard(self, i: int) -> Block:
-        """Return shard i, memory-mapped."""
-        return self._shards[i]
+        """Return shard i, its rows memory-mapped."""
+        return _unpacked(self._shards[i])
 
 
 def format_of(directory: Path) -> str:
     """Return the format a complete artefact's manifest names; raises FormatError when there is none."""
     manifest = read_json(directory / MANIFEST)
     return str(manifest.get("format")) if isinstance(manifest, dict) else "foreign"
+
+
+def same_vocabulary(one: Path, other: Path) -> bool:
+    """Return whether two TopKStores have byte-identical vocabularies; raises FormatError when one is not complete."""
+    tables = [read_manifest(directory, TOPK_FORMAT).get("tokenizer_sha256") for directory in (one, other)]
+    return tables[0] is not None and tables[0] == tables[1]
 
 
 def open_topk(directory: Path, *, verify: bool = True) -> Store:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from fusechat.errors import ConfigError
 
 _DEFAULT_BUDGET_BYTES = 64 << 20
+_BLOCK = 64
 
 
 def topk_logprob(
@@ -63,21 +66,86 @@ def topk_logprob(
     logprobs = torch.empty(n_rows, k, dtype=torch.float32, device=hidden.device)
     lse = torch.empty(n_rows, dtype=torch.float32, device=hidden.device)
     label_logprob = torch.full((n_rows,), float("nan"), device=hidden.device)
-    step = budget_bytes // row_bytes
     with torch.no_grad():
-        for start in range(0, n_rows, step):
-            part = slice(start, start + step)
-            z = torch.nn.functional.linear(hidden[part], weight, bias).float()
-            if scale is not None:
-                z *= scale
-            if softcap is not None:
-                z = z.div_(softcap).tanh_().mul_(softcap)
-            lse[part] = torch.logsumexp(z, 1)
-            top, index = z.topk(k, dim=1)
+        for part, z in _chunks(hidden, weight, budget_bytes // row_bytes, bias, softcap, scale):
+            top, index = _largest(z, k)
+            z_label = None if labels is None else _at_label(z, labels[part])
+            lse[part] = _logsumexp_of(z, top[:, :1])
             ids[part] = index
             logprobs[part] = top - lse[part].unsqueeze(1)
-            if labels is not None:
-                label = labels[part].long()
-                z_label = z.gather(1, label.clamp(min=0).unsqueeze(1)).squeeze(1)
-                label_logprob[part] = torch.where(label >= 0, z_label - lse[part], float("nan"))
+            if z_label is not None:
+                label_logprob[part] = z_label - lse[part]
     return ids, logprobs, lse, label_logprob
+
+
+def drawn_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    uniform: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return ids int64[N, k] drawn from each row's softmax, with replacement, and the labels' logprob float32[N].
+
+    `uniform` float64[N, k] in [0, 1) decides the draws: the first token at which the cumulative probability exceeds
+    it. Logits as in `topk_logprob`; the cumulative sums are float64, for a vocabulary's worth of float32 additions
+    moves probability between tokens.
+    """
+    ids = torch.empty(uniform.shape, dtype=torch.int64, device=hidden.device)
+    label_logprob = torch.empty(len(ids), dtype=torch.float32, device=hidden.device)
+    row_bytes = weight.shape[0] * (hidden.element_size() + 4 + 2 * 8)
+    with torch.no_grad():
+        for part, z in _chunks(hidden, weight, max(1, _DEFAULT_BUDGET_BYTES // row_bytes), bias, softcap, None):
+            lse = torch.logsumexp(z, 1)
+            cumulative = torch.exp(z - lse.unsqueeze(1)).double().cumsum(1)
+            point = uniform[part] * cumulative[:, -1:]
+            ids[part] = torch.searchsorted(cumulative, point, right=True).clamp_(max=weight.shape[0] - 1)
+            label_logprob[part] = _at_label(z, labels[part]) - lse
+    return ids, label_logprob
+
+
+def _chunks(
+    hidden: Tensor, weight: Tensor, step: int, bias: Tensor | None, softcap: float | None, scale: float | None
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the fp32 logits of `step` rows at a time."""
+    for start in range(0, hidden.shape[0], step):
+        part = slice(start, start + step)
+        z = torch.nn.functional.linear(hidden[part], weight, bias).float()
+        if scale is not None:
+            z *= scale
+        if softcap is not None:
+            z = z.div_(softcap).tanh_().mul_(softcap)
+        yield part, z
+
+
+def _at_label(z: Tensor, labels: Tensor) -> Tensor:
+    label = labels.long()
+    return torch.where(label >= 0, z.gather(1, label.clamp(min=0).unsqueeze(1)).squeeze(1), float("nan"))
+
+
+def _largest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return z.topk(k): on a CPU by way of the k blocks with the largest maxima, which hold the k largest entries.
+
+    Selecting from 32,000 entries costs torch more than twice as much as their maxima by blocks of 64 do.
+    """
+    n_rows, vocabulary = z.shape
+    n_blocks = vocabulary // _BLOCK
+    if z.is_cuda or n_blocks < 4 * k:
+        top = z.topk(k, dim=1)
+        return top.values, top.indices
+    blocks = z[:, : n_blocks * _BLOCK].view(n_rows, n_blocks, _BLOCK)
+    best = blocks.amax(2).topk(k, sorted=False).indices
+    candidates = blocks.gather(1, best.unsqueeze(2).expand(n_rows, k, _BLOCK)).flatten(1)
+    values, place = torch.cat([candidates, z[:, n_blocks * _BLOCK :]], 1).topk(k, dim=1)
+    block = best.gather(1, (place // _BLOCK).clamp_(max=k - 1))
+    inside = place < k * _BLOCK
+    return values, torch.where(inside, block * _BLOCK + place % _BLOCK, (n_blocks - k) * _BLOCK + place)
+
+
+def _logsumexp_of(z: Tensor, largest: Tensor) -> Tensor:
+    """Return logsumexp(z, 1), given each row's largest entry; z, which is in the cache, is overwritten."""
+    # e^−80 vanishes in the sum, and what lies below would be denormal, which costs a CPU many times as much.
+    total = z.sub_(largest).clamp_(min=-80.0).exp_().sum(1)
+    return total.log_().add_(largest.squeeze(1))

@@ -121,3 +121,26 @@ def _save(folder: Path, tokenizer: Any, template: str, eos: str) -> Any:
     fast.chat_template = template
     fast.save_pretrained(folder)
     return fast
+
+
+@pytest.fixture(scope="session")
+def reported_run(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with its report; copy it before changing anything."""
+    import yaml
+
+    from fusechat.run import run
+
+    folder = tmp_path_factory.mktemp("reported")
+    values = {
+        "pivot": str(tiny_world.pivot),
+        "sources": [str(tiny_world.source)],
+        "data": {"train": str(tiny_world.dialogues), "held_out_fraction": 0.25},
+        "out": str(folder / "run"),
+        "extract": {"top_k": 4, "max_length_tokens": 200},
+        "train": {"epochs": 4, "batch_size": 6, "micro_batch_size": 6, "learning_rate": 1e-3, "hard_weight": 0.5},
+        "merge": {"select_topk": 0.5},
+        "eval": {"bootstrap_samples": 100},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(values))
+    run(folder / "run.yaml")
+    return folder / "run"

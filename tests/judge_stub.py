@@ -103,7 +103,7 @@ class Handler(BaseHTTPRequestHandler):
             case "wide":
                 time.sleep(0.05)
             case "limited" if first:
-                return self._send(429, {"error": {"message": "slow down"}}, Retry_After="0")
+                return self._send(429, {"error": {"message": "slow down"}})
             case "closed":
                 return self._send(429, {"error": {"message": "quota used up"}}, Retry_After="0")
             case "flaky" if first:
@@ -120,9 +120,13 @@ class Handler(BaseHTTPRequestHandler):
                 rated = "I would rather not say."
             case "high":
                 rated = "Rating: [[11]]"
+            case "bare":
+                request["logprobs"] = False
             case "echo":
                 asked = [m["content"] for m in request["messages"]]
                 rated = f"{len(asked)} {asked[-1][:20]} t={request.get('temperature')}"
+            case "modern" if "max_tokens" in request or request.get("max_completion_tokens") != 9:
+                return self._send(400, {"error": {"message": "Unsupported parameter: 'max_tokens'"}})
             case "unknown":
                 return self._send(404, {"error": {"message": f"The model `{request['model']}` does not exist."}})
         self._send(200, _reply(rated, request, prompt))

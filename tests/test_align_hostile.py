@@ -134,6 +134,26 @@ def test_warping_survives_any_text(source: list[str], pivot: list[str], marks: t
     assert path[-1].tolist() == [len(source), len(pivot) - 1]
 
 
+@settings(deadline=None, max_examples=300)
+@given(
+    patterns=st.lists(st.text(max_size=70), max_size=20),
+    texts=st.lists(st.text(max_size=70), max_size=20),
+    threads=st.sampled_from([-1, 0, 1, 3]),
+)
+def test_distances_survive_any_text(patterns: list[str], texts: list[str], threads: int) -> None:
+    """Catches sides without strings, empty strings, lone surrogates, and lists of different lengths."""
+    patterns = [*patterns, "\ud800"]
+    index, distance = native.nearest(patterns, texts, threads)
+    assert ((index >= 0) & (index < len(texts)) if texts else index == -1).all()
+    if len(patterns) != len(texts):
+        with pytest.raises(ValueError, match="equally long"):
+            native.edit_distances(patterns, texts)
+    n = min(len(patterns), len(texts))
+    found = native.edit_distances(patterns[:n], texts[:n])
+    assert (found <= [max(len(a), len(b)) for a, b in zip(patterns[:n], texts[:n])]).all()
+    assert all(distance[i] <= found[i] for i in range(n))
+
+
 @pytest.mark.parametrize("wrong", [[1], [b"a"], [None]])
 def test_tokens_that_are_no_strings_are_refused(wrong: list[Any]) -> None:
     """Catches a read of another object's memory as text."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from aligned_stores import TEXTS, byte_level, sentencepiece, write_store
 from tokenizers import Tokenizer
+from typer.testing import CliRunner
 
 import fusechat
 from fusechat.align import RowKind, distribute, dtw, read_byte_order, read_coverage, vocab_map
@@ -17,6 +19,7 @@ from fusechat.align.paper import branches
 from fusechat.align.statistics import PairCounts
 from fusechat.align.tokenizer import store_vocabulary
 from fusechat.artifact import MANIFEST, Json, sha256_file
+from fusechat.cli import app
 from fusechat.errors import ConfigError, FormatError, FusechatError, MismatchError
 from fusechat.store import open_aligned, open_topk
 
@@ -309,3 +312,15 @@ def test_choices_and_damage_are_named(tmp_path: Path, stores: tuple[Path, Path])
     (stores[0] / MANIFEST).write_text(json.dumps(manifest | {"format": "other"}))
     with pytest.raises(FormatError, match="other artefact"):
         fusechat.align(*stores, tmp_path / "out")
+
+
+def test_inspect_shows_what_became_of_rows(tmp_path: Path, stores: tuple[Path, Path]) -> None:
+    """Catches a report whose keys the command line does not know."""
+    fusechat.align(*stores, tmp_path / "out", vocab="exact")
+    shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "out")], env={"COLUMNS": "80"})
+    assert shown.exit_code == 0
+    report = read_coverage(tmp_path / "out")
+    for kind, count in report["n_rows"].items():
+        assert re.search(rf"{kind} +{count}\b", shown.output)
+    assert "lost most" in shown.output
+    assert repr(report["examples"][0]["pivot"][0]["text"]) in shown.output

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fusechat.config import load_config, parse_train, source_name
+from fusechat.config import load_config, parse_config, parse_extract, parse_train, source_name
 from fusechat.errors import ConfigError
 
 MINIMAL = "pivot: ./p\nsources: [./a, {model: org/b, name: bee}]\ndata: {train: ./x.jsonl}\nout: runs/one\n"
@@ -64,3 +64,32 @@ def test_training_settings_alone() -> None:
     assert parse_train(["epochs=2", "lora={rank: 4}"]).lora is not None
     with pytest.raises(ConfigError, match="did you mean `epochs`"):
         parse_train(["epoch=2"])
+
+
+def test_a_source_says_only_what_differs_for_it(tmp_path: Path) -> None:
+    text = MINIMAL.replace("name: bee}", "name: bee, extract: {backend: vllm, engine_args: {seed: 1}}}")
+    config = load_config(_write(tmp_path, text + "extract: {top_k: 7, engine_args: {block_size: 16}}\n"))
+    assert config.sources[0].extract is None
+    bee = config.sources[1].extract
+    assert bee is not None
+    assert (bee.backend, bee.top_k, bee.engine_args) == ("vllm", 7, {"block_size": 16, "seed": 1})
+    assert config.extract.backend == "hf"
+    assert parse_config(config.model_dump(), "again") == config
+    with pytest.raises(ConfigError, match=r"`sources.1.extract.bakcend`, did you mean `backend`"):
+        load_config(_write(tmp_path, text.replace("backend", "bakcend")))
+    with pytest.raises(ConfigError, match="needs servers"):
+        load_config(_write(tmp_path, text.replace("backend: vllm", "backend: vllm-server")))
+
+
+def test_draws_cannot_be_tempered(tmp_path: Path) -> None:
+    sampled = _write(tmp_path, MINIMAL + "extract: {cache: sampled}\n")
+    assert load_config(sampled).extract.cache == "sampled"
+    with pytest.raises(ConfigError, match="set it to 1"):
+        load_config(sampled, ["train.temperature=2"])
+
+
+def test_extraction_settings_alone() -> None:
+    config = parse_extract({"top_k": 4}, ["engine_args.seed=2", "fast_driver=true"])
+    assert (config.top_k, config.engine_args, config.fast_driver) == (4, {"seed": 2}, True)
+    with pytest.raises(ConfigError, match="did you mean `concurrency`"):
+        parse_extract({}, ["concurency=2"])

@@ -35,6 +35,7 @@ PREAMBLE = """set -euo pipefail
 fusechat() { "$PYTHON" -m fusechat "$@"; }
 make() { for target in "$@"; do grep -q "^$target:" "$ROOT/Makefile"; done; }
 pip() { :; }
+python() { case "$1" in docs/*) local script="$ROOT/$1"; shift; "$PYTHON" "$script" "$@";; *) return 64;; esac; }
 """
 
 

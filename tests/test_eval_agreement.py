@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from fusechat.bytetable import ByteTable, Role
 from fusechat.cli import app
-from fusechat.dialogue import load_dialogues
+from fusechat.commands.evaluate.held_out import held_out
+from fusechat.dialogue import load_dialogues, split_held_out
 from fusechat.encode import encode_all
+from fusechat.errors import ConfigError, DataError
 from fusechat.evaluate.agreement import agreement
 from fusechat.evaluate.shared_rows import measure_rows, prefix_agreement, row_places, turn_end_token, twins
 from fusechat.records import Encoded
@@ -133,14 +137,17 @@ def test_a_model_agrees_with_itself_on_every_row(tiny_world: Any) -> None:
     assert one["kl_bits"]["value"][0] == pytest.approx(0, abs=1e-4)
 
 
+@pytest.mark.parametrize("names", [("pivot", "source"), ("source", "pivot")])
 @torch.no_grad()
-def test_sums_equal_a_walk_over_every_row_with_full_distributions(tiny_world: Any) -> None:
+def test_sums_equal_a_walk_over_every_row_with_full_distributions(tiny_world: Any, names: tuple[str, str]) -> None:
+    """The source's vocabulary spells letters twice, as pieces and as bytes."""
     from transformers import AutoModelForCausalLM
 
     dialogues = load_dialogues(tiny_world.dialogues)[:8]
     seen: list[dict[tuple[int, int, int], np.ndarray]] = []
     tables = []
-    for folder in (tiny_world.pivot, tiny_world.source):
+    folders = [getattr(tiny_world, name) for name in names]
+    for folder in folders:
         tokenizer, lm = load_tokenizer(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
         table = ByteTable.from_tokenizer(tokenizer, lm.get_input_embeddings().weight.shape[0])
         found = encode_all(dialogues, tokenizer, table, template=load_template(tokenizer), max_length_tokens=256)
@@ -173,9 +180,7 @@ def test_sums_equal_a_walk_over_every_row_with_full_distributions(tiny_world: An
         )
         for name in sums:
             sums[name] += float(values[name][0])
-    table = agreement({"m": tiny_world.pivot}, {"s": tiny_world.source}, dialogues, top_k=5, samples=100)["sources"][
-        "s"
-    ]
+    table = agreement({"m": folders[0]}, {"s": folders[1]}, dialogues, top_k=5, samples=100)["sources"]["s"]
     assert table["shared_rows"]["m"] == len(shared)
     one = table["groups"]["overall"]["models"]["m"]
     for name, total in sums.items():
@@ -195,3 +200,33 @@ def test_the_commands_print_tables_and_write_json(tiny_world: Any, tmp_path: Pat
     table = json.loads((tmp_path / "agreement.json").read_text())
     assert table["sources"]["pivot"]["groups"]["overall"]["models"]["pivot"]["top1"]["value"][0] == 1
     assert "agreement with pivot" in done.output
+
+
+def test_a_run_named_as_data_gives_the_dialogues_it_held_out(tiny_world: Any, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    settings = {
+        "pivot": str(tiny_world.pivot),
+        "sources": [{"model": str(tiny_world.source)}],
+        "data": {"train": str(tiny_world.dialogues), "held_out_fraction": 0.25},
+        "out": str(run),
+        "seed": 3,
+    }
+    (run / "config.yaml").write_text(json.dumps(settings))
+    expected = split_held_out(load_dialogues(tiny_world.dialogues), 0.25, 3)[1]
+    assert held_out(str(run), limit=None) == expected
+    assert held_out(str(run), limit=2) == expected[:2]
+    assert held_out(str(tiny_world.dialogues), limit=3) == load_dialogues(tiny_world.dialogues)[:3]
+
+
+def test_a_broken_model_and_too_many_candidates_are_named(tiny_world: Any, tmp_path: Path) -> None:
+    dialogues = load_dialogues(tiny_world.dialogues)[:3]
+    with pytest.raises(ConfigError, match="top_k is 400"):
+        agreement({"m": tiny_world.pivot}, {"s": tiny_world.source}, dialogues, top_k=400)
+    shutil.copytree(tiny_world.pivot, tmp_path / "broken")
+    weights = load_file(tmp_path / "broken" / "model.safetensors")
+    weights["model.norm.weight"][:] = float("nan")
+    save_file(weights, tmp_path / "broken" / "model.safetensors", {"format": "pt"})
+    for model, source in ((tmp_path / "broken", tiny_world.pivot), (tiny_world.pivot, tmp_path / "broken")):
+        with pytest.raises(DataError, match="broken gives NaN on held-out dialogue 0"):
+            agreement({"m": model}, {"s": source}, dialogues, top_k=4)

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from fusechat.cli import app
 from fusechat.errors import FormatError, FusechatError, MismatchError
 from fusechat.evaluate.endpoint import Client, Endpoint, EndpointError, for_each
+from fusechat.evaluate.journal import open_journal, read_rows
 from fusechat.evaluate.judge import judge_answers
-from fusechat.evaluate.ledger import open_ledger, read_rows
 
 N_QUESTIONS, N_MODELS, N_TURNS = 6, 2, 2
 ALL = N_QUESTIONS * N_MODELS * N_TURNS
@@ -129,7 +129,7 @@ def test_rate_limits_and_overload_are_waited_out(bench: Bench, judge: Judge, mod
     ("mode", "message"),
     [
         ("closed", "still limits the rate after 3 tries: lower the concurrency"),
-        ("html", r"11 requests failed.*answers no chat completion \(is it the API's root\?\): <html>"),
+        ("html", r"1[1-4] requests failed.*answers no chat completion \(is it the API's root\?\): <html>"),
         ("junk", "answers no chat completion"),
         ("unknown", "knows no model stub, .*does not exist"),
     ],
@@ -172,9 +172,9 @@ def test_no_more_requests_at_a_time_than_allowed(bench: Bench, judge: Judge) -> 
 
 
 def test_requests_keep_to_the_rate(bench: Bench, judge: Judge) -> None:
-    bench.judge(judge.url("good", "rate"), requests_per_minute=2400)
+    bench.judge(judge.url("good", "rate"), requests_per_minute=1200)
     starts = sorted(judge.counts("good", "rate")["starts"])
-    assert starts[-1] - starts[0] >= (ALL - 1) * 0.025 * 0.9
+    assert starts[-1] - starts[0] >= (ALL - 1) * 0.05 * 0.8
 
 
 def test_judgments_of_other_answers_are_not_mixed_in(bench: Bench, judge: Judge) -> None:
@@ -199,7 +199,7 @@ def test_a_line_cut_by_a_kill_is_judged_again_and_nothing_else(bench: Bench, jud
     assert judge.counts("good", "cut")["requests"] == ALL + 1
 
 
-def test_a_broken_ledger_is_named_by_line(bench: Bench, judge: Judge) -> None:
+def test_a_broken_journal_is_named_by_line(bench: Bench, judge: Judge) -> None:
     bench.files["judgments"].write_text('{"a": 1}\n{"b": \n{"c": 3}\n')
     with pytest.raises(FormatError, match="line 2 is not valid JSON"):
         bench.judge(judge.url("good", "broken"))
@@ -207,7 +207,7 @@ def test_a_broken_ledger_is_named_by_line(bench: Bench, judge: Judge) -> None:
 
 def test_two_processes_cannot_write_the_same_judgments(bench: Bench, judge: Judge) -> None:
     with (
-        open_ledger(bench.files["judgments"]),
+        open_journal(bench.files["judgments"]),
         pytest.raises(FusechatError, match="being written by another process"),
     ):
         bench.judge(judge.url("good", "twice"))
@@ -251,6 +251,15 @@ def test_the_command_shows_what_could_not_be_rated(bench: Bench, judge: Judge, m
     assert line.split()[-2:] == [str(N_QUESTIONS * N_TURNS)] * N_MODELS
     assert "1.00…10.00" in done.output
     assert "–" in next(line for line in done.output.splitlines() if line.startswith("overall"))
+
+
+def test_fields_of_requests_can_be_added_and_taken_away(bench: Bench, judge: Judge) -> None:
+    url = judge.url("modern", "cli")
+    done = CliRunner().invoke(app, _command(bench, url))
+    assert "Unsupported parameter: 'max_tokens'" in str(done.exception)
+    fields = ["--request-field", "max_tokens=null", "--request-field", "max_completion_tokens=9"]
+    done = CliRunner().invoke(app, _command(bench, url, *fields))
+    assert done.exit_code == 0, done.output
 
 
 def test_a_url_that_is_none_is_refused(bench: Bench) -> None:

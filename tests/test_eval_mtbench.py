@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from fusechat.cli import app
 from fusechat.errors import DataError, FormatError
-from fusechat.evaluate.ledger import read_rows
+from fusechat.evaluate.journal import read_rows
 from fusechat.evaluate.mtbench import (
     Question,
     check_answers,

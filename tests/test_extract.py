@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from extract_world import check_store, shard_bytes
 from safetensors.torch import load_file, save_file
 
 import fusechat
 from fusechat.dialogue import load_dialogues
 from fusechat.errors import DataError, MismatchError
+from fusechat.extract import left_out
 from fusechat.extract.hf import length_batches
 from fusechat.model import check_head, load_model
-from fusechat.records import Dialogue
+from fusechat.records import Dialogue, Message
 from fusechat.store import open_topk, row_positions
 
 
@@ -51,17 +53,80 @@ def test_rows_are_the_models_own_full_softmax(
         np.testing.assert_allclose(record["row.gold_logprob"], gold.numpy(), atol=1e-5)
 
 
-def test_batch_size_and_shard_size_change_nothing_but_the_last_bits(
+def test_float32_rows_are_the_same_bytes_whatever_the_batch_the_shard_and_the_order(
     tiny_world: Any, dialogues: list[Dialogue], tmp_path: Path
 ) -> None:
-    options = {"top_k": 3}
-    for name, batch, shard in (("one", 1, 512), ("many", 8192, 512)):
-        fusechat.extract(
-            str(tiny_world.source), dialogues, tmp_path / name, batch_tokens=batch, shard_dialogues=shard, **options
-        )
-    one, many = open_topk(tmp_path / "one"), open_topk(tmp_path / "many")
-    for index in one:
-        np.testing.assert_allclose(one[index]["row.gold_logprob"], many[index]["row.gold_logprob"], atol=1e-5)
+    """Catches padding, or rows of another sequence, that reach a row's last bits."""
+
+    def rows(name: str, some: list[Dialogue], **options: Any) -> list[bytes]:
+        fusechat.extract(str(tiny_world.source), some, tmp_path / name, top_k=3, **options)
+        store = open_topk(tmp_path / name)
+        return [b"".join(store[i][key].tobytes() for key in store[i] if key != "dialogue.index") for i in store]
+
+    whole = rows("whole", dialogues)
+    assert rows("tiny-batches", dialogues, batch_tokens=1) == whole
+    assert rows("shards", dialogues, shard_dialogues=5) == whole
+    assert rows("backwards", dialogues[::-1], shard_dialogues=7) == whole[::-1]
+    assert rows("placed", dialogues, device_map="cpu") == whole
+
+
+def test_half_precision_batches_by_length_and_stays_close(
+    tiny_world: Any, dialogues: list[Dialogue], tmp_path: Path
+) -> None:
+    for name, dtype, batch in (("exact", "float32", 1), ("many", "bfloat16", 8192)):
+        fusechat.extract(str(tiny_world.source), dialogues, tmp_path / name, dtype=dtype, batch_tokens=batch)
+    exact, many = open_topk(tmp_path / "exact"), open_topk(tmp_path / "many")
+    assert many.manifest["dtype"] == "bfloat16"
+    for index in exact:
+        np.testing.assert_allclose(exact[index]["row.gold_logprob"], many[index]["row.gold_logprob"], atol=0.05)
+
+
+def test_a_dialogue_that_one_source_cannot_take_is_listed_and_skipped_for_that_source(
+    tiny_world: Any, dialogues: list[Dialogue], tmp_path: Path
+) -> None:
+    """The template of this source refuses a system turn, and long dialogues lose turns."""
+    picky = tmp_path / "picky"
+    shutil.copytree(tiny_world.source, picky)
+    refusal = "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    refusal += "{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    (picky / "refuse.jinja").write_text(refusal)
+    system = Dialogue(messages=(Message(role="system", content="Be brief."), *dialogues[0].messages))
+    turns = (Message(role="user", content="the cat?"), Message(role="assistant", content="the cat sat on a mat."))
+    some = [*dialogues[:3], system, Dialogue(messages=turns * 9)]
+    options: Any = {"max_length_tokens": 70, "shard_dialogues": 2, "template": str(picky / "refuse.jinja")}
+    manifest = fusechat.extract(str(picky), some, tmp_path / "s", **options)
+    assert manifest["skipped"] == {"3": "the template refuses it: no system"}
+    assert set(manifest["cut_turns"]) == {"4"}
+    store = open_topk(tmp_path / "s")
+    assert sorted(store) == [0, 1, 2, 4]
+    assert left_out(manifest) == ", 1 dialogues skipped (1 × the template refuses it: no system), 1 cut"
+    with pytest.raises(DataError, match=r"no dialogue can be encoded.*no system"):
+        fusechat.extract(str(picky), [system], tmp_path / "none", **options)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_full_disk_in_mid_shard_is_one_line_and_the_run_resumes(
+    tiny_world: Any, dialogues: list[Dialogue], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fusechat.extract import task
+
+    fusechat.extract(str(tiny_world.pivot), dialogues, tmp_path / "whole", shard_dialogues=5)
+    write = task.write_block
+
+    def full(path: Path, block: Any) -> None:
+        if "shard-00002" in path.name:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        write(path, block)
+
+    monkeypatch.setattr(task, "write_block", full)
+    with pytest.raises(fusechat.errors.FusechatError, match="No space left on device; free space"):
+        fusechat.extract(str(tiny_world.pivot), dialogues, tmp_path / "s", shard_dialogues=5)
+    assert len(list((tmp_path / "s").glob("*.safetensors"))) == 2
+    assert not list((tmp_path / "s").glob("*.partial"))
+    monkeypatch.setattr(task, "write_block", write)
+    fusechat.extract(str(tiny_world.pivot), dialogues, tmp_path / "s", shard_dialogues=5)
+    assert shard_bytes(tmp_path / "s") == shard_bytes(tmp_path / "whole")
 
 
 def test_batches_hold_all_sequences_once_and_keep_to_their_budget() -> None:
@@ -160,6 +225,35 @@ def test_heads_with_scales_caps_and_routers_give_the_models_own_logits(family: s
     config = getattr(transformers, f"{family}Config")(**sizes)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     check_head(model, np.arange(20, dtype=np.int32))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("Gemma2", {"final_logit_softcapping": 2.0, "head_dim": 16, "query_pre_attn_scalar": 16}),
+        ("Cohere", {"logit_scale": 0.3}),
+        ("Granite", {"logits_scaling": 4.0}),
+    ],
+)
+def test_rows_of_heads_that_change_their_logits_are_the_models_own(
+    tiny_world: Any, dialogues: list[Dialogue], tmp_path: Path, family: str, changes: dict[str, Any]
+) -> None:
+    import transformers
+
+    directory = tmp_path / family
+    shutil.copytree(tiny_world.pivot, directory)
+    size = json.loads((directory / "config.json").read_text())["vocab_size"]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=size + 9, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2, **changes,
+    )  # fmt: skip
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    with torch.no_grad():  # so that a cap or a scale matters
+        model.get_output_embeddings().weight.mul_(30)
+    model.save_pretrained(directory)
+    fusechat.extract(str(directory), dialogues[:4], tmp_path / "s", top_k=5, dtype="float32")
+    check_store(tmp_path / "s", directory, logprob_atol=2e-5)
 
 
 def test_an_unknown_change_of_the_logits_is_detected() -> None:

@@ -123,6 +123,15 @@ def test_sce_is_its_definition(
     assert abs(sum(report["weights"]) - 1) < 1e-12
 
 
+@pytest.mark.parametrize("variant", ["paper", "fuseai", "mergekit"])
+def test_more_targets_than_registers_hold(tmp_path: Path, variant: Any) -> None:
+    """Catches a fault in the loops for any number of targets, which two to five do not take."""
+    base, targets = random_model(7, 3011, 7)
+    expected = reference.sce(base, targets, select_topk=0.3, variant=variant)
+    found, _ = run(tmp_path, base, targets, dtypes="BF16", out_dtype="BF16", **sce_options(0.3, variant))
+    assert_close(found, expected, "BF16")
+
+
 GRID = st.one_of(st.integers(-6, 6).map(lambda i: i / 8), st.just(-0.0))
 
 
@@ -183,6 +192,27 @@ def test_threads_and_fallbacks_do_not_change_a_bit(tmp_path: Path, kind: str) ->
     chosen = order[: selection["k"]]
     assert not one[np.setdiff1d(np.arange(n), chosen)].any()
     np.testing.assert_allclose(selection["energy"], (targets[:, chosen].astype(np.float64) ** 2).sum(1), rtol=1e-12)
+
+
+def test_thresholds_of_several_targets_are_found_in_shared_passes(tmp_path: Path) -> None:
+    """Catches a target that gets another's threshold, or is lost, when some need more passes than others: spread, tied
+    a thousandfold, all one tie, nowhere near where a sample says."""
+    rng = np.random.default_rng(5)
+    n = 6 * ONE_SEGMENT + 1234
+    moved = rng.normal(0, 1, (4, n))
+    moved[1] = np.round(moved[1] * 2) / 2
+    moved[2] = 3.0
+    moved[3] *= np.where(np.arange(n) // 64 % 7 == 3, 1000.0, 1.0)
+    targets = moved.astype(np.float32)
+    quota = [n // 10, n // 3, n // 2, n // 5]
+    for j in range(4):
+        options: dict[str, Any] = {"mask": "each", "quota": quota, "weights": [float(i == j) for i in range(4)]}
+        found, report = run(tmp_path, np.zeros(n, np.float32), targets, threads=1, **options)
+        expected = np.where(reference.top_by_magnitude(targets[j].astype(np.float64), quota[j]), targets[j], 0)
+        np.testing.assert_array_equal(found, expected)
+        again, same = run(tmp_path, np.zeros(n, np.float32), targets, threads=3, **options)
+        assert found.tobytes() == again.tobytes()
+        assert report == same
 
 
 def test_nonfinite_is_counted_and_named(tmp_path: Path) -> None:

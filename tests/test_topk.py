@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fusechat.errors import ConfigError
-from fusechat.topk import topk_logprob
+from fusechat.topk import _largest, topk_logprob
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("n_rows", "vocabulary", "k"), [(0, 7, 2), (1, 5, 5), (13, 211, 10), (9, 1003, 128)])
+@pytest.mark.parametrize(
+    ("n_rows", "vocabulary", "k"), [(0, 7, 2), (1, 5, 5), (13, 211, 10), (9, 1003, 128), (5, 1000, 3), (4, 2048, 8)]
+)
 @pytest.mark.parametrize("options", [{}, {"softcap": 4.0}, {"scale": 0.3}, {"scale": 2.0, "softcap": 9.0}], ids=str)
 def test_matches_the_full_softmax(dtype, n_rows, vocabulary, k, options):
     """Catches a chunk in the wrong rows, a cap applied before the scale, a softmax over the k entries
@@ -49,3 +53,20 @@ def test_without_labels_and_with_wrong_arguments():
             topk_logprob(hidden, weight, **wrong)
     with pytest.raises(ConfigError):
         topk_logprob(hidden, weight.bfloat16(), 3)
+
+
+@given(
+    n_rows=st.integers(1, 4), vocabulary=st.integers(1, 1500), k=st.integers(1, 12), few=st.booleans(),
+    seed=st.integers(0, 9), data=st.data(),
+)  # fmt: skip
+def test_the_largest_by_blocks_are_the_largest(n_rows, vocabulary, k, few, seed, data):
+    """Values always; ids wherever no value occurs twice (`few` makes ties), each once; NaN where there is NaN."""
+    k = min(k, vocabulary)
+    rng = torch.Generator().manual_seed(seed)
+    z = torch.randint(0, 4, (n_rows, vocabulary), generator=rng).float() if few else torch.randn(n_rows, vocabulary)
+    z[:, data.draw(st.integers(0, vocabulary - 1))] = data.draw(st.sampled_from([9.0, -float("inf"), float("nan")]))
+    values, ids = _largest(z, k)
+    expected = z.topk(k)
+    assert torch.equal(values.nan_to_num(77.0), expected.values.nan_to_num(77.0))
+    assert torch.equal(z.gather(1, ids).nan_to_num(77.0), values.nan_to_num(77.0))
+    assert all(len(set(row)) == k for row in ids.tolist())

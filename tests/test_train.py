@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,60 @@ def test_micro_batches_change_nothing_but_the_last_bits(tiny_world: Any, stores:
     for name, weight in one.items():
         torch.testing.assert_close(weight, many[name], rtol=0, atol=2e-4)
         assert not torch.equal(weight, moved[name]), name
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"packing": True, "workers": 2},
+        {"gradient_checkpointing": True, "report_to": ["tensorboard"]},
+        pytest.param({"torch_compile": True}, marks=pytest.mark.slow),
+    ],
+    ids="-".join,
+)
+def test_how_it_is_computed_changes_nothing_but_the_last_bits(
+    settings: dict[str, Any], tiny_world: Any, stores: Path, tmp_path: Path
+) -> None:
+    for name, extra in (("plain", {}), ("other", settings)):
+        config = TrainConfig(**FAST | {"micro_batch_size": 2} | extra)
+        fusechat.train(str(tiny_world.pivot), stores / "pivot", stores / "aligned", tmp_path / name, config)
+    plain, other = _weights(tmp_path / "plain"), _weights(tmp_path / "other")
+    for name, weight in plain.items():
+        torch.testing.assert_close(other[name], weight, rtol=0, atol=2e-4)
+    assert (tmp_path / "other" / "tensorboard").exists() == ("report_to" in settings)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch_fused", "adafactor", "sgd"])
+def test_optimizers_are_the_trainers(optimizer: str, tiny_world: Any, stores: Path, tmp_path: Path) -> None:
+    config = TrainConfig(**FAST | {"optimizer": optimizer, "max_steps": 2, "logging_steps": 1})
+    made = fusechat.train(str(tiny_world.pivot), stores / "pivot", stores / "aligned", tmp_path / "t", config)
+    assert made["losses"][1] < made["losses"][0]
+
+
+def test_held_out_bits_are_the_evaluations_and_the_best_step_can_be_the_target(
+    tiny_world: Any, stores: Path, tmp_path: Path
+) -> None:
+    from fusechat.evaluate.bpb import score_dialogues
+
+    dialogues = load_dialogues(tiny_world.dialogues)[:7]
+    # A rate that first helps and then destroys.
+    rate = {"learning_rate": 2e-2, "lr_scheduler": "constant", "max_steps": 6, "save_steps": 1, "final": "best"}
+    made = fusechat.train(
+        str(tiny_world.pivot), stores / "pivot", stores / "aligned", tmp_path / "t", TrainConfig(**FAST | rate),
+        held_out=dialogues,
+    )  # fmt: skip
+    measured = dict(made["measured"]["held_out_bits_per_byte"])
+    assert sorted(measured) == [1, 2, 3, 4, 5, 6]
+    best = made["measured"]["best_step"]
+    assert measured[best] == min(measured.values())
+    scores = score_dialogues(str(tmp_path / "t"), dialogues, dtype="float32")
+    bits = scores.nll.sum() / np.log(2) / scores.content_bytes.sum()
+    assert bits == pytest.approx(measured[best], rel=1e-4)
+    log = [json.loads(line) for line in (tmp_path / "t" / "training.jsonl").read_text().splitlines()]
+    assert {entry["step"] for entry in log if "held_out_bits_per_byte" in entry} == set(measured)
+    first = log[0]
+    assert {"loss", "hard_loss", "soft_loss", "coverage", "share_pivot", "tokens_per_second"} <= first.keys()
+    assert "fusechat" in (tmp_path / "t" / "README.md").read_text()
 
 
 def test_the_controls_first_loss_is_plain_cross_entropy(tiny_world: Any, stores: Path, tmp_path: Path) -> None:

@@ -6,8 +6,7 @@
 
 namespace fusechat::loss {
 
-void Cells::collect(const Rows &rows, std::int64_t row, const Options &options, std::int64_t vocabulary,
-                    RowScratch &scratch) {
+void Cells::collect(const Rows &rows, std::int64_t row, std::int64_t vocabulary, RowScratch &scratch) {
     ranges_.clear();
     const std::int64_t first = row * rows.n_entries;
     for (std::int64_t entry = first; entry < first + rows.n_entries; ++entry) {
@@ -34,7 +33,6 @@ void Cells::collect(const Rows &rows, std::int64_t row, const Options &options, 
     }
     n_rest = vocabulary;
     for (const Cell &cell : cells) n_rest -= cell.n_tokens;
-    normalise_teacher(n_rest > 0 && (options.missing != Missing::renormalise || rows.partition[row]), options.temperature);
     z.resize(tokens.size());
     e.resize(tokens.size());
 }
@@ -71,11 +69,12 @@ void Cells::add_range(const Range &range, const std::int32_t *order, RowScratch 
     cells.push_back({.p = range.p, .begin = static_cast<std::int64_t>(begin), .n_tokens = n_tokens});
 }
 
-void Cells::normalise_teacher(bool tail_counts, double temperature) {
+void Cells::normalise_teacher(const Options &options, bool partition) {
     double total = 0;
     for (const Cell &cell : cells) total += cell.p;
+    const bool tail_counts = n_rest > 0 && (options.missing != Missing::renormalise || partition);
     p_tail = tail_counts ? std::max(0.0, 1.0 - total) : 0.0;
-    for (const double power : {1.0, 1.0 / temperature}) {
+    for (const double power : {1.0, 1.0 / options.temperature}) {
         if (power != 1.0) {
             for (Cell &cell : cells) cell.p = std::pow(cell.p, power);
             p_tail = std::pow(p_tail, power);
@@ -88,18 +87,33 @@ void Cells::normalise_teacher(bool tail_counts, double temperature) {
     }
 }
 
+float Cells::max_logit(float top) const {
+    for (const Cell &cell : cells) {
+        const float *logits = &z[cell.begin];
+        top = std::max(top, cell.n_tokens == 1 ? logits[0] : max_cell(logits, padded(cell.n_tokens)));
+    }
+    return top;
+}
+
 void Cells::summarise(float top, double tau) {
+    const float inverse_tau = static_cast<float>(1.0 / tau);
     for (Cell &cell : cells) {
         float *logits = &z[cell.begin], *exponentials = &e[cell.begin];
         cell.shift = cell.n_tokens == 1 ? logits[0] : max_cell(logits, padded(cell.n_tokens));
+        const double difference = static_cast<double>(cell.shift) - top;
         if (cell.n_tokens == 1 || cell.shift == kMinusInfinity) {
             std::fill_n(exponentials, cell.n_tokens, 1.0F);
             cell.sum = static_cast<double>(cell.n_tokens);
         } else {
-            const float inverse_tau = static_cast<float>(1.0 / tau);
             cell.sum = exp_cell(logits, padded(cell.n_tokens), cell.shift, inverse_tau, exponentials);
         }
-        cell.log_sum = (static_cast<double>(cell.shift) - top) / tau + std::log(cell.sum);
+        cell.log_sum = difference / tau + (cell.n_tokens == 1 ? 0.0 : std::log(cell.sum));
+        cell.sum_hard = 0;
+        if (tau == 1.0) {
+            cell.sum_hard = cell.sum * std::exp(difference);
+        } else {
+            for (std::int64_t i = 0; i < cell.n_tokens; ++i) cell.sum_hard += std::exp(static_cast<double>(logits[i]) - top);
+        }
     }
 }
 

@@ -10,13 +10,14 @@
 namespace fusechat::loss {
 
 struct Cell {
-    double p;               // the teacher's mass
-    std::int64_t begin;     // its tokens in Cells::tokens, their logits in Cells::z and exponentials in Cells::e
-    std::int64_t n_tokens;
-    float shift = 0;        // e_j = exp((z_j − shift) / τ)
-    double sum = 1;         // Σ e_j
-    double log_sum = 0;     // log Σ exp((z_j − top) / τ)
-    double alpha = 0;       // what it receives of the soft term's gradient
+    double p;                    // the teacher's mass
+    std::int64_t begin = 0;      // its tokens in Cells::tokens, their logits in Cells::z and exponentials in Cells::e
+    std::int64_t n_tokens = 0;
+    float shift = 0;             // e_j = exp((z_j − shift) / τ)
+    double sum = 1;              // Σ e_j
+    double sum_hard = 0;         // Σ exp(z_j − top)
+    double log_sum = 0;          // log Σ exp((z_j − top) / τ)
+    double alpha = 0;            // what it receives of the soft term's gradient
 };
 
 // Memory of a thread, reused from row to row.
@@ -28,8 +29,14 @@ struct Cells {
     double p_tail = 0;
     std::int64_t n_rest = 0;  // tokens in no cell
 
-    // Reads a row's entries into cells, marks their tokens as holes, and brings the teacher's masses to the form of `options`.
-    void collect(const Rows &rows, std::int64_t row, const Options &options, std::int64_t vocabulary, RowScratch &scratch);
+    // Reads a row's entries into cells and marks their tokens as holes.
+    void collect(const Rows &rows, std::int64_t row, std::int64_t vocabulary, RowScratch &scratch);
+
+    // Brings the teacher's masses to the form of `options`.
+    void normalise_teacher(const Options &options, bool partition);
+
+    // The highest of the cells' logits, and of `top`.
+    float max_logit(float top) const;
 
     // Sums the exponentials of every cell's logits; `top` is the row's maximum.
     void summarise(float top, double tau);
@@ -44,7 +51,6 @@ private:
 
     void add_token(std::int64_t token, double p, RowScratch &scratch);
     void add_range(const Range &range, const std::int32_t *order, RowScratch &scratch);
-    void normalise_teacher(bool tail_counts, double temperature);
 
     std::vector<Range> ranges_;
 };

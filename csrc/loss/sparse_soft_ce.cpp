@@ -4,16 +4,16 @@
 #include <cmath>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
+#include <vector>
 
 #include "cells.hpp"
 #include "parallel.hpp"
+#include "range_cells.hpp"
 #include "row_loops.hpp"
 
 namespace fusechat::loss {
 namespace {
-
-// Below this sum the tail lies so far under the row's maximum that its exponents are taken again from its own maximum.
-constexpr double kSmallTail = 1e-12;
 
 ScanOptions scan_options(const Options &options) {
     return {
@@ -21,7 +21,6 @@ ScanOptions scan_options(const Options &options) {
         .inverse_tau = static_cast<float>(1.0 / options.student_temperature),
         .wants_hard = options.student_temperature != 1.0,
         .wants_sums = options.label_smoothing != 0.0 || options.missing == Missing::uniform,
-        .skip_holes = false,
     };
 }
 
@@ -30,20 +29,21 @@ template <class T>
 class RowLoss {
 public:
     RowLoss(const Rows &rows, const Options &options, std::int64_t vocabulary)
-        : rows_(rows), options_(options), scan_(scan_options(options)), n_(vocabulary), scratch_(vocabulary, scan_) {}
+        : rows_(rows),
+          options_(options),
+          scan_(scan_options(options)),
+          n_(vocabulary),
+          e_(vocabulary),
+          scratch_(vocabulary, scan_),
+          range_cells_(rows.order == nullptr ? 0 : vocabulary) {}
 
     void run(std::int64_t row, const T *logits, T *gradient, const Results &results) {
         row_ = row;
         label_ = rows_.labels[row];
-        cells_.collect(rows_, row, options_, n_, scratch_);
-        scan_row(logits, n_, scan_, scratch_);
-        // After the scan, which left the row in the cache.
-        for (const Cell &cell : cells_.cells) {
-            const std::int64_t end = cell.begin + cell.n_tokens;
-            for (std::int64_t i = cell.begin; i < end; ++i) cells_.z[i] = logit(logits, cells_.tokens[i]);
-            if (cell.n_tokens > 1) std::fill_n(cells_.z.data() + end, padded(cell.n_tokens) - cell.n_tokens, kMinusInfinity);
-        }
-        hard_term(logits);
+        const float z_label = logit(logits, label_);
+        if (!scan_ranges(logits)) scan_tokens(logits, gradient);
+        cells_.normalise_teacher(options_, rows_.partition[row]);
+        hard_term(z_label);
         soft_term();
         const double hard_weight = rows_.hard_weight[row];
         results.hard[row] = static_cast<float>(hard_);
@@ -62,33 +62,57 @@ private:
         return options_.softcap == 0.0 ? z : softcap_one(z, scan_.softcap);
     }
 
-    void hard_term(const T *logits) {
-        const double tau = options_.student_temperature;
+    // Ranges, where all sums are large enough for one scale of exponentials.
+    bool scan_ranges(const T *logits) {
+        by_map_ = rows_.order != nullptr && (options_.missing != Missing::uniform || rows_.partition[row_]) &&
+                  range_cells_.divide(rows_, row_, cells_);
+        if (!by_map_) return false;
+        scratch_.e = e_.data();
+        scan_row(logits, n_, scan_, range_cells_.cell_of(), scratch_);
         top_ = scratch_.top;
-        const double mean = scratch_.sum_all_z / static_cast<double>(n_);
-        mean_rest_ = scratch_.sum_rest_z / tau / static_cast<double>(std::max<std::int64_t>(cells_.n_rest, 1));
-        z_label_ = static_cast<double>(logit(logits, label_)) - top_;
-        cells_.summarise(top_, tau);
-        sum_hard_ = tau == 1.0 ? scratch_.sum : scratch_.sum_hard;
-        for (const Cell &cell : cells_.cells) sum_hard_ += hard_sum(cell);
-        if (scratch_.sum < kSmallTail && cells_.n_rest > 0) {
-            ScanOptions tail_only = scan_;
-            tail_only.skip_holes = true;
-            scan_row(logits, n_, tail_only, scratch_);
-        }
-        log_tail_ = cells_.n_rest > 0 ? (static_cast<double>(scratch_.top) - top_) / tau + std::log(scratch_.sum)
-                                      : static_cast<double>(kMinusInfinity);
-        lse_ = top_ + std::log(sum_hard_);
-        const double smoothing = options_.label_smoothing;
-        hard_ = std::log(sum_hard_) - (1.0 - smoothing) * z_label_ - (smoothing == 0.0 ? 0.0 : smoothing * mean);
+        sum_z_ = scratch_.sum_z + (static_cast<double>(scratch_.shift) - top_) * static_cast<double>(n_);
+        by_map_ = range_cells_.sum(rows_, scratch_, top_, options_.student_temperature, cells_);
+        if (!by_map_) cells_.cells.clear();
+        return by_map_;
     }
 
-    // Σ exp(z_j − top) over a cell: what it adds to the hard term's softmax.
-    double hard_sum(const Cell &cell) const {
-        if (options_.student_temperature == 1.0) return std::exp(cell.log_sum);
-        double sum = 0;
-        for (std::int64_t i = cell.begin; i < cell.begin + cell.n_tokens; ++i) sum += hard_exp(i);
-        return sum;
+    // Cells' tokens one by one, each cell and the tail relative to its own maximum.
+    void scan_tokens(const T *logits, T *gradient) {
+        cells_.collect(rows_, row_, n_, scratch_);
+        for (const Cell &cell : cells_.cells) {
+            const std::int64_t end = cell.begin + cell.n_tokens;
+            for (std::int64_t i = cell.begin; i < end; ++i) cells_.z[i] = logit(logits, cells_.tokens[i]);
+            if (cell.n_tokens > 1) std::fill_n(cells_.z.data() + end, padded(cell.n_tokens) - cell.n_tokens, kMinusInfinity);
+        }
+        scratch_.e = e_.data();
+        if constexpr (std::is_same_v<T, float>) {
+            // The gradient's memory is written anyway: the exponentials wait there, which saves the cache a second row.
+            if (gradient != nullptr) scratch_.e = gradient;
+        }
+        scan_row(logits, n_, scan_, nullptr, scratch_);
+        top_ = cells_.max_logit(scratch_.top);
+        cells_.summarise(top_, options_.student_temperature);
+        if (!scan_.wants_sums) return;
+        const bool any = scratch_.shift != kMinusInfinity;
+        sum_z_ = scratch_.sum_z + (any ? (static_cast<double>(scratch_.shift) - top_) * static_cast<double>(cells_.n_rest) : 0.0);
+        mean_rest_ = sum_z_ / options_.student_temperature / static_cast<double>(std::max<std::int64_t>(cells_.n_rest, 1));
+        for (const Cell &cell : cells_.cells) {
+            for (std::int64_t i = cell.begin; i < cell.begin + cell.n_tokens; ++i) sum_z_ += static_cast<double>(cells_.z[i]) - top_;
+        }
+    }
+
+    void hard_term(float z_label) {
+        const double tau = options_.student_temperature, shift = static_cast<double>(scratch_.shift) - top_;
+        z_label_ = static_cast<double>(z_label) - top_;
+        const bool any = scratch_.shift != kMinusInfinity;
+        shift_to_top_ = any ? std::exp(shift) : 0.0;
+        sum_hard_ = (tau == 1.0 ? scratch_.sum : scratch_.sum_hard) * (any ? shift_to_top_ : 1.0);
+        for (const Cell &cell : cells_.cells) sum_hard_ += cell.sum_hard;
+        log_tail_ = cells_.n_rest > 0 && any ? shift / tau + std::log(scratch_.sum) : static_cast<double>(kMinusInfinity);
+        lse_ = top_ + std::log(sum_hard_);
+        const double smoothing = options_.label_smoothing;
+        hard_ = std::log(sum_hard_) - (1.0 - smoothing) * z_label_;
+        if (smoothing != 0.0) hard_ -= smoothing * sum_z_ / static_cast<double>(n_);
     }
 
     double hard_exp(std::int64_t member) const { return std::exp(static_cast<double>(cells_.z[member]) - top_); }
@@ -140,16 +164,32 @@ private:
         const double per_soft = scale * soft_weight_ * tau;
         const double flat = -scale * hard_weight * smoothing / static_cast<double>(n_);
         const double at_label = -scale * hard_weight * (1.0 - smoothing);
-        const double tail_to_top = std::exp(static_cast<double>(scratch_.top) - top_);
-        const DenseGradient dense{
-            .soft = scratch_.sum > 0 ? per_soft * alpha_tail_ / scratch_.sum : 0.0,
-            .hard = per_hard * tail_to_top,
-            .offset = flat - per_soft * spread_,
-        };
-        write_row(scratch_, dense, scan_.inverse_tau, n_, gradient);
+        DenseGradient dense;
+        dense.hard = static_cast<float>(per_hard * shift_to_top_);
+        dense.offset = static_cast<float>(flat - per_soft * spread_);
+        // Where both terms have one temperature, one exponential serves both.
+        const double hard_per_e = tau == 1.0 ? per_hard * shift_to_top_ : 0.0;
+        dense.soft[0] = static_cast<float>((scratch_.sum > 0 ? per_soft * alpha_tail_ / scratch_.sum : 0.0) + hard_per_e);
+        if (by_map_) {
+            for (std::size_t i = 0; i < cells_.cells.size(); ++i) {
+                const Cell &cell = cells_.cells[i];
+                dense.soft[i + 1] = static_cast<float>(per_soft * cell.alpha / cell.sum + hard_per_e);
+            }
+        }
+        const std::uint8_t *cell_of = by_map_ ? range_cells_.cell_of() : nullptr;
+        // Before the row is written: the exponentials may stand in the same memory.
+        double label_value = scratch_.e[label_] * dense.soft[by_map_ ? cell_of[label_] : 0] + dense.offset;
+        if (tau != 1.0) label_value += scratch_.e_hard[label_] * dense.hard;
+        write_row(scratch_, dense, cell_of, n_, gradient);
+        if (!by_map_) write_cells(per_soft, per_hard, flat, gradient, label_value);
+        label_value += at_label;
+        narrow_one(gradient[label_],
+                   static_cast<float>(scratch_.slope.empty() ? label_value : label_value * scratch_.slope[label_]));
+    }
 
+    void write_cells(double per_soft, double per_hard, double flat, T *gradient, double &label_value) {
+        const double tau = options_.student_temperature;
         const float *slope = scratch_.slope.empty() ? nullptr : scratch_.slope.data();
-        double label_value = dense_at(dense, label_);
         for (const Cell &cell : cells_.cells) {
             const double per_e = per_soft * cell.alpha / cell.sum;
             const double to_top = std::exp(static_cast<double>(cell.shift) - top_);
@@ -169,26 +209,20 @@ private:
                 narrow_one(gradient[tokens[i]], slope == nullptr ? e[i] : e[i] * slope[tokens[i]]);
             }
         }
-        label_value += at_label;
-        narrow_one(gradient[label_], static_cast<float>(slope == nullptr ? label_value : label_value * slope[label_]));
-    }
-
-    double dense_at(const DenseGradient &dense, std::int64_t token) const {
-        const double difference = static_cast<double>(scratch_.shift[token / kBlock]) - scratch_.top;
-        const double e_soft = scratch_.e[token] * std::exp(difference / options_.student_temperature);
-        const double e_hard = scratch_.e_hard.empty() ? e_soft : scratch_.e_hard[token] * std::exp(difference);
-        return dense.soft * e_soft + dense.hard * e_hard + dense.offset;
     }
 
     const Rows &rows_;
     const Options &options_;
     const ScanOptions scan_;
     const std::int64_t n_;
+    std::vector<float> e_;
     RowScratch scratch_;
     Cells cells_;
+    RangeCells range_cells_;
+    bool by_map_ = false;
     std::int64_t row_ = 0, label_ = 0;
     float top_ = 0;
-    double z_label_ = 0, mean_rest_ = 0, sum_hard_ = 0, log_tail_ = 0, lse_ = 0;
+    double z_label_ = 0, sum_z_ = 0, mean_rest_ = 0, shift_to_top_ = 0, sum_hard_ = 0, log_tail_ = 0, lse_ = 0;
     double hard_ = 0, soft_ = 0, soft_weight_ = 0, spread_ = 0, alpha_tail_ = 0;
 };
 
@@ -229,23 +263,38 @@ void check(const Matrix &matrix, const Rows &rows) {
             if (rows.high[i] > vocabulary) refuse("range end", row, rows.high[i]);
         }
     }
-    if (rows.order == nullptr) return;
-    for (std::int64_t rank = 0; rank < vocabulary; ++rank) {
-        if (rows.order[rank] < 0 || rows.order[rank] >= vocabulary) refuse("token", rank, rows.order[rank]);
+}
+
+// The rank of every token.
+std::vector<std::int32_t> invert(const std::int32_t *order, std::int64_t vocabulary) {
+    std::vector<std::int32_t> rank(vocabulary, -1);
+    for (std::int64_t i = 0; i < vocabulary; ++i) {
+        if (order[i] < 0 || order[i] >= vocabulary || rank[order[i]] >= 0) {
+            throw std::invalid_argument("order is no permutation of the vocabulary: token " + std::to_string(order[i]) +
+                                        " at rank " + std::to_string(i) + " is outside it or there twice");
+        }
+        rank[order[i]] = static_cast<std::int32_t>(i);
     }
+    return rank;
 }
 
 }  // namespace
 
 void sparse_soft_ce(const Matrix &matrix, const Rows &rows, const Options &options, const Results &results, int threads) {
     check(matrix, rows);
+    Rows ranked = rows;
+    std::vector<std::int32_t> rank;
+    if (rows.order != nullptr) {
+        rank = invert(rows.order, matrix.vocabulary);
+        ranked.rank = rank.data();
+    }
     switch (matrix.format) {
         case Format::float32:
-            return run_rows<float>(matrix, rows, options, results, threads);
+            return run_rows<float>(matrix, ranked, options, results, threads);
         case Format::bfloat16:
-            return run_rows<BFloat16>(matrix, rows, options, results, threads);
+            return run_rows<BFloat16>(matrix, ranked, options, results, threads);
         case Format::float16:
-            return run_rows<Float16>(matrix, rows, options, results, threads);
+            return run_rows<Float16>(matrix, ranked, options, results, threads);
     }
 }
 

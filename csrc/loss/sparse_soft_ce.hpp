@@ -44,7 +44,8 @@ struct Rows {
     const float *row_scale;
     const bool *partition;
     std::int64_t n_entries;
-    const std::int32_t *order;  // null when no row has ranges
+    const std::int32_t *order;  // null when no row has ranges, else a permutation of the vocabulary
+    const std::int32_t *rank;   // its inverse
     const std::int32_t *low;
     const std::int32_t *high;
 };
@@ -57,7 +58,8 @@ struct Results {
     bool *correct;
 };
 
-// Throws std::invalid_argument naming the row when a label, an id or a range lies outside the vocabulary; nothing is written then.
+// Throws std::invalid_argument naming the row when a label, an id or a range lies outside the vocabulary, or
+// `order` is no permutation; nothing is written then. `rows.rank` is filled here.
 void sparse_soft_ce(const Matrix &matrix, const Rows &rows, const Options &options, const Results &results, int threads);
 
 }  // namespace fusechat::loss

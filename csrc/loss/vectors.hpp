@@ -117,25 +117,27 @@ inline void narrow_one(Float16 &to, float value) {
     to.bits = static_cast<std::uint16_t>(w);
 }
 
-// x = n ln 2 + r with |r| <= ln 2 / 2: gives 2^n and exp(r) − 1, a minimax polynomial that errs by 4e-9. |x| up to 87.
-FUSECHAT_INLINE void exp_parts(const Floats &x, Floats &power, Floats &rest) {
-    const Floats shifted = x * 1.44269504F + 12582912.0F;  // 1.5 · 2^23: n ends in the low bits of the sum
-    const Floats n = shifted - 12582912.0F;
-    const Floats r = (x - n * 0.693359375F) + n * 2.12194440e-4F;
-    power = __builtin_bit_cast(Floats, (__builtin_bit_cast(Words, shifted) << 23) + 0x3F800000U);
-    Floats poly = r * 1.38146131e-3F + 8.36870983e-3F;
-    poly = poly * r + 4.16683874e-2F;
-    poly = poly * r + 1.66665207e-1F;
-    poly = poly * r + 4.99999935e-1F;
-    rest = poly * (r * r) + r;
+// exp(x · scale) as 2^n and 2^r − 1, with x · scale · log2 e = n + r and |r| <= ½: the polynomial errs by 1.1e-7. |x · scale| up
+// to 87.
+FUSECHAT_INLINE void exp_parts(const Floats &x, float scale, Floats &power, Floats &rest) {
+    constexpr float kRound = 12582912.0F + 127.0F;  // 1.5 · 2^23: n and the exponent's bias end in the low bits of the sum
+    const float per_two = scale * 1.44269504F;
+    const Floats shifted = x * per_two + kRound;
+    const Floats r = x * per_two - (shifted - kRound);
+    power = __builtin_bit_cast(Floats, __builtin_bit_cast(Words, shifted) << 23);
+    Floats poly = r * 1.32648265e-3F + 9.67151133e-3F;
+    poly = poly * r + 5.55073342e-2F;
+    poly = poly * r + 2.40222421e-1F;
+    poly = poly * r + 6.93146978e-1F;
+    rest = poly * r;
 }
 
-// exp(x) for x <= 0. Below −69, 1e-30, it is 0: gradients made of such numbers are subnormal, at which a CPU's matrix product
-// slows down twentyfold. NaN stays NaN.
-FUSECHAT_INLINE void exp_negative(const Floats &x, Floats &result) {
+// exp(x · scale) for x <= 0. Below e^−69 = 1e-30 it is 0: gradients made of such numbers are subnormal, at which a CPU's matrix
+// product slows down twentyfold. NaN stays NaN.
+FUSECHAT_INLINE void exp_negative(const Floats &x, float scale, Floats &result) {
     Floats power, rest;
-    exp_parts(x, power, rest);
-    result = x < -69.0F ? Floats{} : power + power * rest;
+    exp_parts(x, scale, power, rest);
+    result = x < -69.0F / scale ? Floats{} : power + power * rest;
 }
 
 }  // namespace fusechat::loss

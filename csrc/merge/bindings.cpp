@@ -114,6 +114,12 @@ py::dict merge_tensor_py(const std::vector<SourceTuple> &sources, std::int64_t n
         chosen<Elect>(elect, {{"none", Elect::none}, {"plain", Elect::plain}, {"weighted", Elect::weighted}});
     task.rule.divide = chosen<Divide>(
         divide, {{"none", Divide::none}, {"surviving", Divide::surviving}, {"clamped", Divide::clamped}});
+    if (task.rule.divide != Divide::none && task.rule.elect == Elect::none) {
+        throw std::invalid_argument("dividing by what survives needs an election");
+    }
+    if (task.rule.mask == Mask::shared && task.rule.elect != Elect::plain) {
+        throw std::invalid_argument("a shared mask needs a plain election");
+    }
     task.rule.mask_weights_only = mask_weights_only;
     task.rule.per_parameter = per_parameter;
     task.rule.scale = scale;

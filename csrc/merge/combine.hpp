@@ -21,9 +21,12 @@ struct Rule {
     bool per_parameter = false;  // weights are delta² / Σ delta², element by element (VaRM)
     double scale = 1;            // of the update
     std::vector<double> weights;
-    std::vector<double> keep_share;         // random: the probability to keep, per target; kept deltas are divided by it
+    std::vector<double> factors;            // set_factors: the weights over what random masking divides by
+    std::vector<double> keep_share;         // random: the probability to keep, per target, which divides what is kept
     std::vector<std::uint64_t> random_key;  // random: per target
     Dtype out_dtype = Dtype::f32;
+
+    void set_factors();
 };
 
 // Tensors of fewer tiles than this are measured whole.

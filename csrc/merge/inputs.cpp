@@ -19,10 +19,10 @@ FUSECHAT_CLONES void add_scaled(float *__restrict sum, const float *__restrict r
 }
 
 // delta += factor · update, rounded to fp32; returns whether any sum is not finite.
-FUSECHAT_CLONES bool add_update(double *__restrict delta, const float *__restrict update, float factor, int n) {
+FUSECHAT_CLONES bool add_update(float *__restrict delta, const float *__restrict update, float factor, int n) {
     std::uint32_t largest = 0;
     for (int i = 0; i < n; ++i) {
-        const float sum = static_cast<float>(delta[i]) + factor * update[i];
+        const float sum = delta[i] + factor * update[i];
         const std::uint32_t magnitude = std::bit_cast<std::uint32_t>(sum) & 0x7fffffffu;
         largest = magnitude > largest ? magnitude : largest;
         delta[i] = sum;
@@ -30,17 +30,31 @@ FUSECHAT_CLONES bool add_update(double *__restrict delta, const float *__restric
     return largest >= 0x7f800000u;
 }
 
+FUSECHAT_INLINE float widened_item(const float *values, int i) { return values[i]; }
+FUSECHAT_INLINE float widened_item(const std::uint16_t *bf16, int i) {
+    return std::bit_cast<float>(static_cast<std::uint32_t>(bf16[i]) << 16);
+}
+
 // delta = values − base, rounded to fp32; returns whether any difference is not finite.
-FUSECHAT_CLONES bool subtract(const float *__restrict values, const float *__restrict base, int n,
-                              double *__restrict delta) {
+template <class T>
+FUSECHAT_INLINE bool subtract_items(const T *__restrict values, const float *__restrict base, int n,
+                                    float *__restrict delta) {
     std::uint32_t largest = 0;
     for (int i = 0; i < n; ++i) {
-        const float difference = values[i] - base[i];
+        const float difference = widened_item(values, i) - base[i];
         const std::uint32_t magnitude = std::bit_cast<std::uint32_t>(difference) & 0x7fffffffu;
         largest = magnitude > largest ? magnitude : largest;
         delta[i] = difference;
     }
     return largest >= 0x7f800000u;
+}
+
+FUSECHAT_CLONES bool subtract(const float *values, const float *base, int n, float *delta) {
+    return subtract_items(values, base, n, delta);
+}
+
+FUSECHAT_CLONES bool subtract_bf16(const std::uint16_t *values, const float *base, int n, float *delta) {
+    return subtract_items(values, base, n, delta);
 }
 
 FUSECHAT_CLONES bool any_nonfinite(const float *__restrict values, int n) {
@@ -68,7 +82,7 @@ void read_exactly(int fd, void *to, std::int64_t size_bytes, std::int64_t offset
 }
 
 // delta += scale · (B A)[begin, begin + n) in row-major order; returns whether any sum is not finite.
-bool add_low_rank(const LowRank &low_rank, std::int64_t begin, double *delta, int n) {
+bool add_low_rank(const LowRank &low_rank, std::int64_t begin, float *delta, int n) {
     bool flawed = false;
     for (int done = 0; done < n;) {
         const std::int64_t row = (begin + done) / low_rank.columns, column = (begin + done) % low_rank.columns;
@@ -107,24 +121,34 @@ void fetch(const Inputs &inputs, std::int64_t begin, int n, Scratch &scratch) {
 void open_tile(const Inputs &inputs, std::int64_t begin, int at, int n, Scratch &scratch, std::vector<NonFinite> &bad) {
     const int padded = pad(n);
     float *base = scratch.base();
-    auto widen_source = [&](const Source &source, const unsigned char *raw, float *to) {
-        const int valid = static_cast<int>(std::clamp<std::int64_t>(source.n_valid - begin - at, 0, n));
+    auto place = [&](const Source &source, const unsigned char *raw) {
+        return raw + static_cast<std::size_t>(at) * item_bytes(source.dtype);
+    };
+    auto widen_source = [&](const Source &source, const unsigned char *raw, float *to, int valid) {
         if (source.fd < 0) {
             std::fill(to, to + padded, 0.0f);
-            return n;
+        } else {
+            widen(place(source, raw), source.dtype, to, valid);
         }
-        widen(raw + static_cast<std::size_t>(at) * item_bytes(source.dtype), source.dtype, to, valid);
-        return valid;
     };
-    widen_source(inputs.base, scratch.raw(0), base);
+    auto n_there = [&](const Source &source) {
+        return static_cast<int>(std::clamp<std::int64_t>(source.n_valid - begin - at, 0, n));
+    };
+    widen_source(inputs.base, scratch.raw(0), base, n_there(inputs.base));
     std::fill(base + n, base + padded, 0.0f);
     bool flawed = any_nonfinite(base, n);
     for (int j = 0; j < inputs.n_targets(); ++j) {
         const Source &source = inputs.targets[j];
-        double *delta = scratch.delta(j);
-        const int valid = widen_source(source, scratch.raw(j + 1), scratch.values());
-        flawed |= subtract(scratch.values(), base, valid, delta);
-        std::fill(delta + valid, delta + padded, 0.0);
+        const int valid = n_there(source);
+        float *delta = scratch.delta(j);
+        if (source.dtype == Dtype::bf16 && source.fd >= 0) {
+            const auto *raw = reinterpret_cast<const std::uint16_t *>(place(source, scratch.raw(j + 1)));
+            flawed |= subtract_bf16(raw, base, valid, delta);
+        } else {
+            widen_source(source, scratch.raw(j + 1), scratch.values(), valid);
+            flawed |= subtract(scratch.values(), base, valid, delta);
+        }
+        std::fill(delta + valid, delta + padded, 0.0f);
         if (source.low_rank.rank > 0) flawed |= add_low_rank(source.low_rank, begin + at, delta, valid);
     }
     if (!flawed) return;
@@ -133,13 +157,13 @@ void open_tile(const Inputs &inputs, std::int64_t begin, int at, int n, Scratch 
         for (int s = 0; s <= inputs.n_targets(); ++s) {
             // A target's difference to a base that is not finite says nothing about the target.
             if (s > 0 && !is_finite(base[i])) break;
-            if (is_finite(s == 0 ? base[i] : static_cast<float>(scratch.delta(s - 1)[i]))) continue;
+            if (is_finite(s == 0 ? base[i] : scratch.delta(s - 1)[i])) continue;
             keep_base = true;
             bad[s].count += 1;
             if (bad[s].first < 0) bad[s].first = begin + at + i;
         }
         if (keep_base) {
-            for (int j = 0; j < inputs.n_targets(); ++j) scratch.delta(j)[i] = 0.0;
+            for (int j = 0; j < inputs.n_targets(); ++j) scratch.delta(j)[i] = 0.0f;
         }
     }
 }

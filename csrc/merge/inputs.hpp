@@ -47,20 +47,18 @@ struct Inputs {
     int n_targets() const { return static_cast<int>(targets.size()); }
 };
 
-// One thread's buffers. `base` holds kTile values, `delta(j)` target j minus base, rounded to fp32 but stored wider, for
-// all arithmetic on it is in double.
+// One thread's buffers. `base` holds kTile values, `delta(j)` target j minus base, rounded to fp32.
 class Scratch {
   public:
     explicit Scratch(int n_targets);
     float *base() { return base_.data(); }
-    double *delta(int j) { return delta_.data() + static_cast<std::size_t>(j) * kTile; }
+    float *delta(int j) { return delta_.data() + static_cast<std::size_t>(j) * kTile; }
     unsigned char *raw(int source) { return raw_.data() + static_cast<std::size_t>(source) * kChunk * 4; }
     unsigned char *out() { return out_.data(); }
     float *values() { return values_.data(); }
 
   private:
-    std::vector<float> base_, values_;
-    std::vector<double> delta_;
+    std::vector<float> base_, values_, delta_;
     std::vector<unsigned char> raw_, out_;
 };
 

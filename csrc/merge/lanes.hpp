@@ -12,6 +12,7 @@
 namespace fusechat::merge {
 
 constexpr int kLanes = 8;
+constexpr int kPadding = 2 * kLanes;  // of a tile: whole lanes of fp32, too
 
 using Floats = float __attribute__((vector_size(4 * kLanes)));
 using Doubles = double __attribute__((vector_size(8 * kLanes)));
@@ -39,11 +40,17 @@ FUSECHAT_INLINE Doubles widened(const float *from) {
     return __builtin_convertvector(narrow, Doubles);
 }
 
+// `yes` where the mask is set, `no` elsewhere, in bits: compilers take a ?: of vectors apart, lane by lane, in functions
+// that are cloned for several instruction sets.
+FUSECHAT_INLINE Doubles choose(const Longs &mask, const Doubles &yes, const Doubles &no) {
+    return (Doubles)((mask & (Longs)yes) | (~mask & (Longs)no));
+}
+
 // `value` where the mask is set, zero elsewhere.
 FUSECHAT_INLINE Doubles where(const Longs &mask, const Doubles &value) { return (Doubles)(mask & (Longs)value); }
 
 // Rounds a count up to whole lanes.
-FUSECHAT_INLINE int pad(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
+FUSECHAT_INLINE int pad(int n) { return (n + kPadding - 1) / kPadding * kPadding; }
 
 // Adds the lanes of `v` from first to last.
 FUSECHAT_INLINE double add_lanes(const Doubles &v) {

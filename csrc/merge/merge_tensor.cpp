@@ -45,23 +45,12 @@ std::vector<double> weights_from_energy(const Selection &selection, const Energy
 }
 
 std::vector<Selection> choose(const Task &task, ScratchPool &pool, int threads, std::vector<NonFinite> &bad) {
-    std::vector<Selection> selections;
-    if (task.select && task.rule.mask == Mask::shared) {
-        selections.push_back(select(task.inputs, pool, Key::variance, task.quotas[0], threads, bad));
-    } else if (task.select && task.rule.mask == Mask::each) {
-        for (int j = 0; j < task.inputs.n_targets(); ++j) {
-            // One target at a time: only its bytes and the base's are read.
-            const Inputs pair{task.inputs.base, {task.inputs.targets[j]}, task.inputs.n};
-            std::vector<NonFinite> pair_bad(2);
-            selections.push_back(select(pair, pool, Key::magnitude, task.quotas[j], threads, pair_bad));
-            bad.resize(task.inputs.targets.size() + 1);
-            bad[0] = pair_bad[0];
-            bad[j + 1] = pair_bad[1];
-        }
-    } else if (task.energy_weights.use) {
-        selections.push_back(select_all(task.inputs, pool, threads, bad));
+    if (task.select) {
+        const Key key = task.rule.mask == Mask::shared ? Key::variance : Key::magnitude;
+        return select(task.inputs, pool, key, task.quotas, threads, bad);
     }
-    return selections;
+    if (task.energy_weights.use) return {select_all(task.inputs, pool, threads, bad)};
+    return {};
 }
 
 }  // namespace
@@ -74,6 +63,7 @@ Report merge_tensor(Task task, int threads) {
     if (task.energy_weights.use) {
         task.rule.weights = weights_from_energy(report.selections[0], task.energy_weights, task.inputs.n);
     }
+    task.rule.set_factors();
     report.weights = task.rule.weights;
     const int width = item_bytes(task.rule.out_dtype);
     std::vector<Outcome> outcomes(static_cast<std::size_t>(n_segments(task.inputs.n)));

@@ -31,13 +31,12 @@ struct Selection {
     double threshold = 0;              // selected: key > threshold, or key == threshold and index < tie_stop
     std::int64_t tie_stop = 0;
     std::vector<double> energy;        // by variance only: per target, sum of delta² over the selected
-
-    bool none() const { return k == 0; }
 };
 
-// Selects by `key`; magnitude needs exactly one target. Sets `bad` to what is not finite.
-Selection select(const Inputs &inputs, ScratchPool &pool, Key key, const Quota &quota, int threads,
-                 std::vector<NonFinite> &bad);
+// Selects once by variance, for which there is one quota, or by magnitude for every target, for which there is a quota
+// each; targets share the passes. Sets `bad` to what is not finite.
+std::vector<Selection> select(const Inputs &inputs, ScratchPool &pool, Key key, const std::vector<Quota> &quotas,
+                              int threads, std::vector<NonFinite> &bad);
 
 // The sums of delta² alone, as a Selection of everything.
 Selection select_all(const Inputs &inputs, ScratchPool &pool, int threads, std::vector<NonFinite> &bad);

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from fusechat.align.aligner import Aligner, align_shard, count_shard, fresh_shard
 from fusechat.align.coverage import coverage
-from fusechat.align.rows import Choices, n_threads
+from fusechat.align.on_ray import map_on_ray
+from fusechat.align.rows import n_threads
+from fusechat.align.shards import ShardWork, Task, shard_name
 from fusechat.align.statistics import no_counts
-from fusechat.align.tokenizer import store_vocabulary
 from fusechat.align.vocabulary import METHODS
 from fusechat.artifact import (
     MANIFEST,
@@ -27,7 +29,8 @@ from fusechat.artifact import (
     write_json,
 )
 from fusechat.errors import ConfigError, FormatError, MismatchError
-from fusechat.store import ALIGNED_FORMAT, Store, open_topk, write_block
+from fusechat.ray import ray_cluster
+from fusechat.store import ALIGNED_FORMAT, Store, open_topk
 
 Progress = Callable[[int, int], None]
 COVERAGE = "coverage.json"
@@ -65,16 +68,19 @@ def align(
     collisions: str = "sum",
     preset: str | None = None,
     workers: int | None = None,
+    ray: str | None = None,
     progress: Progress | None = None,
 ) -> Json:
     """Write the AlignedStore of one source and return its manifest; resumes at the first missing shard.
 
     Shards follow the pivot's. `preset: paper` sets the five choices to the research code's default mode, whatever else
     is given; with `tokens: dtw` rows are taken as they stand (`granularity: first`). `workers` is the number of threads
-    (all of this process when None); the output is the same for any. `progress(done_rows, all_rows)` is called after
-    every shard. The manifest's `coverage` says what became of rows and probability. Raises ConfigError for an unknown
-    choice, FormatError for a store that is incomplete or corrupt, MismatchError for stores of different dialogues, for
-    a tokenizer that is not the store's, and when `out` was made from other inputs.
+    (all of this process when None). `ray` is the address of a Ray cluster that sees the same files, or "local": shards
+    are then made there, by actors of `workers` threads each (one when None). The output is the same for any of these.
+    `progress(done_rows, all_rows)` is called after every shard. The manifest's `coverage` says what became of rows and
+    probability. Raises ConfigError for an unknown choice and where Ray is absent, FormatError for a store that is
+    incomplete or corrupt, MismatchError for stores of different dialogues, for a tokenizer that is not the store's, and
+    when `out` was made from other inputs.
     """
     chosen = _choose(preset, tokens, vocab, granularity, unaligned, collisions)
     pivot, source = open_topk(Path(pivot_store)), open_topk(Path(source_store))
@@ -82,36 +88,39 @@ def align(
     writer = ShardedWriter(Path(out), _request(pivot, source, chosen))
     if writer.complete:
         return read_manifest(writer.directory, ALIGNED_FORMAT)
-    aligner = Aligner(
-        pivot=store_vocabulary(pivot.directory, pivot.manifest),
-        source=store_vocabulary(source.directory, source.manifest),
-        tokens=chosen["tokens"],
-        vocab=chosen["vocab"],
-        choices=Choices(**{key: chosen[key] for key in ("granularity", "unaligned", "collisions")}),
-        threads=workers or n_threads(),
+    task = Task(
+        pivot_store=pivot.directory,
+        source_store=source.directory,
+        out=writer.directory,
+        chosen=chosen,
+        threads=workers or (n_threads() if ray is None else 1),
     )
-    if chosen["vocab"].startswith("ms"):
-        counts = no_counts()
-        for number in range(pivot.n_shards):
-            counts += count_shard(aligner, fresh_shard(pivot, number), source)
-        aligner.counts = counts
-    all_rows = sum(shard["n_rows"] for shard in pivot.manifest["shards"])
-    done_rows = 0
-    for number, shard in enumerate(pivot.manifest["shards"]):
-        name = f"shard-{number:05d}.safetensors"
-        if name not in writer.done:
-            block, tally = align_shard(aligner, fresh_shard(pivot, number), source)
-            writer.add(
-                name,
-                lambda path, block=block: write_block(path, block),
-                n_dialogues=len(block),
-                n_rows=len(block["row.ids"]),
-                tally=tally.to_json(),
-            )
-        done_rows += shard["n_rows"]
+    work = ShardWork(task)  # here in any case: what does not fit together is refused before a cluster is asked
+    with writer, nullcontext() if ray is None else ray_cluster(ray) as cluster:
+        writer.begin()
+        _make_missing(work, cluster, writer, progress)
+        return _finish(writer, work)
+
+
+def _make_missing(work: ShardWork, cluster: Any, writer: ShardedWriter, progress: Progress | None) -> None:
+    def results(what: str, numbers: list[int]) -> Iterator[tuple[int, Any]]:
+        if cluster is not None:
+            return map_on_ray(cluster, work.task, what, numbers, work.aligner.counts)
+        return ((number, getattr(work, what)(number)) for number in numbers)
+
+    shards = work.pivot.manifest["shards"]
+    missing = [number for number in range(len(shards)) if shard_name(number) not in writer.done]
+    all_rows = sum(shard["n_rows"] for shard in shards)
+    done_rows = all_rows - sum(shards[number]["n_rows"] for number in missing)
+    if missing and work.task.chosen["vocab"].startswith("ms"):
+        # Of all shards, those done before included: the map must be the same after an interruption.
+        counted = [counts for _, counts in results("count", list(range(len(shards))))]
+        work.aligner.counts = sum(counted, start=no_counts())
+    for number, note in results("write", missing):
+        writer.done[note["file"]] = note
+        done_rows += shards[number]["n_rows"]
         if progress is not None:
             progress(done_rows, all_rows)
-    return _finish(writer, pivot, source, aligner)
 
 
 def _choose(
@@ -157,7 +166,8 @@ def _request(pivot: Store, source: Store, chosen: dict[str, str]) -> Json:
     }
 
 
-def _finish(writer: ShardedWriter, pivot: Store, source: Store, aligner: Aligner) -> Json:
+def _finish(writer: ShardedWriter, work: ShardWork) -> Json:
+    aligner = work.aligner
     tallies = [writer.done[name].pop("tally") for name in sorted(writer.done)]
     report = coverage(tallies, aligner.source.table)
     write_json(writer.directory / COVERAGE, report)
@@ -165,8 +175,8 @@ def _finish(writer: ShardedWriter, pivot: Store, source: Store, aligner: Aligner
         with atomic_write(writer.directory / BYTE_ORDER) as partial:
             save_file({"byte_order": aligner.byte_order}, partial)
     return writer.finish(
-        pivot_store=str(pivot.directory.resolve()),
-        source_store=str(source.directory.resolve()),
+        pivot_store=str(work.task.pivot_store.resolve()),
+        source_store=str(work.task.source_store.resolve()),
         coverage={key: report[key] for key in ("rows", "n_rows", "mass", "mass_by_kind")},
     )
 

@@ -1,4 +1,4 @@
-"""fusechat align PIVOT_STORE SOURCE_STORE --out STORE"""
+"""fusechat align PIVOT_STORE SOURCE_STORE --out STORE [--ray ADDRESS]"""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ def align(
     unaligned: Annotated[str, typer.Option(help="rows without common boundary: gold, pivot or skip")] = "gold",
     collisions: Annotated[str, typer.Option(help="several source ids on one pivot id: sum or first")] = "sum",
     preset: Annotated[str | None, typer.Option(help="paper: all five choices as the research code's default")] = None,
-    workers: Annotated[int | None, typer.Option(help="threads; all this process may use when absent", min=1)] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="threads; all this process may use when absent, one a task on Ray", min=1)
+    ] = None,
+    ray: Annotated[str | None, typer.Option(help="address of a Ray cluster, or local: shards as tasks")] = None,
 ) -> None:
     """Carry one source's log-probabilities over to the pivot's positions and vocabulary."""
     from fusechat.align import align as align_stores
@@ -38,6 +41,7 @@ def align(
             collisions=collisions,
             preset=preset,
             workers=workers,
+            ray=ray,
             progress=reporter.stage("align", "rows"),
         )
         coverage = manifest["coverage"]

@@ -1,9 +1,9 @@
-"""fusechat demo [--out DIR] [--seed N]"""
+"""fusechat demo [--out DIR] [--seed N] [--backend hf|vllm]"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -11,6 +11,7 @@ import typer
 def demo(
     out: Annotated[Path, typer.Option(help="folder of everything the demo makes")] = Path("fusechat-demo"),
     seed: Annotated[int, typer.Option(help="of the dialogues, the models and the training")] = 0,
+    backend: Annotated[Literal["hf", "vllm"], typer.Option(help="what extracts: transformers or vLLM")] = "hf",
 ) -> None:
     """Fuse three small chat models made on the spot, and check that the fusion did what it should."""
     from rich.console import Console
@@ -22,7 +23,7 @@ def demo(
 
     out.mkdir(parents=True, exist_ok=True)
     with terminal_reporter() as reporter:
-        outcome = fuse_demo(out, seed=seed, reporter=reporter)
+        outcome = fuse_demo(out, seed=seed, backend=backend, reporter=reporter)
     write_json(out / "results.json", outcome.results)
     print_results(outcome.results)
     console = Console()

@@ -51,7 +51,7 @@ def extract(
         {
             "backend": backend,
             "top_k": top_k,
-            "template": template.removeprefix("pivot:"),
+            "template": template,
             "max_length_tokens": max_length,
             "dtype": dtype,
             "tensor_parallel_size": tensor_parallel,

@@ -18,6 +18,8 @@ def inspect(
     from rich.console import Console
     from rich.table import Table
 
+    from fusechat.align import read_coverage
+    from fusechat.commands.coverage import print_coverage
     from fusechat.commands.results import print_results
     from fusechat.inspect import describe, sample_rows, summary
     from fusechat.store import ALIGNED_FORMAT, TOPK_FORMAT, Store
@@ -26,6 +28,8 @@ def inspect(
     console = Console()
     console.print(f"[bold]{kind}[/bold]  {path}", highlight=False)
     facts = Table(box=None, show_header=False, pad_edge=False)
+    if kind == ALIGNED_FORMAT:
+        manifest = {key: value for key, value in manifest.items() if key != "coverage"}
     for name, text in summary(kind, manifest).items():
         facts.add_row(name, text if len(text) <= 400 else text[:397] + "…")
     console.print(facts, highlight=False)
@@ -34,6 +38,8 @@ def inspect(
     if kind not in (TOPK_FORMAT, ALIGNED_FORMAT):
         return
     store = Store(path, kind, verify=verify)
+    if kind == ALIGNED_FORMAT:
+        print_coverage(read_coverage(path))
     sample = Table(box=None, pad_edge=False, title="sample", title_justify="left")
     for column in ("at", "token", "next", "kind", "distribution of the next token"):
         sample.add_column(column, no_wrap=column != "distribution of the next token")

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from fusechat.processes import rank
 from fusechat.reporter import Advance, Reporter
 
 
@@ -60,5 +61,6 @@ def terminal_reporter() -> Iterator[TerminalReporter]:
         _Rate(),
         TimeRemainingColumn(),
     )
+    console.quiet = rank() != 0  # one process of many speaks
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         yield TerminalReporter(console, progress)

@@ -21,5 +21,6 @@ def run(
     settings = load_config(config, overrides or [])
     with terminal_reporter() as reporter:
         results = run_all(settings, reporter=reporter)
-    print_results(results)
-    typer.echo(f"everything is in {settings.out}")
+    if results:
+        print_results(results)
+        typer.echo(f"everything is in {settings.out}")

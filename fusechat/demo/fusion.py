@@ -34,6 +34,7 @@ SETTINGS: Json = {
     },
     "merge": {"method": "sce", "variant": "fuseai", "select_topk": 1.0},
 }
+VLLM_HEAD_SIZE = 32  # the smallest its CPU attention takes
 REASONS = """\
 # fusechat demo: an ordinary configuration; `fusechat run` reads it.
 # Chosen openly for this scale, none of it by the held-out set:
@@ -67,7 +68,7 @@ class Outcome:
     answers: dict[str, str]
 
 
-def fuse_demo(out: Path, *, seed: int = 0, reporter: Reporter | None = None) -> Outcome:
+def fuse_demo(out: Path, *, seed: int = 0, backend: str = "hf", reporter: Reporter | None = None) -> Outcome:
     """Run the demo under `out`; a second run there finds the models trained and the stages done.
 
     It computes in one thread: matrices this small gain nothing from more, and the result is then every machine's.
@@ -77,22 +78,23 @@ def fuse_demo(out: Path, *, seed: int = 0, reporter: Reporter | None = None) -> 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return _fuse(out, seed, reporter or Reporter())
+        return _fuse(out, seed, backend, reporter or Reporter())
     finally:
         torch.set_num_threads(threads)
 
 
-def _fuse(out: Path, seed: int, report: Reporter) -> Outcome:
+def _fuse(out: Path, seed: int, backend: str, report: Reporter) -> Outcome:
     advance = report.stage("build models", "steps")
-    world = build_world(out / "world", seed=seed, progress=advance)
+    head_size = VLLM_HEAD_SIZE if backend == "vllm" else None
+    world = build_world(out / "world", seed=seed, head_size=head_size, progress=advance)
     report.done("build models", f"pivot and {len(world.sources)} sources in {out / 'world'}")
-    config = write_config(world, out, seed)
+    config = write_config(world, out, seed, backend)
     results = run(config, reporter=report)
     prompt, answers = _answers(world, out)
     return Outcome(results=results, checks=checks(results, world), prompt=prompt, answers=answers)
 
 
-def write_config(world: World, out: Path, seed: int) -> Path:
+def write_config(world: World, out: Path, seed: int, backend: str = "hf") -> Path:
     """Write the demo's YAML and return its path."""
     values = {
         "pivot": str(world.pivot.resolve()),
@@ -101,6 +103,7 @@ def write_config(world: World, out: Path, seed: int) -> Path:
         "out": str((out / "run").resolve()),
         "seed": seed,
         **SETTINGS,
+        "extract": SETTINGS["extract"] | {"backend": backend},
     }
     path = out / "demo.yaml"
     with atomic_write(path) as partial:

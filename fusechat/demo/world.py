@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,9 +114,10 @@ class World:
     topics: dict[str, tuple[str, ...]]
 
 
-def build_world(out: Path, *, seed: int, progress: Progress | None = None) -> World:
+def build_world(out: Path, *, seed: int, head_size: int | None = None, progress: Progress | None = None) -> World:
     """Make the world of a seed under `out`, or take from there what an earlier call has made of the same seed.
 
+    With `head_size` the models are widened to attention heads of that size: vLLM's kernels do not take every size.
     `progress(done_steps, all_steps)` is told of every training step. Raises MismatchError when a folder to be written
     holds something that is not the demo's.
     """
@@ -132,7 +133,8 @@ def build_world(out: Path, *, seed: int, progress: Progress | None = None) -> Wo
     _write_dialogues(paths["held_out"], fresh[:HELD_OUT_DIALOGUES])
     texts = [m.content for d in dialogues(facts, even, TOKENIZER_DIALOGUES, "tokenizers") for m in d.messages]
     # The largest first, so that no process is left alone with one at the end.
-    _make_all(out, (*SOURCES, PIVOT), seed, texts, progress or (lambda done, total: None))
+    specs = [spec if head_size is None else _widened(spec, head_size) for spec in (*SOURCES, PIVOT)]
+    _make_all(out, specs, seed, texts, progress or (lambda done, total: None))
     return World(
         pivot=out / PIVOT.name,
         sources={spec.name: out / spec.name for spec in SOURCES},
@@ -140,6 +142,11 @@ def build_world(out: Path, *, seed: int, progress: Progress | None = None) -> Wo
         held_out=paths["held_out"],
         topics={spec.name: spec.topics for spec in SOURCES},
     )
+
+
+def _widened(spec: ModelSpec, head_size: int) -> ModelSpec:
+    heads = -(-spec.hidden // head_size)
+    return replace(spec, heads=heads, hidden=heads * head_size)
 
 
 def _key(spec: ModelSpec, seed: int) -> str:

@@ -20,7 +20,7 @@ import torch
 from fusechat.bytetable import ByteTable
 from fusechat.checkpoint import resolve_model
 from fusechat.encode import encode_all
-from fusechat.errors import DataError
+from fusechat.errors import ConfigError, DataError
 from fusechat.evaluate.bootstrap import SIGNIFICANCE, Ratio, comparison_table
 from fusechat.evaluate.bpb import category_groups
 from fusechat.evaluate.shared_rows import (
@@ -61,6 +61,7 @@ class _Loaded:
     def __init__(
         self, model: str, dialogues: Sequence[Dialogue], template: str, max_length_tokens: int, dtype: str, device: str
     ) -> None:
+        self.name = model
         directory = resolve_model(model)
         tokenizer = load_tokenizer(directory)
         self.lm = load_model(directory, dtype=dtype, device=device)
@@ -81,6 +82,8 @@ def _candidates(loaded: _Loaded, top_k: int, batch_tokens: int) -> Candidates:
     places, ids, logprobs = {}, {}, {}
     scores = score_rows(loaded.lm, loaded.encoded, top_k=top_k, batch_tokens=batch_tokens)
     for dialogue, encoded, score in zip(loaded.index, loaded.encoded, scores):
+        if np.isnan(score.logprobs).any():
+            raise DataError(f"{loaded.name} gives NaN on held-out dialogue {dialogue}: it is broken")
         places[dialogue], positions = row_places(encoded)
         rows = np.searchsorted(row_positions(encoded.loss_mask), positions)
         ids[dialogue] = score.ids[rows].astype(np.int64)
@@ -121,6 +124,8 @@ def _compare_model(
     loaded: _Loaded, sources: Mapping[str, Candidates], n_dialogues: int, top_k: int
 ) -> dict[str, dict[str, Floats]]:
     """Return by source the sums of every measure, of the shared `rows` and of `all_rows` per dialogue, float64[n]."""
+    if top_k > len(loaded.table):
+        raise ConfigError(f"top_k is {top_k}, and {loaded.name} has {len(loaded.table)} tokens: lower it")
     maps = {name: twins(loaded.table, loaded.turn_end, s.table, s.turn_end) for name, s in sources.items()}
     sums = {name: {key: np.zeros(n_dialogues) for key in (*MEASURES, "rows", "all_rows")} for name in sources}
     for dialogue, encoded in zip(loaded.index, loaded.encoded):
@@ -141,6 +146,8 @@ def _compare_model(
             )
             values = measure_rows(own_top, own_twin, ids, source_twin, np.exp(logprobs), probability)
             values["top1_prefix"] = prefix_agreement(own_top, loaded.table, ids, source.table, values["top1"])
+            if np.isnan(probability).any():
+                raise DataError(f"{loaded.name} gives NaN on held-out dialogue {dialogue}: it is broken")
             for key, value in values.items():
                 total[key][dialogue] = value.sum()
             total["rows"][dialogue] = len(here)
@@ -165,7 +172,7 @@ def agreement(
 ) -> dict[str, Any]:
     """Return every model's agreement with every source by category, with differences to the first model, as JSON.
 
-    One model is in memory at a time. Raises DataError when a model and a source share no row.
+    One model is in memory at a time. Raises DataError when a model and a source share no row, or one is broken.
     """
     done = 0
 

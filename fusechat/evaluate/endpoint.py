@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -43,7 +43,8 @@ class Endpoint:
 
     `url` is the API's root, such as http://localhost:8000/v1; `api_key` the key itself, `api_key_name` where it was
     read from, for messages. A request is tried `retries` times more, waiting `backoff_s` · 2ⁿ seconds or as long as the
-    server asks (Retry-After).
+    server asks (Retry-After). `fields` go into every request's body over what the caller sends, null takes one away:
+    max_completion_tokens in the place of max_tokens, say.
     """
 
     url: str
@@ -55,6 +56,7 @@ class Endpoint:
     timeout_s: float = 300.0
     retries: int = 5
     backoff_s: float = 1.0
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
@@ -106,11 +108,11 @@ class Client:
     def chat(self, messages: Sequence[Json], **sampling: Any) -> Json:
         """Return the first choice of a chat completion; raises EndpointError or ReplyError."""
         self._wait_for_turn()
-        body = {"model": self.endpoint.model, "messages": list(messages), **sampling}
+        body = {"model": self.endpoint.model, "messages": list(messages), **sampling, **self.endpoint.fields}
         try:
             reply = self.session.post(
                 f"{self.endpoint.url.rstrip('/')}/chat/completions",
-                json=body,
+                json={key: value for key, value in body.items() if value is not None},
                 timeout=(_CONNECT_S, self.endpoint.timeout_s),
             )
         except requests.RequestException as error:
@@ -195,34 +197,34 @@ def for_each(
     Any other error, and too many ReplyErrors, stop the rest and are raised when the work under way has ended, so that
     what was already asked for is kept.
     """
-    stop = threading.Event()
+    stop, lock = threading.Event(), threading.Lock()
+    failures: list[str] = []
 
+    # Failures are counted and the rest is stopped here: other threads would ask for more before the main one heard.
     def one(item: T) -> None:
         if stop.is_set():
             return
         try:
             work(item)
-        except ReplyError:
-            raise
+        except ReplyError as error:
+            with lock:
+                failures.append(str(error))
+            if len(failures) > TOLERATED_FAILURES:
+                stop.set()
+                raise EndpointError(f"{len(failures)} requests failed, the last with: {error}") from error
         except BaseException:
-            stop.set()  # here, for the other threads would begin more before the main one hears of it
+            stop.set()
             raise
 
-    failures: list[str] = []
     with ThreadPoolExecutor(max_workers=concurrency) as pool:
         futures = [pool.submit(one, item) for item in items]
         try:
             for done, future in enumerate(as_completed(futures), 1):
-                try:
-                    future.result()
-                except ReplyError as error:
-                    failures.append(str(error))
-                    if len(failures) > TOLERATED_FAILURES:
-                        raise EndpointError(f"{len(failures)} requests failed, the last with: {error}") from error
+                future.result()
                 if progress is not None:
                     progress(done, len(items))
         except BaseException:
             stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
             raise
     return failures

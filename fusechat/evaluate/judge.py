@@ -15,7 +15,7 @@ from pathlib import Path
 from fusechat.artifact import Json
 from fusechat.errors import FusechatError, MismatchError
 from fusechat.evaluate.endpoint import Client, Endpoint, for_each
-from fusechat.evaluate.ledger import Ledger, open_ledger
+from fusechat.evaluate.journal import Journal, open_journal
 from fusechat.evaluate.mtbench import (
     TURNS,
     Question,
@@ -78,15 +78,15 @@ def judge_answers(
     with, FusechatError when some judgments could not be had; what could be had is in `judgments` in any case.
     """
     tasks = _tasks(answers, questions, prompts, references)
-    with open_ledger(judgments) as ledger:
-        waiting = _not_yet_judged(ledger, tasks, endpoint.model, repeats, sampling)
+    with open_journal(judgments) as journal:
+        waiting = _not_yet_judged(journal, tasks, endpoint.model, repeats, sampling)
         if waiting:
             client = Client(endpoint=endpoint)
             client.check()
 
             def ask(task: _Task) -> None:
                 choice = client.chat(task.messages, temperature=sampling.temperature, max_tokens=sampling.max_tokens)
-                ledger.append(task.row(endpoint.model, sampling, choice["message"]["content"]))
+                journal.append(task.row(endpoint.model, sampling, choice["message"]["content"]))
 
             failures = for_each(waiting, ask, concurrency=endpoint.concurrency, progress=progress)
             if failures:
@@ -94,7 +94,7 @@ def judge_answers(
                     f"{len(failures)} of {len(waiting)} judgments could not be had (the last: {failures[-1]}); the "
                     f"others are in {judgments}: run the same command again for the rest"
                 )
-        return [row for row in ledger.rows if row["judge"][0] == endpoint.model and row["model"] in answers]
+        return [row for row in journal.rows if row["judge"][0] == endpoint.model and row["model"] in answers]
 
 
 def _tasks(answers: Mapping[str, Path], questions: Path, prompts: Path, references: Path) -> list[_Task]:
@@ -112,20 +112,20 @@ def _tasks(answers: Mapping[str, Path], questions: Path, prompts: Path, referenc
 
 
 def _not_yet_judged(
-    ledger: Ledger, tasks: Sequence[_Task], judge: str, repeats: int, sampling: Sampling
+    journal: Journal, tasks: Sequence[_Task], judge: str, repeats: int, sampling: Sampling
 ) -> list[_Task]:
     wanted = {(task.model, task.question.id, task.turn): task.messages[1]["content"] for task in tasks}
     have: Counter[tuple[str, int | str, int]] = Counter()
-    for row in ledger.rows:
+    for row in journal.rows:
         try:
             key, by, prompt = (row["model"], row["question_id"], row["turn"]), row["judge"][0], row["user_prompt"]
         except (KeyError, IndexError, TypeError) as error:
-            raise MismatchError(f"{ledger.path} is no file of judgments: choose another one") from error
+            raise MismatchError(f"{journal.path} is no file of judgments: choose another one") from error
         if by != judge or key not in wanted:
             continue
         if prompt != wanted[key] or row.get("temperature", sampling.temperature) != sampling.temperature:
             raise MismatchError(
-                f"{ledger.path} holds a judgment of {row['model']} on question {row['question_id']}, turn "
+                f"{journal.path} holds a judgment of {row['model']} on question {row['question_id']}, turn "
                 f"{row['turn']}, with another answer, prompt, reference or temperature: choose another file"
             )
         have[key] += 1

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fusechat.artifact import Json
 from fusechat.errors import DataError, FormatError
-from fusechat.evaluate.ledger import read_rows
+from fusechat.evaluate.journal import read_rows
 
 WITH_REFERENCE = ("math", "reasoning", "coding")
 TURNS = (1, 2)

@@ -52,8 +52,8 @@ def extract(
 ) -> Json:
     """Write a model's TopKStore and return its manifest; resumes at the first missing shard.
 
-    `options` are keys of `ExtractConfig`, instead of `config`. `template` is `own` or a path to the tokenizer directory
-    or .jinja file whose template renders the dialogues. `seed` matters to `cache: sampled` only.
+    `options` are keys of `ExtractConfig`, instead of `config`. `template` is `own`, `pivot:PATH`, or the path alone, of
+    the tokenizer directory or .jinja file whose template renders the dialogues. `seed` matters to `cache: sampled`.
     `progress(done_tokens, all_tokens)` is called as tokens are scored; the second is an estimate until the end. The
     dialogues are read shard by shard. Raises ConfigError for unknown options, DataError for a model, tokenizer or
     template that does not fit and for NaN in the logits, MismatchError when `out` was made from other inputs,
@@ -69,11 +69,11 @@ def extract(
         raise DataError(f"top_k {config.top_k} is more than the {facts.vocab_size} tokens of {model}: ask for fewer")
     tokenizer = load_tokenizer(directory)
     table = ByteTable.from_tokenizer(tokenizer, facts.vocab_size)
-    template = load_template(tokenizer, config.template)
+    template = load_template(tokenizer, config.template.removeprefix("pivot:"))
     task = Task(
         model=model,
-        directory=directory,
-        out=Path(out),
+        directory=directory.absolute(),  # workers of a cluster start elsewhere
+        out=Path(out).absolute(),
         config=config,
         template=template,
         vocab_size=facts.vocab_size,

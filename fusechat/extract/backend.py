@@ -39,10 +39,13 @@ def engines_of(task: Task, earlier: Sequence[Json]) -> Sequence[AbstractContextM
 
         probe = Probe(task, earlier)
         return [open_work(task, partial(open_server, url=url, probe=probe)) for url in config.servers]
-    groups = device_groups(visible_devices(), config.tensor_parallel_size, config.engines)
-    if config.backend == "hf" and (config.device_map is not None or config.device not in ("auto", "cpu", "cuda")):
-        groups = [{}]  # one process sees all devices, or the one that is named
-    if config.backend == "hf" and len(groups) == 1 and (config.device == "cpu" or not visible_devices()):
+    if config.device_map is not None or config.device not in ("auto", "cuda"):
+        devices, groups = [], device_groups([], 1, config.engines)  # where it runs is said already
+    else:
+        devices = visible_devices()
+        groups = device_groups(devices, config.tensor_parallel_size, config.engines)
+    on_cpu = not devices and "cuda" not in config.device and config.device_map in (None, "cpu")
+    if config.backend == "hf" and len(groups) == 1 and on_cpu:
         return [open_work(task, open_scorer)]
     return [
         ChildEngine(

@@ -8,6 +8,7 @@ engine's own processes with it.
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import queue
 import signal
@@ -15,7 +16,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
@@ -109,6 +111,8 @@ def serve(fd: int) -> None:
     threading.Thread(target=_listen, args=(connection, shards, busy), daemon=True).start()
     try:
         with open_work(task, open_scorer) as work:
+            parts = multiprocessing.active_children()
+            threading.Thread(target=_watch, args=(parts, busy), daemon=True).start()
             while (shard := shards.get()) is not None:
                 busy.set()
                 note = work(shard, lambda tokens: connection.send(("advance", tokens)))
@@ -132,6 +136,15 @@ def _listen(connection: Connection[Any, Any], shards: queue.Queue[Shard | None],
             if busy.is_set():  # nobody waits for the result any more
                 _end_group(os.getpgid(0))
             return
+
+
+def _watch(parts: Sequence[Any], busy: threading.Event) -> None:
+    """End the group when a process of the engine dies under work: vLLM may wait for its core for ever (0.32 does)."""
+    while True:
+        time.sleep(0.5)
+        if busy.is_set() and not all(part.is_alive() for part in parts):
+            print("a process of the engine died", file=sys.stderr, flush=True)
+            _end_group(os.getpgid(0))
 
 
 def _unexpected(task: Task, error: Exception) -> FusechatError:

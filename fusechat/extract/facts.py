@@ -40,7 +40,8 @@ def model_facts(directory: Path, config: ExtractConfig) -> ModelFacts:
         quantized = quantized.to_dict()
     return ModelFacts(
         vocab_size=int(text.vocab_size),
-        max_length_tokens=context_tokens(own, config.max_length_tokens),
+        # A server takes prompts one token shorter than its model's context.
+        max_length_tokens=context_tokens(own, config.max_length_tokens, reserve=config.backend == "vllm-server"),
         dtype=_dtype(directory, own, config),
         quantization=config.quantization or (str(quantized.get("quant_method")) if quantized else None),
     )

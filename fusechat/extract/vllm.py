@@ -5,6 +5,7 @@ Settings and their reasons: docs/extraction.md.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -40,6 +41,8 @@ def open_vllm(task: Task) -> Iterator[Scorer]:
         max_tokens=1, temperature=0.0, prompt_logprobs=task.config.top_k, flat_logprobs=True, detokenize=False
     )
     to_arrays = tensor_arrays if task.config.fast_driver else flat_arrays
+    # A context as long as the model's own still needs max_model_len one longer; no token is computed at that place.
+    os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
     with kept_tensors() if task.config.fast_driver else nullcontext():
         engine = _engine(vllm, task)
         yield Scorer(

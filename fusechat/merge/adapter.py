@@ -7,20 +7,22 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any
 
 from fusechat.artifact import Json, read_json, sha256_bytes
 from fusechat.checkpoint import Checkpoint, TensorEntry, read_header, read_tensor
 from fusechat.errors import DataError, FormatError
 
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    F32 = npt.NDArray[np.float32]
+
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(?:\.weight)?$")
-F32 = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +56,8 @@ class Adapter:
         found = self.factors.get(tensor)
         if found is None:
             return None
+        import numpy as np
+
         a, b = (np.asarray(read_tensor(entry), np.float32) for entry in (found.a, found.b))
         if found.transposed:
             a, b = b.T, a.T

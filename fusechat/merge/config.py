@@ -23,6 +23,7 @@ _TOP_KEYS = (
 _UNSUPPORTED = {
     "slices": "merges by layer ranges are not offered here: list whole models under `models`",
     "modules": "merges by module are not offered here: list whole models under `models`",
+    "sweep": "a sweep compares merges on validation text: pass --sweep --data FILE",
 }
 
 
@@ -91,14 +92,17 @@ def load_merge_config(config: Mapping[str, Any] | Path) -> tuple[MergeConfig, st
     if isinstance(config, Mapping):
         text = yaml.safe_dump(_plain(config), sort_keys=False)
         return parse_merge_config(config, "merge configuration"), text
+    return parse_merge_config(read_yaml(config), str(config)), config.read_text(encoding="utf-8")
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file in which no key is given twice; raises ConfigError."""
     try:
-        text = config.read_text(encoding="utf-8")
-        raw = yaml.load(text, Loader=_StrictLoader)
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except OSError as error:
-        raise ConfigError(f"cannot read {config}: {error.strerror}") from error
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{config} is not valid YAML: {' '.join(str(error).split())}") from error
-    return parse_merge_config(raw, str(config)), text
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -131,7 +135,7 @@ def _parse(raw: Any) -> MergeConfig:
     _refuse_unknown(raw, _TOP_KEYS, "key")
     name = str(raw.get("merge_method"))
     if name not in METHODS:
-        raise ConfigError(f"merge_method {name!r} is not known{_nearest(name, METHODS)}")
+        raise ConfigError(f"merge_method {name!r} is not known{nearest(name, METHODS)}")
     method = METHODS[name]
     targets = _targets(raw.get("models"), method)
     base = _base(raw, targets, method)
@@ -298,10 +302,11 @@ def _choice(value: Any, choices: tuple[str, ...], where: str) -> Any:
 def _refuse_unknown(raw: Mapping[Any, Any], known: Iterable[str], what: str) -> None:
     for key in raw:
         if key not in (known := list(known)):
-            raise ConfigError(f"unknown {what}: `{key}`{_nearest(str(key), known)}")
+            raise ConfigError(f"unknown {what}: `{key}`{nearest(str(key), known)}")
 
 
-def _nearest(word: str, known: Iterable[str]) -> str:
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return the end of an error line: the known name that resembles `word`, or all of them."""
     names = list(known)
     near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     return f", did you mean `{near[0]}`?" if near else f"; known here: {', '.join(names)}"

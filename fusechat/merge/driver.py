@@ -18,7 +18,7 @@ from fusechat.merge.inputs import Handles, Model, TensorPlan, locate, match_tens
 from fusechat.merge.layout import MAX_SHARD_BYTES, Shard, lay_out
 from fusechat.merge.output import FORMAT, Workplace, existing
 from fusechat.merge.settings import layer_of
-from fusechat.merge.tensor import Job, measure_energy, merge_one
+from fusechat.merge.tensor import Device, Job, measure_energy, merge_one
 
 Progress = Callable[[int, int], None]
 _DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -37,6 +37,7 @@ def merge(
     allow_nonfinite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     ray: str | None = None,
+    device: Device = "cpu",
 ) -> Json:
     """Merge models into the Hugging Face directory `out` and return its provenance (or, dry, what it would need).
 
@@ -46,17 +47,20 @@ def merge(
     `max_memory_bytes`. A finished merge of the same inputs is returned as it is. `progress(done_bytes, all_bytes)`
     counts input bytes. `allow_nonfinite` keeps the base's value where any input is NaN or infinite. `ray` is the
     address of a Ray cluster on the same file system ("local": one started here) that merges the shards as tasks.
+    `device` "cuda" merges SCE in blocks on a GPU; the CPU's bytes but for η's last bit.
 
     Raises ConfigError, DataError (models that do not fit, NaN), FormatError (corrupt files), MismatchError (`out` holds
     something else) and FusechatError (disk).
     """
     parsed, recipe = load_merge_config(config)
+    if device == "cuda":
+        _check_gpu(parsed, ray)
     with ExitStack() as stack:
         base, targets = open_models(parsed.base, [target.ref for target in parsed.targets])
         plans = match_tensors(base, targets, parsed.out_dtype, parsed.vocab)
         _check_parameters(parsed, plans)
         tokenizer = base.checkpoint.directory if parsed.tokenizer == "base" else locate(parsed.tokenizer)
-        request = _request(parsed, recipe, base, targets, allow_nonfinite, max_shard_bytes)
+        request = _request(parsed, base, targets, allow_nonfinite, max_shard_bytes, device)
         shards = lay_out(plans, max_shard_bytes)
         adapters = [model.adapter for model in (base, *targets) if model.adapter]
         job = Job(
@@ -65,7 +69,7 @@ def merge(
                 max_memory_bytes, threads or len(os.sched_getaffinity(0)), len(targets),
                 max((adapter.largest_bytes for adapter in adapters), default=0),
             ),
-            allow_nonfinite=allow_nonfinite, unit_weights={},
+            allow_nonfinite=allow_nonfinite, unit_weights={}, device=device,
         )  # fmt: skip
         if dry_run:
             return estimate(job, shards, plans)
@@ -179,8 +183,25 @@ def _count_layers(plans: Sequence[TensorPlan]) -> int:
     return 1 + max((layer for plan in plans if (layer := layer_of(plan.name)) is not None), default=-1)
 
 
+def _check_gpu(config: MergeConfig, ray: str | None) -> None:
+    if config.method_name != "sce":
+        raise ConfigError(f"--device cuda merges sce only, not {config.method_name}: leave the option out")
+    if any(ref.adapter for ref in (config.base, *(target.ref for target in config.targets))):
+        raise ConfigError("--device cuda does not stream adapters: leave the option out")
+    if ray is not None:
+        raise ConfigError("--device cuda and --ray exclude each other: leave one out")
+    from fusechat.gpu_merge import require_gpu
+
+    require_gpu()
+
+
 def _request(
-    config: MergeConfig, recipe: str, base: Model, targets: Sequence[Model], allow_nonfinite: bool, max_shard_bytes: int
+    config: MergeConfig,
+    base: Model,
+    targets: Sequence[Model],
+    allow_nonfinite: bool,
+    max_shard_bytes: int,
+    device: Device,
 ) -> Json:
     """What the result depends on: parameters, and inputs recognised by header, size and time, not by place."""
 
@@ -193,7 +214,7 @@ def _request(
         "format": FORMAT, "version": 1, "merge_method": config.method_name, "parameters": plain(config.parameters),
         "targets_parameters": [plain(target.parameters) for target in config.targets],
         "out_dtype": config.out_dtype, "vocab": config.vocab, "tokenizer": config.tokenizer, "seed": config.seed,
-        "allow_nonfinite": allow_nonfinite, "max_shard_bytes": max_shard_bytes,
+        "allow_nonfinite": allow_nonfinite, "max_shard_bytes": max_shard_bytes, "device": device,
         "base_sha256": base.identity()["sha256"], "targets_sha256": [model.identity()["sha256"] for model in targets],
     }  # fmt: skip
 

@@ -13,17 +13,22 @@ from fusechat.merge.layout import Shard
 from fusechat.merge.tensor import Job, merge_one
 
 # csrc/merge: one chunk of 16,384 items of every source at four bytes, one tile of every delta, per thread; and what
-# selection keeps: a sample of at most 2^19 keys, a list of 4 MiB and its keys, a histogram of 2^16 bins.
+# selection keeps: a sample of at most 2^19 keys, lists of 4 MiB (or 2^18 bytes a target, if that is more) and their
+# keys, and a target's histograms of 2^14 bins.
 _CHUNK_BYTES = 16384 * 4
-_TILE_BYTES = 1024 * 4
-_SELECTION_BYTES = (8 << 19) + (4 << 20) + (2 << 20) + (8 << 16)
+_TILE_BYTES = 512 * 4
+_SAMPLE_BYTES = 8 << 19
+_LIST_BYTES = (4 << 20) + (2 << 20)
+_TARGET_BYTES = 1 << 18
+_HISTOGRAM_BYTES = 2 * 24 << 14
 _TIMED_ITEMS = 1 << 20
 
 
 def engine_bytes(n_targets: int, threads: int) -> int:
     """Return an upper bound of what the engine allocates; it does not depend on the size of any tensor."""
     per_thread = (n_targets + 1) * (_CHUNK_BYTES + _TILE_BYTES) + _CHUNK_BYTES + _TILE_BYTES
-    return threads * per_thread + _SELECTION_BYTES
+    lists = max(_LIST_BYTES, n_targets * _TARGET_BYTES)
+    return threads * per_thread + _SAMPLE_BYTES + lists + n_targets * _HISTOGRAM_BYTES
 
 
 def resident_bytes() -> int:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any
 
 from fusechat.artifact import Json, sha256_bytes, sha256_json
 from fusechat.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from fusechat.errors import DataError, FusechatError
 from fusechat.merge.adapter import Adapter, open_adapter
 from fusechat.merge.config import ModelRef, Vocab
+
+if TYPE_CHECKING:  # a merge without adapters needs no NumPy
+    import numpy as np
+    import numpy.typing as npt
 
 FLOATS = ("F32", "F16", "BF16")
 _HEAD = "lm_head.weight"
@@ -186,7 +188,7 @@ def _vocabulary(
             )
     if vocab == "base":
         return entry.shape, ()
-    width = int(np.prod(entry.shape[1:], dtype=np.int64))
+    width = math.prod(entry.shape[1:])
     rows = [theirs.shape[0] for theirs in found]
     bounds = sorted({entry.shape[0], *(r for r in rows if r > entry.shape[0])})
     extras = tuple(

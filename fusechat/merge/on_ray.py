@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from fusechat.artifact import Json
-from fusechat.errors import ConfigError, FusechatError
 from fusechat.merge.inputs import Handles
 from fusechat.merge.layout import Shard
 from fusechat.merge.output import Workplace, open_shard
 from fusechat.merge.tensor import Job, merge_one
+from fusechat.ray import ray_cluster
 
 
 def merge_shard(job: Job, shard: Shard, directory: Path, finished: frozenset[str]) -> dict[str, Json]:
@@ -39,17 +39,7 @@ def write_on_ray(
 
     Raises ConfigError when Ray is absent or cannot be reached, and whatever a task raised.
     """
-    try:
-        import ray
-    except ImportError as error:
-        raise ConfigError("--ray needs Ray: pip install 'fusechat[ray]'") from error
-    started = not ray.is_initialized()
-    if started:
-        try:
-            ray.init(address=None if address == "local" else address, log_to_driver=False, include_dashboard=False)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ConfigError(f"no Ray cluster at {address}: {str(error).splitlines()[0]}") from error
-    try:
+    with ray_cluster(address) as ray:
         # Descriptors do not travel: every task opens its own.
         travelling = replace(job, handles=None)
         remote: Any = ray.remote(num_cpus=job.threads)(merge_shard)
@@ -58,14 +48,6 @@ def write_on_ray(
         while waiting:
             (ready,), _ = ray.wait(list(waiting), num_returns=1)
             shard = waiting.pop(ready)
-            try:
-                statistics = ray.get(ready)
-            except ray.exceptions.RayTaskError as error:
-                cause = error.cause
-                raise cause if isinstance(cause, FusechatError) else FusechatError(str(cause)) from error
-            for tensor, numbers in statistics.items():
+            for tensor, numbers in ray.get(ready).items():
                 workplace.note(tensor, numbers)
             note_progress(shard)
-    finally:
-        if started:
-            ray.shutdown()

@@ -75,13 +75,16 @@ class Workplace:
         write_json(self.directory / REQUEST, request)
 
     def _take_over(self, resume: bool) -> None:
-        ours = (self.directory / REQUEST, self.directory / PROVENANCE)
-        if any(self.directory.iterdir()) and not any(path.exists() for path in ours):
+        request, provenance = self.directory / REQUEST, self.directory / PROVENANCE
+        begun = request.exists() or provenance.exists()
+        # A kill before the request was whole leaves an empty folder, or its temporary file.
+        if not begun and any(path.suffix != PARTIAL_SUFFIX for path in self.directory.iterdir()):
             raise MismatchError(f"{self.directory} exists and is not a merge of ours: remove it")
         if not resume:
             shutil.rmtree(self.directory)
+        if not resume or not begun:
             return
-        found = read_json(ours[0]) if ours[0].exists() else read_json(ours[1])["request"]
+        found = read_json(request) if request.exists() else read_json(provenance)["request"]
         if found != self.request:
             what = "; ".join(differences(self.request, found))
             raise MismatchError(
@@ -128,7 +131,8 @@ class Workplace:
         (directory / "README.md").write_text(card, encoding="utf-8")
         files = []
         for path in sorted(directory.iterdir()):
-            if path.name not in (REQUEST, JOURNAL, PROVENANCE):
+            # A kill while the provenance was written leaves its temporary file.
+            if path.name not in (REQUEST, JOURNAL, PROVENANCE, PROVENANCE + PARTIAL_SUFFIX):
                 files.append({"file": path.name, "size_bytes": path.stat().st_size, "sha256": sha256_file(path)})
         provenance: Json = {
             "format": FORMAT, "version": 1, "fusechat_version": __version__, **facts, "files": files,

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
+from typing import Any, Literal
 
 from fusechat.artifact import Json
 from fusechat.checkpoint import ITEM_BYTES
@@ -24,6 +22,9 @@ except ImportError as error:  # pragma: no cover
     ) from error
 
 
+Device = Literal["cpu", "cuda"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
     """Everything a tensor's merge needs besides the tensor."""
@@ -36,6 +37,7 @@ class Job:
     threads: int
     allow_nonfinite: bool
     unit_weights: Mapping[str, Sequence[float]]  # VaRM over layers or the model: weights by tensor
+    device: Device = "cpu"
 
 
 def _handles(job: Job) -> Handles:
@@ -77,7 +79,7 @@ def _merge_rows(job: Job, plan: TensorPlan, out_fd: int, out_offset: int) -> Jso
         options["weights"] = _slerp_weights(job, plan, options["weights"][1])
     elif plan.name in job.unit_weights:
         options |= {"weights": list(job.unit_weights[plan.name]), "energy_weights": False}
-    report = _native.merge_tensor(
+    report = _engine(job)(
         inputs, plan.n, **options, allow_nonfinite=job.allow_nonfinite, out_dtype=plan.dtype, out_fd=out_fd,
         out_offset=out_offset, threads=job.threads,
     )  # fmt: skip
@@ -86,6 +88,14 @@ def _merge_rows(job: Job, plan: TensorPlan, out_fd: int, out_offset: int) -> Jso
         count = report["n_overflow"]
         raise DataError(f"tensor {plan.name}: {count} merged values exceed {plan.dtype}: set out_dtype: float32")
     return _statistics(job, plan, report)
+
+
+def _engine(job: Job) -> Callable[..., Json]:
+    if job.device == "cuda":
+        from fusechat import gpu_merge
+
+        return gpu_merge.merge_tensor
+    return _native.merge_tensor
 
 
 def _merge_extra(job: Job, plan: TensorPlan, extra: Extra, out_fd: int, out_offset: int) -> None:
@@ -125,11 +135,19 @@ def refuse_nonfinite(
     entries = [plan.base, *([plan.base] if with_base else []), *plan.targets]
     for model, entry, (count, first) in zip(models, entries, nonfinite):
         if count:
-            place = [int(i) for i in np.unravel_index(first, plan.base.shape)] if plan.base.shape else []
+            place = _index_of(first, plan.base.shape)
             raise DataError(
                 f"{entry.file}: tensor {plan.name} of {model.ref} has {count} values that are NaN or infinite, the "
                 f"first at {place}: mend the model, or pass --allow-nonfinite to keep the base's values there"
             )
+
+
+def _index_of(flat: int, shape: Sequence[int]) -> list[int]:
+    index = []
+    for size in reversed(shape):
+        flat, last = divmod(flat, size)
+        index.append(last)
+    return index[::-1]
 
 
 def _slerp_weights(job: Job, plan: TensorPlan, t: float) -> list[float]:

@@ -48,6 +48,7 @@ def compile_kernel(
     target: int | str,
     warps: int,
     aligned: Sequence[str],
+    fp_fusion: bool = True,
 ) -> Resources:
     """Compile a kernel for an NVIDIA architecture (80, 90, …) or an AMD one (gfx942) and read its machine code.
 
@@ -61,7 +62,7 @@ def compile_kernel(
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     gpu = GPUTarget("hip", target, 64) if isinstance(target, str) else GPUTarget("cuda", target, 32)
-    compiled = compile_source(source, target=gpu, options={"num_warps": warps, "enable_fp_fusion": True})
+    compiled = compile_source(source, target=gpu, options={"num_warps": warps, "enable_fp_fusion": fp_fusion})
     shared_bytes = int(compiled.metadata.shared)  # dynamic: the machine code does not show it
     if isinstance(target, str):
         return _amd(compiled.asm["amdgcn"], shared_bytes)

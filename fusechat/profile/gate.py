@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fusechat.kernels import sparse_soft_ce
+from fusechat.kernels import sce, sparse_soft_ce
 from fusechat.profile.compiled import Resources, compile_kernel, occupancy
 
 NVIDIA = (80, 90, 100)
@@ -66,6 +66,28 @@ def compile_variant(variant: Variant, target: int | str, aligned: bool = True) -
     )
 
 
+def compile_sce(dtype: str, target: int | str, n_targets: int = 5) -> dict[str, Resources]:
+    """Compile the kernels of the merge for one architecture, models in one dtype."""
+    pointers = dict.fromkeys(("BASE", "TARGETS"), f"*{dtype}") | {"HISTOGRAM": "*i64", "COUNTS": "*i32", "OUT": "*fp32"}
+    pointers |= dict.fromkeys(("SUMS", "WEIGHTS"), "*fp64")
+    scalars = dict.fromkeys(("stride", "n", "begin"), "i32") | dict.fromkeys(("low", "high", "threshold"), "i64")
+    scalars |= {"shift": "i32", "tie_stop": "i64", "least_share": "fp64"}
+    constants = {"J": n_targets, "BLOCK": sce.BLOCK, "SELECT": True, "DIVIDE": True}
+    found = {}
+    for kernel in (sce._tally, sce._energies, sce._combine):
+        names = kernel.arg_names
+        found[kernel.fn.__name__.removeprefix("_")] = compile_kernel(
+            kernel,
+            pointers | scalars,
+            {name: value for name, value in constants.items() if name in names},
+            target=target,
+            warps=sce.WARPS,
+            aligned=[name for name in (*pointers, "stride", "n") if name in names],
+            fp_fusion=False,  # the CPU engine rounds every product
+        )
+    return found
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
     """A kernel in one configuration on one architecture; `occupancy` is unknown for AMD."""
@@ -80,15 +102,23 @@ class Row:
 
 def table(target: int | str) -> list[Row]:
     """Compile every configuration for one architecture."""
-    rows = []
-    for variant in VARIANTS:
-        block, warps = variant.block_and_warps
-        found = compile_variant(variant, target)
-        share = None if isinstance(target, str) else occupancy(found, warps, target)
-        rows.append(
-            Row(
-                kernel="sparse_soft_ce", variant=variant.name, block=block, warps=warps, resources=found,
-                occupancy=share,
-            )
-        )  # fmt: skip
-    return rows
+    compiled = [
+        ("sparse_soft_ce", variant.name, *variant.block_and_warps, compile_variant(variant, target))
+        for variant in VARIANTS
+    ]
+    compiled += [
+        (f"sce {name}", f"{dtype}, five targets", sce.BLOCK, sce.WARPS, found)
+        for dtype in ("bf16", "fp32")
+        for name, found in compile_sce(dtype, target).items()
+    ]
+    return [
+        Row(
+            kernel=kernel,
+            variant=variant,
+            block=block,
+            warps=warps,
+            resources=found,
+            occupancy=None if isinstance(target, str) else occupancy(found, warps, target),
+        )
+        for kernel, variant, block, warps, found in compiled
+    ]

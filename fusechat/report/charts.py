@@ -45,8 +45,19 @@ def charts(facts: Json) -> dict[str, Json]:
     drawn: dict[str, Any] = {}
     for section, make in makers.items():
         if "missing" not in facts[section]:
-            drawn |= make(facts[section])
+            drawn |= make(printable(facts[section]))
     return {name: finished(chart) for name, chart in drawn.items()}
+
+
+def printable(value: Any) -> Any:
+    """Return JSON values with what cannot be shown escaped: Vega's expressions do not read a name with U+2028."""
+    if isinstance(value, dict):
+        return {printable(key): printable(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [printable(part) for part in value]
+    if isinstance(value, str):
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in value)
+    return value
 
 
 def finished(chart: Any) -> Json:

@@ -13,7 +13,7 @@ from fusechat import __version__
 from fusechat.artifact import Json
 from fusechat.errors import ConfigError
 from fusechat.layout import Layout
-from fusechat.report.charts import data, differences_axis, finished, series
+from fusechat.report.charts import data, differences_axis, finished, printable, series
 from fusechat.report.facts import gather
 from fusechat.report.page import render
 from fusechat.report.words import listed, model
@@ -49,11 +49,12 @@ def compare(runs: Sequence[Path]) -> Json:
 
 def compare_page(compared: Json) -> str:
     """Return the comparison as one HTML document that needs no network."""
-    names = [name for name, run in compared["runs"].items() if run["difference"]]
+    shown = printable(compared)
+    names = [name for name, run in shown["runs"].items() if run["difference"]]
     drawn: dict[str, Json] = {}
     if names:
-        groups = list(dict.fromkeys(group for name in names for group in compared["runs"][name]["groups"]))
-        drawn["runs"] = finished(_forest(compared, names, groups))
+        groups = list(dict.fromkeys(group for name in names for group in shown["runs"][name]["groups"]))
+        drawn["runs"] = finished(_forest(shown, names, groups))
     return render("compare.html.j2", drawn, compared=compared)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fusechat.artifact import Json
-from fusechat.report.words import duration, listed, model, number, percent, plural, signed, size
+from fusechat.report.words import duration, listed, model, number, percent, plural, probability, signed, size
 
 _CLOSE = 0.02
 
@@ -43,6 +43,9 @@ def _outcome(o: Json) -> list[str]:
         f"{percent(o['confidence'])} interval {signed(low)} to {signed(high)}, paired over "
         f"{plural(o['n_dialogues'], 'held-out dialogue')}. Lower is better."
     ]
+    p_holm = o["groups"][0]["models"]["merged"]["p_holm"]
+    if p_holm is not None:
+        told[0] += f" By a permutation test, adjusted for the number of models, p {probability(p_holm)}."
     if o["against"] == "sft":
         told[0] += " SFT saw the same dialogues, in the same order, for as many steps, from the same seed."
     else:
@@ -54,6 +57,7 @@ def _outcome(o: Json) -> list[str]:
             "By category it is "
             + "; ".join(f"{said[word]} {listed(names)}" for word, names in groups.items())
             + f". Each interval stands alone: of many, about {percent(1 - o['confidence'])} exclude 0 by chance."
+            + _after_adjustment(o)
         )
     best = o["best_target_bits_per_byte"]
     merged = o["bits_per_byte"]["merged"]
@@ -69,6 +73,17 @@ def _outcome(o: Json) -> list[str]:
             f"{'is' if o['excluded_dialogues'] == 1 else 'are'} left out."
         )
     return told
+
+
+def _after_adjustment(o: Json) -> str:
+    """Say which categories still differ when all of them, and all models, count as one family of tests."""
+    p_holm = {group["name"]: group["models"]["merged"]["p_holm"] for group in o["groups"][1:]}
+    if None in p_holm.values():
+        return ""
+    held = [name for name, p in p_holm.items() if p < 1 - o["confidence"]]
+    return (
+        f" After adjustment for that (Holm), {listed(held) or 'none'} still {'differs' if len(held) < 2 else 'differ'}."
+    )
 
 
 def _sources(s: Json) -> list[str]:

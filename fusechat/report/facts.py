@@ -72,7 +72,7 @@ def _whole_or_missing(section: Section, layout: Layout, config: Json) -> Json:
         return section(layout, config)
     except FusechatError as error:
         return {"missing": str(error)}
-    except (KeyError, TypeError, ValueError, IndexError, OSError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, OSError) as error:
         # Whatever a file of another version or a damaged one does not hold, the other sections stand.
         return {"missing": f"what the run left cannot be read ({type(error).__name__}: {error})"}
 

@@ -40,6 +40,7 @@ def outcome(layout: Layout, config: Json) -> Json:
         "n_dialogues": results["n_dialogues"],
         "excluded_dialogues": results["excluded_dialogues"],
         "content_bytes": groups["overall"]["content_bytes"],
+        "significance": results.get("significance"),
         "models": models,
         "groups": [
             {
@@ -49,6 +50,7 @@ def outcome(layout: Layout, config: Json) -> Json:
                     model: {
                         "bits_per_byte": group["models"][model]["bits_per_byte"],
                         "difference": group["models"][model][key],
+                        "p_holm": group["models"][model].get("p_holm"),
                     }
                     for model in models
                 },

@@ -16,7 +16,19 @@ from fusechat.report.charts import charts
 from fusechat.report.conclusions import conclude, headline
 
 TEMPLATES = Path(__file__).parent / "templates"
-_FORMATS = ("number", "signed", "percent", "count", "short", "size", "duration", "plural", "listed", "model")
+_FORMATS = (
+    "number",
+    "signed",
+    "percent",
+    "count",
+    "short",
+    "size",
+    "duration",
+    "plural",
+    "listed",
+    "model",
+    "probability",
+)
 
 
 def html_page(facts: Json) -> str:

@@ -62,6 +62,11 @@ def duration(seconds: float | None) -> str:
     return f"{whole // 86400} d {whole % 86400 // 3600} h"
 
 
+def probability(p: float) -> str:
+    """Write a p-value with its relation."""
+    return "< 0.001" if p < 0.001 else f"= {p:.3f}"
+
+
 def plural(n: int, thing: str, things: str | None = None) -> str:
     """Write a count with its noun."""
     return f"{n:,} {thing if n == 1 else things or thing + 's'}"

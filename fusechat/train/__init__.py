@@ -24,6 +24,7 @@ from fusechat.artifact import (
     sha256_file,
     write_json,
 )
+from fusechat.bytetable import ByteTable
 from fusechat.callable_module import make_callable
 from fusechat.checkpoint import checkpoint_sha256, resolve_model
 from fusechat.config import TrainConfig
@@ -99,7 +100,6 @@ def _train(
     dataset = _dataset(store, stores, config, limit)
     scored = None
     if held_out:
-        from fusechat.bytetable import ByteTable
         from fusechat.tokenizer import load_tokenizer
         from fusechat.train.held_out import encode_held_out
 
@@ -169,10 +169,19 @@ def _begin(
     """Say what is asked for, and return it with the provenance of a target that is there already."""
     pivot_sha256 = checkpoint_sha256(directory)
     manifest = open_topk(pivot_store, verify=False).manifest
-    if manifest.get("model_sha256", pivot_sha256) != pivot_sha256:
+    # A served model's weights have no fingerprint here.
+    if manifest.get("backend") != "vllm-server" and manifest["model_sha256"] != pivot_sha256:
         raise MismatchError(
             f"{pivot_store} was extracted from another pivot ({manifest['model_sha256'][:12]}… there, "
             f"{pivot_sha256[:12]}… is {directory}): extract it again, or train from that pivot"
+        )
+    from fusechat.tokenizer import load_tokenizer
+
+    tokenizer_sha256 = ByteTable.from_tokenizer(load_tokenizer(directory), manifest["vocab_size"]).sha256
+    if manifest["tokenizer_sha256"] != tokenizer_sha256:
+        raise MismatchError(
+            f"{pivot_store} was tokenised by another tokenizer ({manifest['tokenizer_sha256'][:12]}… there, "
+            f"{tokenizer_sha256[:12]}… is {directory}'s): extract it again"
         )
     if config.mode == "pairwise" and len(stores) > 1:
         raise ConfigError(f"train.mode: pairwise takes one source, {len(stores)} were given: set it to multi")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -99,10 +99,8 @@ class FusionDataset:
         weights = np.broadcast_to(self.weights[position], (len(rows), 1 + len(self.sources)))
         if self.select.unit != "sequence" and self.have[position].any():
             weights = row_weights(self.sources, dialogue, record, self.have[position], self.select)
-        if self.matched:
-            place, targets, columns = self._matched(dialogue, weights)
-        else:
-            place, targets, columns = self._candidates(dialogue, record, weights)
+        found = self._matched(dialogue, weights) if self.matched else self._candidates(dialogue, record, weights)
+        place, targets, columns = found
         return Example(
             dialogue=dialogue, input_ids=input_ids, labels=labels, rows=rows[place], targets=targets, **columns
         )
@@ -125,18 +123,20 @@ class FusionDataset:
         if not named:
             return slice(None), Targets.nothing(n_rows), _columns(np.zeros(n_rows), np.ones(n_rows), origin)
         if ((weights > 0).sum(axis=1) <= 1).all():
-            targets = Targets.nothing(n_rows)
-            targets.partition[:] = False
-            for c in named:
-                chosen = candidates[c]
-                assert chosen is not None
-                here = weights[:, c] > 0
-                targets = chosen if here.all() else targets.replaced(here, chosen)
-                if not here.all():
-                    targets.partition[here] = chosen.partition[here]
+            targets = self._chosen([c for c in candidates if c is not None], weights[:, named] > 0)
             taught = targets.present()
             return slice(None), targets, _columns(taught, np.ones(n_rows), origin)
         return self._mixed([candidates[c] for c in named], weights[:, named], origin)
+
+    def _chosen(self, candidates: Sequence[Targets], where: Array) -> Targets:
+        """Take each row from the one candidate that bool[R, candidates] marks; rows without one are empty."""
+        targets = candidates[0]
+        for candidate, here in zip(candidates[1:], where.T[1:]):
+            targets = targets.replaced(here, candidate)
+            targets.partition[here] = candidate.partition[here]
+        nobody = ~where.any(axis=1)
+        targets.logprobs[nobody], targets.partition[nobody] = -np.inf, False
+        return targets
 
     def _mixed(
         self, candidates: Sequence[Targets | None], weights: Array, origin: Array
@@ -171,7 +171,7 @@ class FusionDataset:
         total = np.where(share > 0, share, 1.0)[place]
         return place, _joined(parts), _columns(share[place], np.concatenate(row_weights) / total, origin[place])
 
-    def _matched(self, dialogue: int, weights: Array) -> tuple[slice, Targets, dict[str, Array]]:
+    def _matched(self, dialogue: int, weights: Array) -> tuple[Array | slice, Targets, dict[str, Array]]:
         """Return what an objective without a vocabulary map needs of the dialogue's best source."""
         n_rows, best = len(weights), int(weights[0].argmax()) if len(weights) else PIVOT
         origin = np.full(n_rows, best)
@@ -196,10 +196,10 @@ def _columns(taught: Array, row_weight: Array, origin: Array) -> dict[str, Array
 def _joined(parts: Sequence[Targets]) -> Targets:
     width = max(t.width for t in parts)
     every = [t.widened(width) for t in parts]
-    columns = {name: np.concatenate([t.columns()[name] for t in every]) for name in ("ids", "logprobs", "low", "high")}
-    if all(t.low is None for t in every):
-        columns = columns | {"low": None, "high": None}  # type: ignore[dict-item]
-    return Targets(**columns, partition=np.concatenate([t.partition for t in every]))
+    names = ("ids", "logprobs") if all(t.low is None for t in every) else ("ids", "logprobs", "low", "high")
+    columns: dict[str, Any] = {name: np.concatenate([t.columns()[name] for t in every]) for name in names}
+    partition = np.concatenate([t.partition for t in every])
+    return Targets(**{"low": None, "high": None} | columns, partition=partition)
 
 
 def _common_byte_order(sources: Sequence[Source]) -> npt.NDArray[np.int32] | None:

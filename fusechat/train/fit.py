@@ -264,7 +264,7 @@ def _n_matrix_parameters(model: Any) -> int:
     """Return the parameters that take two FLOPs a token in a forward pass: all but the input embedding."""
     inner = unwrapped(model)
     embedding = inner.get_input_embeddings().weight
-    total = sum(p.numel() for p in inner.parameters())
+    total = int(sum(p.numel() for p in inner.parameters()))
     tied = inner.get_output_embeddings().weight is embedding
     return total if tied else total - int(embedding.numel())
 

@@ -130,6 +130,8 @@ def head_loss(
     bias = None if bias is None else bias.to(hidden.dtype)
     common: dict[str, Any] = {"bias": bias, "softcap": softcap, "budget_bytes": settings.budget_bytes}
     common |= {"label_smoothing": settings.label_smoothing, "z_loss": settings.z_loss}
+    # Every row counts; to find that out would wait for the device.
+    common["kept"] = torch.arange(hidden.shape[0], device=hidden.device)
     if settings.objective == "alm":
         return _alm(hidden, weight, batch, settings, common)
     ids, logprobs, hard_weight, divergence, missing = (

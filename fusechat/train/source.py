@@ -94,8 +94,6 @@ class AlignedSource:
 class TwinSource:
     """A source whose byte table is the pivot's: its rows need no alignment, where it has the same assistant tokens."""
 
-    byte_order = None
-
     def __init__(self, pivot: Store, store: Store, name: str) -> None:
         for key, what in (("tokenizer_sha256", "tokenizers"), ("dataset_fingerprint", "dialogues")):
             ours, theirs = pivot.manifest[key], store.manifest[key]
@@ -105,6 +103,7 @@ class TwinSource:
                     "align the source's store to the pivot's first"
                 )
         self.name = name
+        self.byte_order: npt.NDArray[np.int32] | None = None
         self.pivot = pivot
         self.store = store
 
@@ -115,10 +114,10 @@ class TwinSource:
             if dialogue not in self.pivot:
                 continue
             ours, theirs = self.pivot[dialogue], self.store[dialogue]
-            tokens = [record["token.input_ids"][record["token.loss_mask"]] for record in (ours, theirs)]
-            if len(ours["row.ids"]) == len(theirs["row.ids"]) and np.array_equal(*tokens):
+            tokens, same = (record["token.input_ids"][record["token.loss_mask"]] for record in (ours, theirs))
+            if len(ours["row.ids"]) == len(theirs["row.ids"]) and np.array_equal(tokens, same):
                 nll = [-float(record["row.gold_logprob"].sum(dtype=np.float64)) for record in (theirs, ours)]
-                found[dialogue] = (*nll, len(tokens[0]), len(tokens[0]), _content_bytes(ours))
+                found[dialogue] = (*nll, len(tokens), len(tokens), _content_bytes(ours))
         return found
 
     def gold_logprob(self, dialogue: int) -> Array:

@@ -48,17 +48,19 @@ class Targets:
 
     def present(self) -> Array:
         """Return which rows have an entry, bool[R]."""
-        return (self.logprobs > -np.inf).any(axis=1)
+        found = np.zeros(len(self.logprobs), dtype=np.bool_)
+        for k in range(self.width):  # nearly always the first entry settles it
+            found |= self.logprobs[:, k] > -np.inf
+            if found.all():
+                break
+        return found
 
     def columns(self) -> dict[str, Array]:
         """Return the columns [R,K] by name; where no row has ranges, low and high are zero."""
-        none = np.zeros(self.ids.shape, dtype=np.int32) if self.low is None or self.high is None else None
-        return {
-            "ids": self.ids,
-            "logprobs": self.logprobs,
-            "low": self.low if none is None else none,
-            "high": self.high if none is None else none,
-        }
+        low, high = self.low, self.high
+        if low is None or high is None:
+            low = high = np.zeros(self.ids.shape, dtype=np.int32)
+        return {"ids": self.ids, "logprobs": self.logprobs, "low": low, "high": high}
 
     def spread(self, rows: Array) -> Targets:
         """Put these rows at the places bool[R] marks, with nothing between them."""

@@ -104,7 +104,8 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
         bpb = held_out_bits_per_byte(self.model_wrapped, self.held_out, self.accelerator, self.collate)
         metrics = {"eval_bpb": bpb}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
+        self.control = control
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -13,7 +13,9 @@ def agreement(
         list[str], typer.Argument(help="directories or hub ids; the first is compared with", show_default=False)
     ],
     source: Annotated[list[str], typer.Option(help="a source's directory or hub id; repeatable", show_default=False)],
-    data: Annotated[str, typer.Option(help="file or hub id of held-out dialogues", show_default=False)],
+    data: Annotated[
+        str, typer.Option(help="dialogues: a file, a hub id, or a run, for those it held out", show_default=False)
+    ],
     format: Annotated[
         Literal["auto", "sharegpt", "messages", "alpaca", "text"], typer.Option(help="layout of the data")
     ] = "auto",
@@ -31,12 +33,12 @@ def agreement(
 ) -> None:
     """How far models predict what sources predict, where both stand before the same text."""
     from fusechat.artifact import write_json
+    from fusechat.commands.evaluate.held_out import held_out
     from fusechat.commands.evaluate.names import model_names
     from fusechat.commands.progress import terminal_reporter
-    from fusechat.dialogue import load_dialogues
     from fusechat.evaluate.agreement import agreement as compare
 
-    dialogues = load_dialogues(data, format=format, separator=separator, max_bytes=max_bytes, limit=limit)
+    dialogues = held_out(data, format=format, separator=separator, max_bytes=max_bytes, limit=limit)
     with terminal_reporter() as reporter:
         results = compare(
             model_names(models),

@@ -12,7 +12,9 @@ def bpb(
     models: Annotated[
         list[str], typer.Argument(help="directories or hub ids; the first is compared with", show_default=False)
     ],
-    data: Annotated[str, typer.Option(help="file or hub id of held-out dialogues", show_default=False)],
+    data: Annotated[
+        str, typer.Option(help="dialogues: a file, a hub id, or a run, for those it held out", show_default=False)
+    ],
     format: Annotated[
         Literal["auto", "sharegpt", "messages", "alpaca", "text"], typer.Option(help="layout of the data")
     ] = "auto",
@@ -29,14 +31,14 @@ def bpb(
 ) -> None:
     """Bits per byte of models on held-out dialogues, by category, with paired intervals and tests."""
     from fusechat.artifact import write_json
+    from fusechat.commands.evaluate.held_out import held_out
     from fusechat.commands.evaluate.names import model_names
     from fusechat.commands.progress import terminal_reporter
     from fusechat.commands.results import print_results
-    from fusechat.dialogue import load_dialogues
     from fusechat.evaluate.bpb import results_table, score_models
 
     names = model_names(models)
-    dialogues = load_dialogues(data, format=format, separator=separator, max_bytes=max_bytes, limit=limit)
+    dialogues = held_out(data, format=format, separator=separator, max_bytes=max_bytes, limit=limit)
     with terminal_reporter() as reporter:
         advance = reporter.stage("evaluate", "models")
         scores = score_models(

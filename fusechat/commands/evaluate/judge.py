@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from fusechat.commands.evaluate import endpoint_options as options
 
 Questions = Annotated[Path, typer.Option(help="MT-Bench's question.jsonl", show_default=False)]
 Against = Annotated[str | None, typer.Option(help="the model compared with; the first unless given")]
@@ -21,17 +22,18 @@ def judge(
     questions: Questions,
     prompts: Annotated[Path, typer.Option(help="MT-Bench's judge_prompts.jsonl", show_default=False)],
     references: Annotated[Path, typer.Option(help="a file of its reference_answer/", show_default=False)],
-    judge_url: Annotated[str, typer.Option(help="an OpenAI-compatible API, .../v1", show_default=False)],
-    judge_model: Annotated[str, typer.Option(help="the judge's name there", show_default=False)],
+    judge_url: options.JudgeUrl,
+    judge_model: options.JudgeModel,
     judgments: Annotated[Path, typer.Option(help="grows by a line per judgment")] = Path("judgments.jsonl"),
     repeats: Annotated[int, typer.Option(help="judgments per answer", min=1)] = 1,
     temperature: Annotated[float, typer.Option(help="of the judge", min=0.0)] = 0.0,
     max_tokens: Annotated[int, typer.Option(help="of a judgment", min=1)] = 2048,
-    concurrency: Annotated[int, typer.Option(help="requests at a time", min=1)] = 8,
-    requests_per_minute: Annotated[float | None, typer.Option(help="no more than so many", min=0.01)] = None,
-    timeout: Annotated[float, typer.Option(help="seconds to wait for one answer", min=0.1)] = 300.0,
-    retries: Annotated[int, typer.Option(help="of a request", min=0)] = 5,
-    api_key_env: Annotated[str, typer.Option(help="environment variable with the key")] = "OPENAI_API_KEY",
+    concurrency: options.Concurrency = 8,
+    requests_per_minute: options.RequestsPerMinute = None,
+    timeout: options.Timeout = 300.0,
+    retries: options.Retries = 5,
+    api_key_env: options.ApiKeyEnv = options.KEY_NAME,
+    request_field: options.RequestFields = None,
     against: Against = None,
     confidence: Confidence = 0.95,
     json_out: JsonOut = None,
@@ -39,18 +41,17 @@ def judge(
     """MT-Bench's single-answer grading of answers by a judge; run again, it goes on where it stopped."""
     from fusechat.commands.evaluate.names import file_names
     from fusechat.commands.progress import terminal_reporter
-    from fusechat.evaluate.endpoint import Endpoint
     from fusechat.evaluate.judge import Sampling, judge_answers
 
-    endpoint = Endpoint(
-        url=judge_url,
-        model=judge_model,
-        api_key=os.environ.get(api_key_env),
-        api_key_name=api_key_env,
+    endpoint = options.endpoint(
+        judge_url,
+        judge_model,
         concurrency=concurrency,
         requests_per_minute=requests_per_minute,
-        timeout_s=timeout,
+        timeout=timeout,
         retries=retries,
+        api_key_env=api_key_env,
+        fields=request_field,
     )
     with terminal_reporter() as reporter:
         rows = judge_answers(
@@ -77,7 +78,7 @@ def ratings(
     json_out: JsonOut = None,
 ) -> None:
     """Mean ratings of judgments that are there already, FastChat's own files among them."""
-    from fusechat.evaluate.ledger import read_rows
+    from fusechat.evaluate.journal import read_rows
 
     rows = [row for path in judgments for row in read_rows(path)]
     if judge_model is not None:

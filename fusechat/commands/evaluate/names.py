@@ -1,9 +1,10 @@
-"""What models are called in tables."""
+"""What models are called in tables, and other words of the command line."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fusechat.errors import ConfigError
 
@@ -23,3 +24,23 @@ def file_names(files: Sequence[Path]) -> dict[str, Path]:
     if len(names) < len(files):
         raise ConfigError("two of the files have the same name, which is the model's: rename one")
     return names
+
+
+def output_names(files: Sequence[Path]) -> dict[str, Path]:
+    """Return alpaca_eval output files by the `generator` they name; raises ConfigError when two name the same."""
+    from fusechat.evaluate.alpaca import load_outputs
+
+    names = {str(load_outputs(file)[0].get("generator", file.stem)).replace("/", "_"): file for file in files}
+    if len(names) < len(files):
+        raise ConfigError("two of the files are of the same model (generator)")
+    return names
+
+
+def key_values(words: Sequence[str]) -> dict[str, Any]:
+    """Return words of the form key=value with their values read as YAML; raises ConfigError."""
+    import yaml
+
+    for word in words:
+        if "=" not in word:
+            raise ConfigError(f"{word} should have the form key=value")
+    return {key: yaml.safe_load(value) for key, value in (word.split("=", 1) for word in words)}

@@ -36,7 +36,9 @@
   const options = { mode: "vega", renderer: "svg", actions: false, tooltip: showValue };
   const drawing = [...document.querySelectorAll("[data-chart]")].map((element) =>
     vegaEmbed(element, charts[element.dataset.chart], options));
-  Promise.all(drawing).then(() => { document.documentElement.dataset.charts = "drawn"; });
+  Promise.all(drawing).then(() => {
+    document.documentElement.dataset.charts = "drawn";
+  });
 
   const samples = read("samples");
   const meaning = {

@@ -42,8 +42,8 @@ def _row(line: str, where: str) -> Json:
     return row
 
 
-class Ledger:
-    """What `open_ledger` gives: the rows that were there, and `append`, which may be called from any thread."""
+class Journal:
+    """What `open_journal` gives: the rows that were there, and `append`, which may be called from any thread."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self.path = path
@@ -69,8 +69,8 @@ class Ledger:
 
 
 @contextlib.contextmanager
-def open_ledger(path: Path) -> Iterator[Ledger]:
-    """Open or create a ledger for this process alone.
+def open_journal(path: Path) -> Iterator[Journal]:
+    """Open or create a journal for this process alone.
 
     A last line that a kill has cut is removed. Raises FusechatError when another process has it open or the place
     cannot be written, FormatError when a line is no JSON object.
@@ -86,7 +86,7 @@ def open_ledger(path: Path) -> Iterator[Ledger]:
         except OSError as error:
             raise FusechatError(f"{path} is being written by another process: wait for it") from error
         _drop_cut_line(path, descriptor)
-        yield Ledger(path, descriptor)
+        yield Journal(path, descriptor)
     finally:
         os.close(descriptor)
 

@@ -1,0 +1,107 @@
+"""The TopKStore: bytes a row, random reads, writes.
+
+    python bench/store.py [--size small] [--json OUT] [--check]
+
+What is written is read back and compared first. K = 10, V = 32,000, dialogues as bench/extract_model.py makes them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusechat.artifact import ShardedWriter
+from fusechat.bench.claims import Claim, at_least, at_most
+from fusechat.bench.extract_model import VOCAB_SIZE, sequence, sequences
+from fusechat.bench.report import parser, report
+from fusechat.bench.timing import interleave, spread
+from fusechat.store import TOPK_FORMAT, Store, id_dtype, make_block, open_topk, row_positions, write_block
+
+K = 10
+ROWS = 512
+SHARD_DIALOGUES = 512
+
+
+def record(index: int, encoded: Any, rng: np.random.Generator) -> dict[str, Any]:
+    """Return a dialogue's columns with random rows."""
+    rows = len(row_positions(encoded.loss_mask))
+    logprobs = -np.sort(rng.exponential(3.0, (rows, K)), axis=1)
+    return {
+        "dialogue.index": np.array([index], dtype=np.int64),
+        "token.input_ids": encoded.input_ids,
+        "token.loss_mask": encoded.loss_mask,
+        "token.turn": encoded.turn,
+        "token.byte_end": encoded.byte_end,
+        "row.ids": rng.integers(0, VOCAB_SIZE, (rows, K)).astype(id_dtype(VOCAB_SIZE)),
+        "row.logprobs": logprobs.astype(np.float16),
+        "row.gold_logprob": logprobs[:, 0].astype(np.float32),
+    }
+
+
+def write(out: Path, records: list[dict[str, Any]]) -> None:
+    """Write a store, checksums and all."""
+    writer = ShardedWriter(out, {"format": TOPK_FORMAT, "version": 1})
+    for number, begin in enumerate(range(0, len(records), SHARD_DIALOGUES)):
+        block = make_block(records[begin : begin + SHARD_DIALOGUES])
+        writer.add(f"shard-{number:05d}.safetensors", lambda path, block=block: write_block(path, block))
+    writer.finish()
+
+
+def claims(folder: Path, *, count: int, rounds: int) -> list[Claim]:
+    """Measure size, write and read of one store."""
+    rng = np.random.default_rng(1)
+    records = [record(i, encoded, rng) for i, encoded in enumerate(sequences(count))]
+    long = sequence(ROWS * 4 // 3 + 1, rng)
+    records += [record(count + i, long, rng) for i in range(256)]
+    n_rows = sum(len(r["row.ids"]) for r in records)
+    seconds = []
+    for i in range(rounds):
+        start = time.perf_counter()
+        write(folder / f"s{i}", records)
+        seconds.append(time.perf_counter() - start)
+    store = open_topk(folder / "s0")
+    _check_equal(store, records)
+    size = sum(path.stat().st_size for path in (folder / "s0").iterdir())
+    n_tokens = sum(len(r["token.input_ids"]) for r in records)
+    order = (count + rng.permutation(256)).tolist()
+
+    def read() -> None:
+        for dialogue in order:
+            part = store[dialogue]
+            np.array(part["row.ids"])
+            np.array(part["row.logprobs"])
+
+    read_us = spread([s / len(order) * 1e6 for s in interleave({"read": read}, 9)["read"].of("cpu")])
+    note = f"{n_tokens / n_rows:.2f} tokens a row, checksums and fsync included"
+    return [
+        at_most("store, size, K = 10, V ≤ 65,536", "absolute", size / n_rows, 46.0, "B/row", note=note),
+        at_most("store, random read of 512 rows, warm", "absolute", read_us, 20.0, "µs"),
+        at_least("store, write", "absolute", spread([n_rows / s / 1e3 for s in seconds]), 500.0, "k rows/s"),
+    ]
+
+
+def _check_equal(store: Store, records: list[dict[str, Any]]) -> None:
+    for written in records[::7]:
+        found = store[int(written["dialogue.index"][0])]
+        for key, values in written.items():
+            np.testing.assert_array_equal(found[key], values)
+
+
+def main() -> int:
+    """Measure everything and report."""
+    chosen = parser(__doc__ or "").parse_args()
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    quick = chosen.size == "small"
+    with tempfile.TemporaryDirectory() as folder:
+        found = claims(Path(folder), count=300 if quick else 2000, rounds=3 if quick else 5)
+    return report("store", found, chosen)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

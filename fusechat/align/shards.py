@@ -1,0 +1,62 @@
+"""Shards of the pivot's, one at a time, in whatever process this is: what threads here and tasks of Ray both do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fusechat.align.aligner import Aligner, align_shard, count_shard, fresh_shard
+from fusechat.align.rows import Choices
+from fusechat.align.statistics import PairCounts
+from fusechat.align.tokenizer import store_vocabulary
+from fusechat.artifact import Json, write_shard
+from fusechat.store import open_topk, write_block
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What a process must know to align any shard: the stores, where to, the five choices, and its threads."""
+
+    pivot_store: Path
+    source_store: Path
+    out: Path
+    chosen: dict[str, str]
+    threads: int
+
+
+class ShardWork:
+    """Both stores and vocabularies opened, and the vocabulary maps made so far."""
+
+    def __init__(self, task: Task, counts: PairCounts | None = None) -> None:
+        self.task = task
+        self.pivot, self.source = open_topk(task.pivot_store), open_topk(task.source_store)
+        self.aligner = Aligner(
+            pivot=store_vocabulary(self.pivot.directory, self.pivot.manifest),
+            source=store_vocabulary(self.source.directory, self.source.manifest),
+            tokens=task.chosen["tokens"],
+            vocab=task.chosen["vocab"],
+            choices=Choices(**{key: task.chosen[key] for key in ("granularity", "unaligned", "collisions")}),
+            threads=task.threads,
+            counts=counts,
+        )
+
+    def count(self, number: int) -> PairCounts:
+        """Count the pairs of tokens of one shard."""
+        return count_shard(self.aligner, fresh_shard(self.pivot, number), self.source)
+
+    def write(self, number: int) -> Json:
+        """Align one shard, write it, and return its note."""
+        block, tally = align_shard(self.aligner, fresh_shard(self.pivot, number), self.source)
+        return write_shard(
+            self.task.out,
+            shard_name(number),
+            lambda path: write_block(path, block),
+            n_dialogues=len(block),
+            n_rows=len(block["row.ids"]),
+            tally=tally.to_json(),
+        )
+
+
+def shard_name(number: int) -> str:
+    """Return the file name of a shard."""
+    return f"shard-{number:05d}.safetensors"

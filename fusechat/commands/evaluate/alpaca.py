@@ -1,0 +1,139 @@
+"""fusechat eval alpaca OUTPUTS... --judge-url URL --judge-model NAME; fusechat eval winrates ANNOTATIONS..."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fusechat.commands.evaluate import endpoint_options as options
+
+Reference = Annotated[Path, typer.Option(help="the reference's model_outputs.json", show_default=False)]
+Gamed = Annotated[Path | None, typer.Option(help="df_gamed.csv; without it no length control")]
+Against = Annotated[str | None, typer.Option(help="the model compared with; the first unless given")]
+Confidence = Annotated[float, typer.Option(help="of the intervals", min=0.5, max=0.999)]
+JsonOut = Annotated[Path | None, typer.Option("--json", help="also write the table here")]
+
+
+def alpaca(
+    outputs: Annotated[list[Path], typer.Argument(help="alpaca_eval model outputs, one a model", show_default=False)],
+    reference: Reference,
+    judge_url: options.JudgeUrl,
+    judge_model: options.JudgeModel,
+    out: Annotated[Path, typer.Option(help="folder of replies and annotations")] = Path("alpaca_eval"),
+    gamed: Gamed = None,
+    concurrency: options.Concurrency = 8,
+    requests_per_minute: options.RequestsPerMinute = None,
+    timeout: options.Timeout = 300.0,
+    retries: options.Retries = 5,
+    api_key_env: options.ApiKeyEnv = options.KEY_NAME,
+    request_field: options.RequestFields = None,
+    against: Against = None,
+    confidence: Confidence = 0.95,
+    json_out: JsonOut = None,
+) -> None:
+    """AlpacaEval 2.0: a judge's preferences against the reference; run again, it goes on where it stopped."""
+    from fusechat.commands.evaluate.names import output_names
+    from fusechat.commands.progress import terminal_reporter
+    from fusechat.evaluate.alpaca import annotate, write_annotations
+
+    judge = options.endpoint(
+        judge_url,
+        judge_model,
+        concurrency=concurrency,
+        requests_per_minute=requests_per_minute,
+        timeout=timeout,
+        retries=retries,
+        api_key_env=api_key_env,
+        fields=request_field,
+    )
+    annotations = {}
+    with terminal_reporter() as reporter:
+        for name, path in output_names(outputs).items():
+            folder = out / name
+            replies = folder / "replies.jsonl"
+            advance = reporter.stage(f"judge {name}", "preferences")
+            annotations[name] = annotate(path, reference=reference, replies=replies, endpoint=judge, progress=advance)
+            write_annotations(folder / "annotations.json", annotations[name])
+            reporter.done(f"judge {name}", f"{len(annotations[name])} preferences in {folder}/annotations.json")
+    _report(annotations, reference, gamed, against, confidence, json_out)
+
+
+def winrates(
+    annotations: Annotated[list[Path], typer.Argument(help="alpaca_eval annotation files", show_default=False)],
+    reference: Reference,
+    gamed: Gamed = None,
+    against: Against = None,
+    confidence: Confidence = 0.95,
+    json_out: JsonOut = None,
+) -> None:
+    """Win rates of annotations that are there already, alpaca_eval's own files among them."""
+    from fusechat.errors import ConfigError
+    from fusechat.evaluate.alpaca import load_annotations
+
+    by_name = {str(rows[0]["generator_2"]): rows for rows in map(load_annotations, annotations)}
+    if len(by_name) < len(annotations):
+        raise ConfigError("two of the files are of the same model (generator_2)")
+    _report(by_name, reference, gamed, against, confidence, json_out)
+
+
+def _report(
+    annotations: dict[str, list[dict[str, Any]]],
+    reference: Path,
+    gamed: Path | None,
+    against: str | None,
+    confidence: float,
+    json_out: Path | None,
+) -> None:
+    from fusechat.artifact import write_json
+    from fusechat.evaluate.alpaca import load_outputs
+    from fusechat.evaluate.win_rates import win_rates
+
+    results = win_rates(
+        annotations, reference=load_outputs(reference), gamed=gamed, against=against, confidence=confidence
+    )
+    if json_out is not None:
+        write_json(json_out, results)
+    _print(results)
+
+
+def _print(results: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from fusechat.commands.results import with_interval
+
+    console = Console()
+    models = results["models"]
+    controlled = any("length_controlled_winrate" in model for model in models.values())
+    difference = next(k for k in next(iter(models.values()))["interval"] if k.startswith("difference_to_"))
+    against = difference.removeprefix("difference_to_")
+    table = Table(pad_edge=False, box=None, padding=(0, 0, 0, 1))
+    table.add_column("", overflow="fold")
+    headings = ["win rate", *(["length-contr."] if controlled else []), "difference", "judged", "chars"]
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, model in models.items():
+        interval = model["interval"]
+        cells = [with_interval(interval["win_rate"], digits=2)]
+        if controlled:
+            value, error = model["length_controlled_winrate"], model["lc_standard_error"]
+            cells.append(with_interval([value, value - 1.96 * error, value + 1.96 * error], digits=2))
+        paired = with_interval(interval[difference], interval["p_holm"], signed=True, digits=2)
+        cells += ["" if name == against else paired, str(model["n_total"]), str(model["avg_length"])]
+        table.add_row(name, *cells)
+    console.print("[bold]win rate against the reference[/bold], percent")
+    console.print(table)
+    unparsable = sum(model["unparsable"] for model in models.values())
+    if unparsable:
+        console.print(f"{unparsable} replies without a preference are in no figure", style="yellow")
+    if not controlled:
+        console.print("no length control: give --gamed df_gamed.csv", style="dim")
+    compared = f"\ndifference: of win rates to {against}; *: p < 0.05, paired." if len(models) > 1 else ""
+    console.print(
+        f"{results['n_instructions']} instructions. ±: half the bootstrap interval; of length-controlled rates\n"
+        f"1.96 standard errors.{compared}",
+        highlight=False,
+        style="dim",
+    )

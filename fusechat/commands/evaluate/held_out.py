@@ -1,0 +1,22 @@
+"""Held-out dialogues: of a file, of a hub id, or of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fusechat.records import Dialogue
+
+
+def held_out(data: str, *, limit: int | None, **options: Any) -> list[Dialogue]:
+    """Return the dialogues of `data`; of a run's folder those it held out, cut as it cut them."""
+    from fusechat.config import load_config
+    from fusechat.dialogue import load_dialogues
+    from fusechat.layout import Layout
+    from fusechat.split import load_split
+
+    config = Layout(out=Path(data)).config
+    if config.is_file():
+        return load_split(load_config(config)).held_out[:limit]
+    return load_dialogues(data, limit=limit, **options)

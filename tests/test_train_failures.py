@@ -1,0 +1,239 @@
+"""What goes wrong while training, and how it ends: one line, nothing half-written, the last good checkpoint kept."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+import fusechat
+from fusechat.config import parse_train
+from fusechat.dialogue import load_dialogues
+from fusechat.errors import ConfigError, DataError, FusechatError, MismatchError, Stopped
+from fusechat.train.batches import StepBatches
+
+ROOT = Path(__file__).resolve().parents[1]
+FAST = ["max_steps=6", "batch_size=6", "micro_batch_size=3", "learning_rate=1e-3", "warmup_ratio=0", "save_steps=2"]
+
+
+@pytest.fixture(scope="module")
+def stores(tiny_world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stores")
+    dialogues = load_dialogues(tiny_world.dialogues)
+    for name in ("pivot", "source"):
+        fusechat.extract(str(getattr(tiny_world, name)), dialogues, folder / name, top_k=5)
+    fusechat.align(folder / "pivot", folder / "source", folder / "aligned")
+    return folder
+
+
+def _train(world: Any, stores: Path, out: Path, *settings: str, **options: Any) -> Any:
+    return fusechat.train(
+        str(world.pivot), stores / "pivot", stores / "aligned", out, parse_train([*FAST, *settings]), **options
+    )
+
+
+def _checksum(target: Path) -> dict[str, Any]:
+    return {name: tensor.tobytes() for name, tensor in load_file(target / "model.safetensors").items()}
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_world: Any, stores: Path) -> Path:
+    _train(tiny_world, stores, stores / "whole")
+    return stores / "whole"
+
+
+def test_sigterm_saves_and_the_same_call_goes_on(tiny_world: Any, stores: Path, whole: Path, tmp_path: Path) -> None:
+    def strike(done: int, total: int) -> None:
+        if done == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped, match="stopped by SIGTERM after step 3 of 6, saved"):
+        _train(tiny_world, stores, tmp_path / "t", progress=strike)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert not (tmp_path / "t").exists()
+    _train(tiny_world, stores, tmp_path / "t")
+    assert _checksum(tmp_path / "t") == _checksum(whole)
+
+
+def test_the_command_line_ends_a_stop_with_zero_and_the_line_to_resume(
+    tiny_world: Any, stores: Path, tmp_path: Path
+) -> None:
+    code = (
+        "import os, signal, sys\nimport fusechat.train.callbacks as callbacks\n"
+        "begin = callbacks.Watch.on_train_begin\n"
+        "def struck(self, *a, **k):\n    begin(self, *a, **k)\n    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "callbacks.Watch.on_train_begin = struck\nfrom fusechat.__main__ import main\nmain()"
+    )
+    command = ["train", str(tiny_world.pivot), "--pivot-store", str(stores / "pivot"), "--out", str(tmp_path / "t")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command, "--", *FAST],
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"stopped by SIGTERM after step 1 of 6, saved; to go on: fusechat {' '.join(command)}" in done.stderr
+
+
+def test_a_nan_names_step_and_dialogues_and_keeps_the_last_good_checkpoint(
+    tiny_world: Any, stores: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fusechat.train import forward
+
+    own, calls = forward.head_loss, []
+
+    def poisoned(*args: Any) -> Any:
+        parts = own(*args)
+        calls.append(1)
+        return {k: v * float("nan") for k, v in parts.items()} if len(calls) == 6 else parts
+
+    with monkeypatch.context() as patch:
+        patch.setattr(forward, "head_loss", poisoned)
+        with pytest.raises(DataError, match=r"NaN at step 3, micro-batch 2 of 2 \(dialogues \d+, \d+, \d+\): lower"):
+            _train(tiny_world, stores, tmp_path / "t")
+    assert [p.name for p in (tmp_path / "t.partial").glob("checkpoint-*")] == ["checkpoint-2"]
+    _train(tiny_world, stores, tmp_path / "t")
+    assert _checksum(tmp_path / "t") == _checksum(whole)
+
+
+def test_weights_that_are_not_finite_are_no_checkpoint(
+    tiny_world: Any, stores: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fusechat.train import callbacks
+
+    own = callbacks.MarkComplete.on_save
+
+    def broken(self: Any, args: Any, state: Any, control: Any, model: Any = None, **rest: Any) -> None:
+        if state.global_step == 4:
+            with torch.no_grad():
+                next(model.parameters())[0, 0] = float("inf")
+        own(self, args, state, control, model=model, **rest)
+
+    monkeypatch.setattr(callbacks.MarkComplete, "on_save", broken)
+    with pytest.raises(DataError, match="the weights are not finite after step 4"):
+        _train(tiny_world, stores, tmp_path / "t")
+    marked = [p.parent.name for p in (tmp_path / "t.partial").glob("checkpoint-*/complete.json")]
+    assert marked == ["checkpoint-2"]
+
+
+def test_a_full_disk_in_a_checkpoint_is_one_line_and_resumes(
+    tiny_world: Any, stores: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fusechat import artifact
+    from fusechat.train.trainer import FusionTrainer
+
+    own = FusionTrainer._save_optimizer_and_scheduler
+
+    def full(self: Any, place: str) -> None:
+        if self.state.global_step == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        own(self, place)
+
+    Usage = namedtuple("Usage", "total used free")
+    with monkeypatch.context() as patch:
+        patch.setattr(FusionTrainer, "_save_optimizer_and_scheduler", full)
+        patch.setattr(artifact.shutil, "disk_usage", lambda _: Usage(1, 1, 0))
+        with pytest.raises(FusechatError, match=r"disk under .* is full: free space and run the same command again"):
+            _train(tiny_world, stores, tmp_path / "t")
+    _train(tiny_world, stores, tmp_path / "t")
+    assert _checksum(tmp_path / "t") == _checksum(whole)
+
+
+def test_other_settings_do_not_resume_a_checkpoint(tiny_world: Any, stores: Path, tmp_path: Path) -> None:
+    def strike(done: int, total: int) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped):
+        _train(tiny_world, stores, tmp_path / "t", progress=strike)
+    with pytest.raises(MismatchError, match=r"learning_rate: 0\.001 there, 0\.002 here"):
+        _train(tiny_world, stores, tmp_path / "t", "learning_rate=2e-3")
+    mark = next((tmp_path / "t.partial").glob("checkpoint-*/complete.json"))
+    mark.write_text(json.dumps({"sharding": "fsdp"}))
+    with pytest.raises(MismatchError, match=r"sharding fsdp, this run has none: launch it\b"):
+        _train(tiny_world, stores, tmp_path / "t")
+
+
+def test_a_store_of_another_pivot_or_tokenizer_is_refused(tiny_world: Any, stores: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_world.pivot, tmp_path / "other")
+    weights = load_file(tmp_path / "other" / "model.safetensors")
+    name = next(iter(weights))
+    save_file(
+        weights | {name: weights[name] + np.float32(1)}, tmp_path / "other" / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(MismatchError, match="was extracted from another pivot"):
+        fusechat.train(str(tmp_path / "other"), stores / "pivot", None, tmp_path / "t", parse_train(FAST))
+    shutil.copytree(tiny_world.pivot, tmp_path / "respelt")
+    definition = json.loads((tmp_path / "respelt" / "tokenizer.json").read_text())
+    vocab = definition["model"]["vocab"]
+    one, other = (piece for piece, i in vocab.items() if i in (60, 61))
+    vocab[one], vocab[other] = vocab[other], vocab[one]
+    (tmp_path / "respelt" / "tokenizer.json").write_text(json.dumps(definition))
+    with pytest.raises(MismatchError, match="was tokenised by another tokenizer"):
+        fusechat.train(str(tmp_path / "respelt"), stores / "pivot", None, tmp_path / "t", parse_train(FAST))
+    assert not (tmp_path / "t.partial").exists()
+
+
+def test_a_world_that_does_not_divide_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from fusechat.train.fit import training_arguments
+
+    monkeypatch.setattr("fusechat.train.fit.n_processes", lambda: 4)
+    with pytest.raises(
+        ConfigError, match=r"batch_size 6 does not divide by micro_batch_size 3 × 4 processes: .* of 12"
+    ):
+        training_arguments(tmp_path, parse_train(FAST), 0, with_held_out=False)
+
+
+def test_quantised_training_without_a_device_says_what_is_missing(
+    tiny_world: Any, stores: Path, tmp_path: Path
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a device here")
+    with pytest.raises(ConfigError, match=r"quantization: 4bit needs a CUDA device and the package bitsandbytes"):
+        _train(tiny_world, stores, tmp_path / "t", "quantization=4bit", "lora.rank=4")
+    with pytest.raises(ConfigError, match="quantization needs lora"):
+        parse_train(["quantization=4bit"])
+
+
+def test_a_dry_run_takes_two_steps_and_leaves_nothing(tiny_world: Any, stores: Path, tmp_path: Path) -> None:
+    made = _train(tiny_world, stores, tmp_path / "t", dry_run=True, held_out=load_dialogues(tiny_world.dialogues))
+    assert len(made["losses"]) == 2
+    assert made["n_dialogues"] == 2
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize(("n", "batch", "micro", "world"), [(22, 8, 2, 1), (22, 8, 2, 2), (7, 4, 1, 4), (5, 8, 2, 2)])
+def test_every_number_of_processes_takes_the_same_steps(
+    n: int, batch: int, micro: int, world: int, packing: bool
+) -> None:
+    lengths = [3 + (i * 7) % 11 for i in range(n)]
+
+    def plan(rank: int, n_processes: int) -> list[list[int]]:
+        sizes = {"batch_size": batch, "micro_batch_size": micro, "rank": rank, "n_processes": n_processes}
+        batches = StepBatches(lengths, **sizes, seed=1, packing=packing)
+        batches.set_epoch(2)
+        made = list(batches)
+        assert len(made) == len(batches)
+        return made
+
+    def steps(n_processes: int) -> list[list[int]]:
+        ranks = [plan(rank, n_processes) for rank in range(n_processes)]
+        assert len({len(r) for r in ranks}) == 1
+        per_step = batch // (micro * n_processes)
+        parts = [list(chain(*(r[i] for r in ranks))) for i in range(len(ranks[0]))]
+        return [sorted(chain(*parts[i : i + per_step])) for i in range(0, len(parts), per_step)]
+
+    assert steps(world) == steps(1)
+    assert sorted(chain(*steps(world))) == list(range(n))

@@ -1,0 +1,96 @@
+"""A whole run whose sources teach at once, one of them of the pivot's own vocabulary; alone and under torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from fusechat.errors import ConfigError
+from fusechat.run import run
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def twin(tiny_world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pivot with other weights."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("twin") / "twin"
+    model = AutoModelForCausalLM.from_pretrained(tiny_world.pivot)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_world.pivot).save_pretrained(folder)
+    return folder
+
+
+def _config(world: Any, twin: Path, out: Path) -> Path:
+    values = {
+        "pivot": str(world.pivot),
+        "sources": [str(world.source), str(twin)],
+        "data": {"train": str(world.dialogues), "held_out_fraction": 0.25, "validation": str(world.dialogues)},
+        "out": str(out),
+        "extract": {"top_k": 4, "max_length_tokens": 200},
+        "train": {
+            "mode": "multi", "select": "avg_ce", "epochs": 2, "batch_size": 6, "micro_batch_size": 3, "save_steps": 2,
+            "learning_rate": 1e-3, "hard_weight": 0.5, "final": "best", "sft_control": False, "packing": True,
+        },
+        "eval": {"bootstrap_samples": 100},
+    }  # fmt: skip
+    path = out.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_world: Any, twin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "alone"
+    run(_config(tiny_world, twin, out))
+    return out
+
+
+def test_all_sources_teach_one_target_and_it_is_the_result(alone: Path) -> None:
+    assert [path.name for path in (alone / "targets").iterdir()] == ["multi"]
+    assert [path.name for path in (alone / "align").iterdir()] == ["source"]  # the twin needs none
+    made = json.loads((alone / "targets" / "multi" / "provenance.json").read_text())
+    assert [source["name"] for source in made["sources"]] == ["source", "twin"]
+    assert made["measured"]["best_step"] in dict(made["measured"]["held_out_bits_per_byte"])
+    target, merged = (load_file(alone / place / "model.safetensors") for place in ("targets/multi", "merged"))
+    for name, weight in target.items():
+        torch.testing.assert_close(merged[name], weight)
+    assert set(json.loads((alone / "results.json").read_text())["groups"]["overall"]["models"]) == {
+        "pivot", "source source", "source twin", "target multi", "merged",
+    }  # fmt: skip
+
+
+def test_the_held_out_dialogues_may_not_choose(tiny_world: Any, twin: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"best needs data\.validation"):
+        run(_config(tiny_world, twin, tmp_path / "x"), ["data.validation=null"])
+
+
+@pytest.mark.slow
+def test_a_run_under_torchrun_gives_the_same(tiny_world: Any, twin: Path, alone: Path, tmp_path: Path) -> None:
+    config = _config(tiny_world, twin, tmp_path / "two")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "-m", "fusechat", "run", str(config)],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("everything is in") == 1
+    ours, theirs = (load_file(out / "merged" / "model.safetensors") for out in (tmp_path / "two", alone))
+    for name, weight in ours.items():
+        torch.testing.assert_close(weight, theirs[name], rtol=0, atol=2e-4)
