@@ -27,7 +27,7 @@ def run_stage(what: str, path: Path) -> None:
         )
         return
     from fusechat.config import load_config
-    from fusechat.run import Layout
+    from fusechat.layout import Layout
 
     config = load_config(path)
     layout = Layout(out=Path(config.out))

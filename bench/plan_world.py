@@ -17,7 +17,7 @@ SIZES: dict[str, dict[str, int]] = {
     "89M": {"hidden": 768, "layers": 8, "heads": 12, "vocab": 24_000},
 }
 CONTEXT_TOKENS = 1024
-N_DIALOGUES = 48
+N_DIALOGUES = 16
 
 
 def write_world(folder: Path, size: str) -> Path:

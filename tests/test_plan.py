@@ -84,7 +84,7 @@ def test_what_a_plan_advises_makes_it_fit(paper: RunConfig) -> None:
 def test_a_source_too_large_for_every_split_is_told_to_be_quantised(paper: RunConfig) -> None:
     result = plan(paper, load_hardware("a100-40", gpus=2))
     changes = " ".join(stage(result, "extract", "qwen").changes)
-    assert "int4 on 2 GPUs" in changes
+    assert "quantised to int4, on 2 GPUs" in changes
     assert "vllm-server" in changes
 
 
@@ -156,9 +156,19 @@ def test_what_is_wrong_is_said_in_one_line(arguments: list[str], message: str) -
     assert "\n" not in str(done.exception)
 
 
+def test_the_projection_of_the_docs_is_the_plan_s() -> None:
+    from fusechat.plan.projection import authors_utilisation, markdown
+
+    page = (Path(__file__).resolve().parents[1] / "docs" / "plan.md").read_text(encoding="utf-8")
+    assert markdown() in page, "docs/plan.md is stale: python -m fusechat.plan.projection prints what belongs there"
+    real, padded = authors_utilisation(load_config(recipe_path("recipe:fusechat_7b_v2")))
+    assert f"{padded:.0%}".replace("%", " %") in page
+    assert f"{real:.0%}".replace("%", " %") in page
+
+
 def test_a_file_describes_hardware(tmp_path: Path) -> None:
     facts = {
-        "device": "cuda", "memory": "24GiB", "host_memory": "64GB", "devices": 3, "bandwidth": "1TB",
+        "device": "cuda", "memory": "24GiB", "host_memory": "64GB", "devices": 3,
         "tflops": {"bfloat16": 100, "float32": 50}, "disk_rate": "2GB", "efficiency": {"extract": 0.5, "train": 0.4},
     }  # fmt: skip
     path = tmp_path / "box.json"

@@ -19,7 +19,7 @@ from fusechat.plan.model_shape import (
     stored_bytes,
 )
 from fusechat.plan.models import model_shape, shipped_models
-from fusechat.plan.training import activation_bytes, lora_parameters
+from fusechat.plan.training_memory import activation_bytes, lora_parameters
 from fusechat.plan.workload import Lengths
 
 SIZES = {

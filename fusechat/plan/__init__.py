@@ -25,7 +25,8 @@ __all__ = ["Plan", "plan"]
 make_callable(__name__)
 
 SFT, MULTI = "sft", "multi"
-_GPU_HOST_BYTES = {"extract": GPU_PROCESS_BYTES, "train": GPU_PROCESS_BYTES, "align": 40_000_000, "merge": 40_000_000}
+_GPU_HOST_THREADS = 16
+_GPU_HOST_BYTES = {"extract": GPU_PROCESS_BYTES, "train": GPU_PROCESS_BYTES, "align": 250_000_000, "merge": 40_000_000}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,7 +99,7 @@ def plan(
     stages = ("extract", "train", "align", "merge")
     base = process_bytes(stages) if hardware.on_cpu else _GPU_HOST_BYTES
     pivot, pivot_lengths = models["pivot"]
-    threads = len(os.sched_getaffinity(0))
+    threads = len(os.sched_getaffinity(0)) if hardware.on_cpu else _GPU_HOST_THREADS
     rows: list[StagePlan] = []
     own = {source_name(source): source.extract for source in config.sources}
     for name, (shape, found) in models.items():

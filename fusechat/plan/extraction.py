@@ -55,7 +55,7 @@ def plan_extraction(
         return _with_vllm(common, shape, config, hardware, dtype)
     parts = hf_parts(shape, lengths, config, process_bytes)
     settings = {"backend": "hf", "batch_tokens": config.batch_tokens, "dtype": dtype}
-    changes = ("a smaller extract.batch_tokens, extract.dtype: bfloat16, or extract.backend: vllm-server",)
+    changes = ("a smaller extract.batch_tokens", "extract.dtype: bfloat16", "extract.backend: vllm-server")
     if hardware.on_cpu:
         return StagePlan(
             **common, devices=0, host_parts=parts, host_limit_bytes=hardware.memory_bytes, settings=settings,
@@ -115,7 +115,7 @@ def hf_parts(shape: ModelShape, lengths: Lengths, config: ExtractConfig, process
     padded = count * longest
     query, key = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
     attention = 3 * query + 2 * (query if count > 1 else 0) + 2 * key
-    width = 2 * shape.hidden + max(3 * shape.intermediate, attention)
+    width = 2 * shape.hidden + max((3 if shape.gated else 2) * shape.intermediate, attention)
     rows = padded * lengths.row_share
     chunk = min(rows, HEAD_CHUNK_BYTES // (shape.vocab * (item + 4)))
     forward = padded * width * item
@@ -158,9 +158,9 @@ def _with_vllm(
         for smaller in ("fp8", "int4"):
             least = next((n for n in sizes if fits(gpu_parts(shape, limit, hardware.memory_bytes, n, smaller))), None)
             if least is not None:
-                changes.append(f"a source quantised to {smaller} on {least} GPU" + "s" * (least > 1))
+                changes.append(f"its model to one quantised to {smaller}, on {least} GPU" + "s" * (least > 1))
                 break
-        changes.append("more GPUs (extract.tensor_parallel_size), or extract.backend: vllm-server")
+        changes.append("extract.backend: vllm-server, where it runs elsewhere")
     step = max_batched_tokens(shape.vocab, hardware.memory_bytes, dtype_bytes=int(ITEM_BYTES.get(dtype, 2)))
     return StagePlan(
         **common, devices=used, device_parts=parts, device_limit_bytes=hardware.memory_bytes,

@@ -16,7 +16,7 @@ from fusechat.errors import ConfigError
 from fusechat.merge.size import parse_size
 from fusechat.plan.models import shipped
 
-_KEYS = ("device", "memory", "host_memory", "devices", "tflops", "bandwidth", "disk_rate", "efficiency")
+_KEYS = ("device", "memory", "host_memory", "devices", "tflops", "disk_rate", "efficiency")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +29,6 @@ class Hardware:
     memory_bytes: int
     host_memory_bytes: int
     flops: dict[str, float]
-    bandwidth_bytes: float
     disk_rate_bytes: float
     efficiency: dict[str, float]
 
@@ -89,7 +88,6 @@ def this_computer() -> Hardware:
         memory_bytes=total,
         host_memory_bytes=total,
         flops={"float32": best, "bfloat16": best},
-        bandwidth_bytes=1e10,
         disk_rate_bytes=1e9,
         efficiency={"extract": 0.5, "train": 0.5},
     )
@@ -132,7 +130,6 @@ def _parse(name: str, values: Json) -> Hardware:
         memory_bytes=parse_size(str(values["memory"])),
         host_memory_bytes=parse_size(str(values["host_memory"])),
         flops={k: v * 1e12 for k, v in numbers("tflops", ("bfloat16", "float32")).items()},
-        bandwidth_bytes=float(parse_size(str(values["bandwidth"]))),
         disk_rate_bytes=float(parse_size(str(values["disk_rate"]))),
         efficiency=numbers("efficiency", ("extract", "train")),
     )

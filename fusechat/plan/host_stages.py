@@ -81,10 +81,10 @@ def plan_evaluation(
     if hardware.on_cpu:
         return StagePlan(
             **common, devices=0, host_parts=parts, host_limit_bytes=hardware.memory_bytes,  # type: ignore[arg-type]
-            changes=(f"leave {name} out of the evaluation, or a smaller extract.batch_tokens",),
+            changes=("a smaller extract.batch_tokens", f"evaluation apart: `fusechat eval` without {name}"),
         )  # fmt: skip
     return StagePlan(
         **common, devices=1, device_parts=on_device(parts), device_limit_bytes=hardware.memory_bytes,  # type: ignore[arg-type]
         host_parts={"process": GPU_PROCESS_BYTES}, host_limit_bytes=hardware.host_memory_bytes,
-        changes=(f"{name} is too large for the run's evaluation on one device: `fusechat eval` takes the others",),
+        changes=(f"evaluation apart: `fusechat eval` without {name}, which one device does not hold",),
     )  # fmt: skip

@@ -76,6 +76,17 @@ class ModelShape:
         """Whether the architecture's norms and biases are known; else it is counted like a Llama."""
         return self.family in FAMILIES
 
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP has a gate beside its up projection."""
+        return FAMILIES.get(self.family, Family()).gated
+
+    @property
+    def mlp_widths_kept(self) -> int:
+        """How many intermediate widths a token's MLP keeps for the backward pass: what goes in and out of its products
+        and of its activation function."""
+        return 4 if self.gated else 2
+
 
 def shape_from_config(name: str, config: Mapping[str, Any]) -> ModelShape:
     """Return the shape a config.json describes; raises DataError naming the key that it lacks."""

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from fusechat.merge.size import human_bytes
 from fusechat.plan import Plan
+from fusechat.plan.stage import StagePlan
 
 
 def human_count(n: float) -> str:
@@ -53,11 +54,12 @@ def print_plan(plan: Plan, console: Console) -> None:
             for name, size in plan.strategies.items()
         ]
         console.print(f"\ntraining, a GPU: {', '.join(cells)}", highlight=False)
-    changes = [
-        f"{stage.stage} {stage.name} does not fit ({_too_much(stage)}): {'; or '.join(stage.changes) or 'more memory'}"
-        for stage in plan.stages
-        if not stage.fits
-    ]
+    alike: dict[tuple[str, str], list[str]] = {}
+    for stage in plan.stages:
+        if not stage.fits:
+            advice = f"{_too_much(stage)}. Mend: {'; or '.join(stage.changes) or 'more memory'}"
+            alike.setdefault((stage.stage, advice), []).append(stage.name)
+    changes = [f"{what} {', '.join(names)}: {advice}" for (what, advice), names in alike.items()]
     if not plan.disk_fits:
         changes.append(f"the disk is too small by {human_bytes(plan.disk_bytes - (plan.disk_limit_bytes or 0))}")
     for change in changes:
@@ -65,10 +67,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print("\nassumed: " + "; ".join(plan.assumptions), style="dim", highlight=False)
 
 
-def _too_much(stage: object) -> str:
-    from fusechat.plan.stage import StagePlan
-
-    assert isinstance(stage, StagePlan)
+def _too_much(stage: StagePlan) -> str:
     device, host = stage.device_bytes - stage.device_limit_bytes, stage.host_bytes - stage.host_limit_bytes
     return f"{human_bytes(device)} too much a GPU" if device > 0 else f"{human_bytes(host)} too much on the host"
 

@@ -1,16 +1,19 @@
-"""The hot functions of compiled code, by `perf`: in a child process, from the stage's first instruction to its last."""
+"""The hot functions of compiled code, by `perf`: in a child process, of the stage and not of what it needs first."""
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 _FREQUENCY = "997"
+_CONTROL = "FUSECHAT_PERF_CONTROL"
 _ROW = re.compile(r"^\s*(\d+\.\d+)%\s+(\S+)\s+\[([.k])\]\s+(.+?)\s*$")
 
 
@@ -39,9 +42,25 @@ def perf_missing() -> str | None:
 
 
 def record(arguments: Sequence[str], data: Path) -> int:
-    """Run `python ARGUMENTS` under perf and return its exit code."""
-    command = ["perf", "record", "-q", "-e", "cpu-clock", "-F", _FREQUENCY, "-g", "-o", str(data), "--"]
-    return subprocess.run([*command, sys.executable, *arguments], check=False).returncode
+    """Run `python ARGUMENTS` under perf and return its exit code; it is sampled once it has called `begin_sampling`."""
+    with tempfile.TemporaryDirectory() as temporary:
+        control, acknowledge = (str(Path(temporary) / name) for name in ("control", "acknowledge"))
+        for fifo in (control, acknowledge):
+            os.mkfifo(fifo)
+        command = ["perf", "record", "-q", "-e", "cpu-clock", "-F", _FREQUENCY, "-g", "-o", str(data)]
+        command += ["-D", "-1", "--control", f"fifo:{control},{acknowledge}", "--", sys.executable, *arguments]
+        environment = os.environ | {_CONTROL: f"{control},{acknowledge}"}
+        return subprocess.run(command, env=environment, check=False).returncode
+
+
+def begin_sampling() -> None:
+    """Tell the perf this process runs under, if any, that the part to be profiled begins."""
+    if _CONTROL not in os.environ:
+        return
+    control, acknowledge = os.environ[_CONTROL].split(",")
+    Path(control).write_text("enable\n")
+    with open(acknowledge, encoding="ascii") as answer:
+        answer.readline()
 
 
 def hot_functions(data: Path, limit: int = 12) -> list[Function]:
@@ -62,5 +81,5 @@ def parse_report(report: str) -> list[Function]:
         match = _ROW.match(line)
         if match:
             name = match[4].split("(")[0] if "(" in match[4] and not match[4].startswith("(") else match[4]
-            found.append(Function(share=float(match[1]) / 100, library=match[2], name=name))
+            found.append(Function(share=round(float(match[1]) / 100, 4), library=match[2], name=name))
     return found

@@ -14,7 +14,7 @@ from typing import Any
 
 from fusechat.artifact import Json
 from fusechat.config import RunConfig
-from fusechat.profile.native import Function, hot_functions, perf_missing, record
+from fusechat.profile.native import Function, begin_sampling, hot_functions, perf_missing, record
 from fusechat.profile.piece import prepare
 from fusechat.profile.summary import Line, summarise
 from fusechat.profile.trace import memory_timeline, read_operators
@@ -84,7 +84,9 @@ def ncu_command(stage: str, config_path: str, overrides: list[str], out: Path, d
 def run_piece(stage: str, config: RunConfig, dialogues: int) -> None:
     """Run a piece of a stage in an NVTX range, for profilers from outside."""
     with tempfile.TemporaryDirectory() as temporary:
-        in_range(stage, prepare(stage, config, Path(temporary) / "work", dialogues))
+        run = prepare(stage, config, Path(temporary) / "work", dialogues)
+        begin_sampling()
+        in_range(stage, run)
 
 
 def in_range(stage: str, run: Callable[[], Any]) -> None:
