@@ -219,8 +219,16 @@ def test_training_without_a_vocabulary_map_lowers_its_loss(
     steps = ["max_steps=8", "batch_size=24", "micro_batch_size=8", "learning_rate=3e-3", "warmup_ratio=0"]
     what = [f"objective={objective}", "select=source", "hard_weight=0", "alm_temperature=10", "logging_steps=1"]
     config = parse_train([*steps, *what])
-    aligned = stores / "source-aligned"
-    fusechat.train(str(tiny_world.pivot), stores / "pivot", aligned, tmp_path / "t", config)
+    from transformers import AutoModelForCausalLM
+
+    # Untrained models are all alike: a source that is sure of something has to be made.
+    shutil.copytree(stores / "twin-model", tmp_path / "sharp-model")
+    model = AutoModelForCausalLM.from_pretrained(stores / "twin-model")
+    with torch.no_grad():
+        model.base_model.norm.weight *= 30
+    model.save_pretrained(tmp_path / "sharp-model")
+    fusechat.extract(str(tmp_path / "sharp-model"), load_dialogues(tiny_world.dialogues), tmp_path / "sharp", top_k=5)
+    fusechat.train(str(tiny_world.pivot), stores / "pivot", tmp_path / "sharp", tmp_path / "t", config)
     soft = [json.loads(line)["soft_loss"] for line in (tmp_path / "t" / "training.jsonl").read_text().splitlines()]
     assert soft[-1] < soft[0]
 

@@ -6,6 +6,7 @@ or a source's, whichever predicts the text better. The same call works under pyt
 
 from __future__ import annotations
 
+import gc
 import platform
 import shutil
 import tempfile
@@ -67,14 +68,20 @@ def train(
     """
     config = config or TrainConfig()
     stores = [] if aligned_store is None else [aligned_store] if isinstance(aligned_store, Path) else [*aligned_store]
+    _join_processes()
     if dry_run:
-        small = config.model_copy(
-            update={"max_steps": 2, "batch_size": n_processes(), "micro_batch_size": 1, "logging_steps": 1}
-        )
+        small = {
+            "max_steps": 2,
+            "batch_size": n_processes(),
+            "micro_batch_size": 1,
+            "logging_steps": 1,
+            "final": "last",
+        }
         with tempfile.TemporaryDirectory() as folder:
-            place = Path(first_does(lambda: folder) if n_processes() > 1 else folder)
-            return _train(pivot, pivot_store, stores, place / "target", small, seed, held_out[:2], progress, limit=2)
-    return _train(pivot, pivot_store, stores, out, config, seed, held_out, progress, limit=None)
+            place = Path(first_does(lambda: folder)) / "target"
+            config = config.model_copy(update=small)
+            return _train(pivot, pivot_store, stores, place, config, seed, held_out[:2], progress, dry_run=True)
+    return _train(pivot, pivot_store, stores, out, config, seed, held_out, progress, dry_run=False)
 
 
 def _train(
@@ -86,18 +93,17 @@ def _train(
     seed: int,
     held_out: Sequence[Dialogue],
     progress: Callable[[int, int], None] | None,
-    limit: int | None,
+    dry_run: bool,
 ) -> Json:
-    from fusechat.train.fit import LOG_FILE, clean_half_model, fit
+    from fusechat.train.fit import LOG_FILE, fit
 
-    _join_processes()
     directory = resolve_model(pivot)
     work = out.with_name(out.name + PARTIAL_SUFFIX)
     request, done = first_does(lambda: _begin(directory, pivot_store, stores, out, work, config, seed))
     if done is not None:
         return dict(done)
     store = open_topk(pivot_store)
-    dataset = _dataset(store, stores, config, limit)
+    dataset = _dataset(store, stores, config, limit=2 if dry_run else None)
     scored = None
     if held_out:
         from fusechat.tokenizer import load_tokenizer
@@ -107,7 +113,12 @@ def _train(
         table = ByteTable.from_tokenizer(tokenizer, store.manifest["vocab_size"])
         scored = encode_held_out(held_out, tokenizer, table, store.manifest, config.micro_batch_size)
     with full_disk_is_named(work):
-        fitted = fit(directory, dataset, work, config, seed, held_out=scored, progress=progress)
+        fitted = fit(
+            directory, dataset, work, config, seed, held_out=scored, progress=progress, checkpoints=not dry_run
+        )
+    gc.collect()  # the trainer is a cycle, and holds a model and an optimiser on the device
+    if dry_run:
+        return {"n_dialogues": len(dataset), "source_share": dataset.source_share, "losses": fitted.losses}
 
     def finish() -> Json:
         from fusechat.train.export import save_target, write_card
@@ -138,7 +149,7 @@ def _train(
             "request": request,
         }
         assert fitted.state is not None
-        clean_half_model(work)
+        shutil.rmtree(work / "model", ignore_errors=True)  # a kill may have left half of one
         with full_disk_is_named(work):
             save_target(directory, fitted.state, config, work / "model")
             for left in (LOG_FILE, "tensorboard"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -55,6 +54,7 @@ def fit(
     *,
     held_out: HeldOut | None = None,
     progress: Callable[[int, int], None] | None = None,
+    checkpoints: bool = True,
 ) -> Fitted:
     """Train from a model directory under `work`, resuming at its last whole checkpoint.
 
@@ -69,7 +69,7 @@ def fit(
     install_loss(model, loss_settings(model, config), None if order is None else torch.from_numpy(order))
     trainer = FusionTrainer(
         model=model,
-        args=training_arguments(work, config, seed, with_held_out=held_out is not None),
+        args=training_arguments(work, config, seed, with_held_out=held_out is not None, checkpoints=checkpoints),
         train_dataset=dataset,
         batches=partial(
             StepBatches,
@@ -197,7 +197,9 @@ def _always_labels(progress: float) -> float:
     return 1.0
 
 
-def training_arguments(work: Path, config: TrainConfig, seed: int, *, with_held_out: bool) -> TrainingArguments:
+def training_arguments(
+    work: Path, config: TrainConfig, seed: int, *, with_held_out: bool, checkpoints: bool = True
+) -> TrainingArguments:
     """Return the Trainer's arguments; raises ConfigError when the batch does not divide by the processes."""
     per_forward = config.micro_batch_size * n_processes()
     if config.batch_size % per_forward:
@@ -231,7 +233,7 @@ def training_arguments(work: Path, config: TrainConfig, seed: int, *, with_held_
         bf16=config.dtype == "bfloat16",
         fp16=config.dtype == "float16",
         torch_compile=config.torch_compile,
-        save_strategy="steps",
+        save_strategy="steps" if checkpoints else "no",
         save_steps=config.save_steps,
         save_total_limit=2,
         logging_steps=config.logging_steps,
@@ -276,8 +278,3 @@ def _full_state(trainer: FusionTrainer) -> dict[str, torch.Tensor] | None:
         return None
     wrappers = r"_orig_mod\.|_checkpoint_wrapped_module\.|^module\."
     return {re.sub(wrappers, "", name): tensor for name, tensor in state.items()}
-
-
-def clean_half_model(work: Path) -> None:
-    """Remove the model that a kill left half-written."""
-    shutil.rmtree(work / "model", ignore_errors=True)
