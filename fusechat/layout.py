@@ -27,6 +27,11 @@ class Layout:
         """What every stage took (fusechat.ledger)."""
         return self.out / "stages.jsonl"
 
+    @property
+    def plan(self) -> Path:
+        """What `fusechat plan CONFIG --json` printed, where somebody kept it here."""
+        return self.out / "plan.json"
+
     def store(self, name: str) -> Path:
         """The TopKStore of the pivot or of a source."""
         return self.out / "extract" / name

@@ -128,6 +128,24 @@ def test_every_token_of_a_sampled_dialogue_stands_once_and_between_shared_bounda
         assert tops == sorted(tops, reverse=True)
 
 
+def test_a_plan_that_was_kept_stands_beside_what_was_measured(reported_run: Path, tmp_path: Path) -> None:
+    """Catches a plan of one model shown at another, and a merge whose plan goes by another name."""
+    run = shutil.copytree(reported_run, tmp_path / "run")
+    sizes = {"host_bytes": 3_000_000, "device_bytes": 0, "disk_bytes": 5_000_000}
+    names = (("extract", "pivot", 11.0), ("merge", "sce", 13.0))
+    stages = [{"stage": stage, "name": name, "seconds": seconds, **sizes} for stage, name, seconds in names]
+    (run / "plan.json").write_text(json.dumps({"stages": stages}))
+    report(run)
+    told = {
+        stage["name"]: stage["planned"] for stage in json.loads((run / "report.json").read_text())["cost"]["stages"]
+    }
+    assert told["extract pivot"]["seconds"] == 11.0
+    assert told["merge"]["seconds"] == 13.0
+    assert [name for name, planned in told.items() if planned] == ["extract pivot", "merge"]
+    assert f"plan {duration(11)}" in (run / "report.html").read_text()
+    assert "(plan 3" in (run / "report.md").read_text()
+
+
 @pytest.mark.parametrize("kept", [(), ("extract",), ("extract", "align"), ("extract", "align", "targets")])
 def test_a_partial_run_says_what_is_missing(reported_run: Path, tmp_path: Path, kept: tuple[str, ...]) -> None:
     run = tmp_path / "partial"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fusechat.artifact import Json
+from fusechat.artifact import Json, read_json
 from fusechat.errors import FormatError
 from fusechat.layout import Layout
 from fusechat.ledger import read_ledger
@@ -33,6 +33,10 @@ def cost(layout: Layout, config: Json) -> Json:
         stage["rate"] = stage["done"] / stage["seconds"] if once and stage["seconds"] else None
         stage["interrupted"] = stage["begun"] - stage["finished"]
         stage["disk_bytes"] = _size_bytes(_place(layout, name))
+    planned = _planned(layout)
+    for name, stage in stages.items():
+        kind, _, of = name.partition(" ")
+        stage["planned"] = planned.get((kind, of))
     listed = list(stages.values())
     return {
         "stages": listed,
@@ -42,6 +46,23 @@ def cost(layout: Layout, config: Json) -> Json:
         "peak_device_bytes": max(filter(None, (s["peak_device_bytes"] for s in listed)), default=None),
         "disk_bytes": sum(stage["disk_bytes"] or 0 for stage in listed),
         "interrupted": sum(stage["interrupted"] for stage in listed),
+        "planned": bool(planned),
+    }
+
+
+def _planned(layout: Layout) -> dict[tuple[str, str], Json]:
+    """Return what `fusechat plan CONFIG --json > RUN/plan.json` said, by stage and model; nothing without that file."""
+    if not layout.plan.exists():
+        return {}
+    return {
+        # Merging and evaluating are one stage of a run, whatever the plan calls what they work on.
+        (stage["stage"], "" if stage["stage"] in ("merge", "evaluate") else stage["name"]): {
+            "seconds": stage["seconds"],
+            "memory_bytes": stage["host_bytes"],
+            "device_bytes": stage["device_bytes"],
+            "disk_bytes": stage["disk_bytes"],
+        }
+        for stage in read_json(layout.plan)["stages"]
     }
 
 
