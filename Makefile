@@ -1,4 +1,4 @@
-# make setup | demo | test | test-vllm | lint | wheel | bench | docs | clean
+# make setup | demo | test | test-vllm | lint | wheel | bench | bench-check | docs | readme-table | clean
 ROOT := $(dir $(abspath $(lastword $(MAKEFILE_LIST))))
 PYTHON ?= python3
 VENV := $(ROOT).venv
@@ -7,7 +7,7 @@ STAMP := $(VENV)/.fusechat-installed
 PIP := PIP_CONSTRAINT=$(ROOT)constraints.txt $(RUN) -m pip --disable-pip-version-check
 SOURCES := $(shell find $(ROOT)csrc -name '*.?pp') $(ROOT)CMakeLists.txt $(ROOT)pyproject.toml $(ROOT)constraints.txt
 
-.PHONY: setup demo test test-vllm lint wheel bench docs readme-table clean
+.PHONY: setup demo test test-vllm lint wheel bench bench-check docs readme-table clean
 
 setup: $(STAMP)
 
@@ -51,6 +51,11 @@ wheel: setup
 
 bench: setup
 	cd $(ROOT) && $(RUN) -m fusechat bench all
+
+# Did anything get slower? Ratios of small benchmarks against the committed ones; twice as slow is too slow.
+bench-check: setup
+	cd $(ROOT) && OMP_NUM_THREADS=1 $(RUN) -m fusechat bench loss linear-loss --size small \
+	--compare bench/results/baseline/small.json --tolerance 1
 
 # The site of docs/ in build/site; a broken link is an error.
 docs: setup

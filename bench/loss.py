@@ -18,13 +18,13 @@ from fusechat.bench.baselines import collate_dense, dense_loss, gather_loss
 from fusechat.bench.claims import Claim, Work, absent, at_least, at_most
 from fusechat.bench.report import parser, report
 from fusechat.bench.timing import interleave, peak_rss_mib, ratio
-from fusechat.loss import linear_sparse_soft_ce, sparse_soft_ce
+from fusechat.loss import sparse_soft_ce
 from fusechat.loss.backend import forward_rows
 from fusechat.loss.options import LossOptions
 from fusechat.loss.rows import Cells, check_rows
 from fusechat.topk import topk_rows
 
-N, V, K, D = 512, 32_000, 10, 512
+N, V, K = 512, 32_000, 10
 BATCH, LENGTH = 4, 512
 HARD_WEIGHT = 0.9
 
@@ -179,30 +179,6 @@ def range_claims(rounds: int) -> list[Claim]:
     ]
 
 
-def linear_claims(rounds: int) -> list[Claim]:
-    """Compare the linear form with the three products it cannot do without."""
-    labels, ids, logprobs = make_rows(N, V, K)
-    claims = []
-    for dtype, limit in ((torch.float32, 1.1), (torch.bfloat16, 1.25)):
-        hidden = torch.randn(N, D).to(dtype).requires_grad_(True)
-        weight = (torch.randn(V, D) / D**0.5).to(dtype).requires_grad_(True)
-        h, w = hidden.detach(), weight.detach()
-
-        def ours(hidden: torch.Tensor = hidden, weight: torch.Tensor = weight) -> None:
-            linear_sparse_soft_ce(hidden, weight, labels, ids, logprobs, hard_weight=HARD_WEIGHT).loss.backward()
-            hidden.grad = weight.grad = None
-
-        def products(h: torch.Tensor = h, w: torch.Tensor = w) -> None:
-            # Into new memory, as everybody's: touching it for the first time is part of the cost.
-            logits = h @ w.t()
-            _ = logits @ w, logits.t() @ h
-
-        seconds = interleave({"ours": ours, "products": products}, rounds)
-        name = f"linear_sparse_soft_ce, {str(dtype).removeprefix('torch.')}"
-        claims.append(at_most(name, "its three bare products", ratio(seconds, "ours", "products"), limit))
-    return claims
-
-
 def dense_batch() -> tuple[torch.Tensor, ...]:
     """Return logits and the two distributions of a batch."""
     labels, ids, logprobs = make_rows(BATCH * LENGTH, V, K)
@@ -276,7 +252,6 @@ def main() -> int:
         threads,
         *range_claims(rounds),
         *topk_claims(rounds),
-        *linear_claims(3 if quick else 5),
     ]
     if not quick:
         claims += dense_claims()

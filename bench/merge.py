@@ -175,7 +175,7 @@ def main() -> int:
     if chosen.size not in FAMILIES:
         options.error("--size is small or paper: a family of models is no number")
     with tempfile.TemporaryDirectory() as temporary:
-        return report("merge", run(chosen, chosen.dir or Path(temporary)), chosen)
+        return report("merge", run(chosen, chosen.dir or Path(temporary)), chosen, disk=True)
 
 
 def run(options: argparse.Namespace, folder: Path) -> list[Claim]:

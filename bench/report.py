@@ -15,9 +15,16 @@ from rich.console import Console
 from rich.table import Table
 
 from fusechat.bench.claims import Claim
-from fusechat.bench.machine import ceilings, environment, machine_name
+from fusechat.bench.machine import ceilings, disk_ceilings, environment, machine_name
 from fusechat.errors import ConfigError
 
+CEILINGS = {
+    "copy_gb_s": "GB/s copy",
+    "gemm_float32_gflop_s": "GFLOP/s fp32 product",
+    "gemm_bfloat16_gflop_s": "GFLOP/s bf16 product",
+    "disk_write_mb_s": "MB/s written and synced",
+    "disk_warm_read_mb_s": "MB/s read warm",
+}
 MARKS = {
     "reached": "[green]reached[/]",
     "short": "[red]short[/]",
@@ -70,12 +77,15 @@ def peer_python(name: str, against: Sequence[str]) -> str | None:
     return sys.executable if importlib.util.find_spec(name.replace("-", "_")) else None
 
 
-def report(benchmark: str, claims: list[Claim], options: argparse.Namespace) -> int:
-    """Measure the ceilings, print the table, write the JSON if asked; return 1 if --check is on and a claim short."""
+def report(benchmark: str, claims: list[Claim], options: argparse.Namespace, *, disk: bool = False) -> int:
+    """Measure the ceilings, print the table, write the JSON if asked; return 1 if --check is on and a claim short.
+
+    `disk` adds what a file costs to write and to read.
+    """
     measured = any(claim.value is not None for claim in claims)
     result = {
         "environment": environment(options.device),
-        "ceilings": ceilings(options.device) if measured else {},
+        "ceilings": (ceilings(options.device) | (disk_ceilings() if disk else {})) if measured else {},
         "claims": [{"benchmark": benchmark, **asdict(claim), "verdict": claim.verdict} for claim in claims],
     }
     print_table(result, Console())
@@ -104,6 +114,10 @@ def print_table(result: Mapping[str, Any], console: Console) -> None:
             MARKS[claim["verdict"]],
         )
     console.print(table)
+    if result.get("ceilings"):
+        console.print(
+            "[dim]ceilings: " + ", ".join(f"{v:,.0f} {CEILINGS[k]}" for k, v in result["ceilings"].items()) + "[/]"
+        )
 
 
 def value_of(claim: Mapping[str, Any]) -> str:

@@ -100,7 +100,7 @@ def main() -> int:
     quick = chosen.size == "small"
     with tempfile.TemporaryDirectory() as folder:
         found = claims(Path(folder), count=300 if quick else 2000, rounds=3 if quick else 5)
-    return report("store", found, chosen)
+    return report("store", found, chosen, disk=True)
 
 
 if __name__ == "__main__":

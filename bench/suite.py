@@ -15,13 +15,14 @@ from fusechat.errors import ConfigError
 MODULES = {
     "align": "align",
     "extract": "extract",
+    "linear-loss": "linear_loss",
     "loss": "loss",
     "merge": "merge",
     "plan": "plan",
     "store": "store",
     "train": "train",
 }
-CUDA_MODULES = {"loss": "loss_gpu"}
+CUDA_MODULES = {"loss": "loss_gpu", "linear-loss": "loss_gpu"}
 
 
 def run_benchmarks(names: Sequence[str], device: str, arguments: Sequence[str]) -> dict[str, Any]:
@@ -57,4 +58,5 @@ def run_benchmarks(names: Sequence[str], device: str, arguments: Sequence[str]) 
             result = json.loads(out.read_text())
         joined = joined or result | {"claims": []}
         joined["claims"] += result["claims"]
+        joined["ceilings"] = result["ceilings"] | joined["ceilings"]
     return joined

@@ -4,6 +4,7 @@ python docs/examples/compare_tokenizers.py PIVOT SOURCE "some text"
 """
 
 import sys
+from pathlib import Path
 
 from fusechat.bytetable import ByteTable, token_byte_ends
 from fusechat.tokenizer import load_tokenizer
@@ -11,7 +12,7 @@ from fusechat.tokenizer import load_tokenizer
 pivot, source, text = sys.argv[1:]
 ends = {}
 for name in (pivot, source):
-    tokenizer = load_tokenizer(name)
+    tokenizer = load_tokenizer(Path(name))
     table = ByteTable.from_tokenizer(tokenizer)
     ids = tokenizer.encode(text, add_special_tokens=False)
     ends[name] = token_byte_ends(table, ids, text.encode()).tolist()

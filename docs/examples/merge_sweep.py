@@ -3,7 +3,6 @@
 python docs/examples/merge_sweep.py OUT BASE TARGET TARGET...
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -19,7 +18,5 @@ for top in (0.1, 0.5, 1.0):
         "dtype": "float32",
     }
     place = Path(out) / f"top-{top}"
-    merge(config, place)
-    tensors = json.loads((place / "merge_stats.json").read_text())["tensors"]
-    conflicts = [tensor["sign_conflict_rate"] for tensor in tensors.values() if "sign_conflict_rate" in tensor]
-    print(f"select_topk {top}: {place}, signs conflict in {sum(conflicts) / max(len(conflicts), 1):.1%} of elements")
+    survives = merge(config, place)["surviving_share"]
+    print(f"select_topk {top}: {place}, of the updates survive {', '.join(f'{share:.0%}' for share in survives)}")
