@@ -286,3 +286,15 @@ def test_merging_loads_no_torch(family: dict[str, Path], tmp_path: Path) -> None
         env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout.strip() == "[]"
+
+
+def test_targets_of_different_pivots_are_refused(family: dict[str, Path], tmp_path: Path) -> None:
+    """Catches a merge of updates that start from different weights; a target that says nothing passes."""
+    names = [name for name in family if name != "base"]
+    for name, pivot in zip(names[:2], ("a" * 64, "b" * 64)):
+        (family[name] / "provenance.json").write_text(json.dumps({"request": {"pivot_sha256": pivot}}))
+    with pytest.raises(MismatchError, match="were trained from different pivots"):
+        merge(recipe(family), tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+    (family[names[1]] / "provenance.json").write_text(json.dumps({"request": {"pivot_sha256": "a" * 64}}))
+    merge(recipe(family), tmp_path / "out")

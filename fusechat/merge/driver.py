@@ -16,6 +16,7 @@ from fusechat.merge.config import MergeConfig, load_merge_config
 from fusechat.merge.estimate import estimate, threads_within
 from fusechat.merge.inputs import Handles, Model, TensorPlan, locate, match_tensors, open_models
 from fusechat.merge.layout import MAX_SHARD_BYTES, Shard, lay_out
+from fusechat.merge.lineage import check_lineage
 from fusechat.merge.output import FORMAT, Workplace, existing
 from fusechat.merge.settings import layer_of
 from fusechat.merge.tensor import Device, Job, measure_energy, merge_one
@@ -57,6 +58,7 @@ def merge(
         _check_gpu(parsed, ray)
     with ExitStack() as stack:
         base, targets = open_models(parsed.base, [target.ref for target in parsed.targets])
+        check_lineage(targets)
         plans = match_tensors(base, targets, parsed.out_dtype, parsed.vocab)
         _check_parameters(parsed, plans)
         tokenizer = base.checkpoint.directory if parsed.tokenizer == "base" else locate(parsed.tokenizer)
