@@ -1,4 +1,4 @@
-# make setup | demo | test | test-vllm | lint | wheel | bench | bench-check | docs | readme-table | clean
+# make setup | demo | test | test-slow | test-vllm | lint | wheel | bench | bench-check | docs | readme-table | clean
 ROOT := $(dir $(abspath $(lastword $(MAKEFILE_LIST))))
 PYTHON ?= python3
 VENV := $(ROOT).venv
@@ -7,7 +7,7 @@ STAMP := $(VENV)/.fusechat-installed
 PIP := PIP_CONSTRAINT=$(ROOT)constraints.txt $(RUN) -m pip --disable-pip-version-check
 SOURCES := $(shell find $(ROOT)csrc -name '*.?pp') $(ROOT)CMakeLists.txt $(ROOT)pyproject.toml $(ROOT)constraints.txt
 
-.PHONY: setup demo test test-vllm lint wheel bench bench-check docs readme-table clean
+.PHONY: setup demo test test-slow test-vllm lint wheel bench bench-check docs readme-table clean
 
 setup: $(STAMP)
 
@@ -22,8 +22,13 @@ demo: setup
 
 # A worker a core, each with one thread: torch's own threads only get in each other's way on models this small.
 test: setup
-	cd $(ROOT) && FUSECHAT_NATIVE=require OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m "not peer and not vllm and not gpu" \
+	cd $(ROOT) && FUSECHAT_NATIVE=require OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m "not slow and not peer and not vllm and not gpu" \
 	--numprocesses auto --dist loadfile
+
+# What takes minutes: every page of docs/, FSDP2 on two processes, kernels on every architecture, a sweep of real models.
+test-slow: setup
+	cd $(ROOT) && FUSECHAT_NATIVE=require OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m "slow and not peer and not vllm and not gpu" \
+	--numprocesses auto --dist worksteal
 
 # vLLM pins its own torch and transformers, so it lives in an environment of its own. A GPU machine: VLLM=vllm.
 # Its vision, audio and video companions are of no use here, and builds that do not match torch keep it from importing.

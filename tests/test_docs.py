@@ -86,8 +86,11 @@ def test_every_command_of_the_pages_parses(page: Path, words: list[str]) -> None
     command.make_context(path, words)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES_TO_RUN, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=() if page.name == "README.md" else pytest.mark.slow) for page in PAGES_TO_RUN],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
 def test_the_commands_of_a_page_run(page: Path, tiny_world: TinyWorld, tmp_path: Path) -> None:
     for kind, names in NAMES.items():
         for name in names:

@@ -221,7 +221,7 @@ def test_a_run_named_as_data_gives_the_dialogues_it_held_out(tiny_world: Any, tm
 
 def test_a_broken_model_and_too_many_candidates_are_named(tiny_world: Any, tmp_path: Path) -> None:
     dialogues = load_dialogues(tiny_world.dialogues)[:3]
-    with pytest.raises(ConfigError, match="top_k is 400"):
+    with pytest.raises(ConfigError, match="k is 400"):
         agreement({"m": tiny_world.pivot}, {"s": tiny_world.source}, dialogues, top_k=400)
     shutil.copytree(tiny_world.pivot, tmp_path / "broken")
     weights = load_file(tmp_path / "broken" / "model.safetensors")
