@@ -15,11 +15,13 @@ class Work:
     seconds: float
     n_bytes: float
     n_flops: float = 0.0
+    dtype: str = "float32"
+    """Whose matrix product is the ceiling: float32 or bfloat16."""
 
     @classmethod
-    def of(cls, samples: Samples, n_bytes: float, n_flops: float = 0.0) -> Work:
+    def of(cls, samples: Samples, n_bytes: float, n_flops: float = 0.0, dtype: str = "float32") -> Work:
         """Take the median wall time of a call."""
-        return cls(seconds=samples.median_s("wall"), n_bytes=n_bytes, n_flops=n_flops)
+        return cls(seconds=samples.median_s("wall"), n_bytes=n_bytes, n_flops=n_flops, dtype=dtype)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -57,7 +57,7 @@ def claim(dtype: torch.dtype, limit: float, size: dict[str, int], rounds: int) -
     name = f"linear_sparse_soft_ce, {str(dtype).removeprefix('torch.')}"
     n_flops = 6 * size["rows"] * size["vocabulary"] * size["width"]
     n_bytes = h.nbytes + 2 * w.nbytes + w.nbytes  # weight read twice and its gradient written, hidden once
-    work = Work.of(seconds["ours"], n_bytes, n_flops)
+    work = Work.of(seconds["ours"], n_bytes, n_flops, str(dtype).removeprefix("torch."))
     against = "its three bare products"
     return at_most(name, against, ratio(seconds, "ours", "products"), limit, samples=seconds["ours"], work=work)
 

@@ -148,6 +148,7 @@ def cost_of(claim: Mapping[str, Any], found: Mapping[str, float]) -> str:
         parts.append(f"{gb_s:.3g} GB/s{share}")
         if work["n_flops"]:
             gflop_s = work["n_flops"] / work["seconds"] / 1e9
-            share = f", {gflop_s / found['gemm_float32_gflop_s']:.0%} of the fp32 product" if found else ""
+            dtype = work["dtype"]
+            share = f", {gflop_s / found[f'gemm_{dtype}_gflop_s']:.0%} of the {dtype} product" if found else ""
             parts.append(f"{gflop_s:.3g} GFLOP/s{share}")
     return ", ".join(parts)
