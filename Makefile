@@ -64,7 +64,6 @@ bench-check: setup
 
 # The site of docs/ in build/site; a broken link is an error.
 docs: setup
-	$(PIP) install --quiet --editable "$(ROOT)[docs]"
 	cd $(ROOT) && NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 # README's table and docs/performance.md, from bench/results/*.json.

@@ -82,7 +82,8 @@ def linear_sparse_soft_ce(
             wait for their number.
         budget_bytes: the most memory to take beyond inputs and gradients; it sets the rows of a chunk.
             Default: as much as the weight takes in fp32, at least 256 MiB.
-        The others are `sparse_soft_ce`'s.
+
+    The other arguments are `sparse_soft_ce`'s.
 
     Raises ConfigError for shapes, dtypes and options that do not fit, and for a budget too small for one row.
     """

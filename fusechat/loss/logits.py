@@ -66,8 +66,9 @@ def sparse_soft_ce(
     Args:
         logits: float32, bfloat16 or float16 [N, V].
         labels: int64[N]; rows of −100 count for nothing and get a gradient of 0.
-        ids, logprobs: int64[N, K] and float[N, K], the teacher's entries; id −1 is absent, equal ids add up;
-            K = 0 is plain cross-entropy. A row without entries has only its hard term, hard_weight times it.
+        ids: int64[N, K], the teacher's entries; −1 is absent, equal ids add up; K = 0 is plain cross-entropy. A row
+            without entries has only its hard term, hard_weight times it.
+        logprobs: float[N, K], the teacher's log-probabilities of these ids.
         hard_weight: λ, a float or float32[N].
         divergence: ce, kl, reverse_kl, jsd (beta), tvd, skew_kl (beta) or alpha (beta), over the K cells and
             the tail.
