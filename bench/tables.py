@@ -21,8 +21,14 @@ Claim = Mapping[str, Any]
 
 # One line a stage: what it is called there, and the claim that says it (benchmark, name, against).
 HEADLINES = [
-    ("align, warping as in the paper", "align", "dtw, one pair, 2048 tokens", "plain Python"),
-    ("loss", "loss", "sparse_soft_ce", "gather and autograd"),
+    ("align: warping as in the paper", "align", "dtw, one pair, 2048 tokens", "plain Python"),
+    ("loss on K sparse targets", "loss", "sparse_soft_ce, float32", "gather and autograd"),
+    ("loss, collation included", "loss", "collate and loss, B=4 S=512", "dense targets, as the research code"),
+    ("loss with lm_head", "linear-loss", "linear_sparse_soft_ce, float32", "its three bare products"),
+    ("training, several dialogues a row", "train", "packed tokens a second", "padded"),
+    ("merge: SCE, τ = 0.1, 0.47B", "merge", "sce 0.1", "mergekit 0.1.5"),
+    ("merge: SCE, 152k × 1,024 embedding", "merge", "sce 0.1, wide embedding", "mergekit 0.1.5"),
+    ("merge: linear, 0.12B", "merge", "linear", "mergekit 0.1.5"),
 ]
 
 
@@ -50,7 +56,8 @@ def headline_tables(results: Mapping[str, Sequence[Claim]]) -> str:
             if claim is None or claim["value"] is None:
                 continue
             memory = "" if claim.get("peak_mib") is None else f"{claim['peak_mib']:,.0f} MiB"
-            rows.append((title, claim["against"], _figure(claim), memory))
+            means = "faster" if claim["higher_is_better"] else "its time"
+            rows.append((title, claim["against"], f"{_figure(claim)} {means}", memory))
         if rows:
             table = _table(("stage", "against", "", "our peak memory"), rows)
             parts.append(f"Measured on {machine}:\n\n{table}")
