@@ -172,12 +172,19 @@ def plot(found: list[Study], title: str, out: Path) -> None:
         middle = np.exp(np.log(milliseconds).mean() + one.exponent * (np.log(one.sizes) - np.log(one.sizes).mean()))
         axis.loglog(one.sizes, middle, "-", color="#d55e00", label=f"exponent {one.exponent:.2f}")
         axis.set(title=one.name, xlabel=one.varies, ylabel="ms")
-        axis.set_xticks(one.sizes, [f"{size:.3g}" if size < 1e6 else f"{size / 1e6:.0f}M" for size in one.sizes])
+        axis.set_xticks(one.sizes, [_short(size) for size in one.sizes])
+        axis.set_ylim(milliseconds.min() / 3, milliseconds.max() * 3)
+        ticks = [milliseconds.min(), milliseconds.max()]
+        axis.set_yticks(ticks, [f"{tick:.3g}" for tick in ticks])
         axis.minorticks_off()
         axis.legend(fontsize="small")
     figure.suptitle(title)
     figure.savefig(out, dpi=150)
     plt.close(figure)
+
+
+def _short(size: int) -> str:
+    return f"{size / 1e6:.0f}M" if size >= 1e6 else f"{size / 1e3:.3g}k" if size >= 1000 else str(size)
 
 
 def main() -> int:
