@@ -57,10 +57,10 @@ wheel: setup
 bench: setup
 	cd $(ROOT) && $(RUN) -m fusechat bench all
 
-# Did anything get slower? Ratios of small benchmarks against the committed ones; twice as slow is too slow.
+# Did anything get slower? Ratios of small benchmarks against the committed ones; three times as slow is too slow.
 bench-check: setup
 	cd $(ROOT) && OMP_NUM_THREADS=1 $(RUN) -m fusechat bench loss linear-loss --size small \
-	--compare bench/results/baseline/small.json --tolerance 1
+	--compare bench/results/baseline/small.json --tolerance 2
 
 # The site of docs/ in build/site; a broken link is an error.
 docs: setup
