@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from fusechat.train import train
 
 # Passes over the data: the pivot that has never seen a story needs more of them than those made of stories.
 PASSES = {"aidreams231K": 20, "stories260K": 3, "babyllama-tok105": 1}
+HELD_OUT = {"aidreams231K": 1200, "stories260K": 500, "babyllama-tok105": 500}
 PAIRS = [
     ("aidreams231K", "babyllama-tok105"),
     ("aidreams231K", "stories260K"),
@@ -62,7 +64,7 @@ SETTINGS: dict[str, dict[str, str]] = {
 }
 DEFAULT, SFT = next(iter(SETTINGS)), "SFT"
 SEEDS = (0, 1, 2)
-PIECE_BYTES, FUSED, HELD_OUT = 170, 192, 1200  # what the shortest context holds; dialogues are scarce, as they are
+PIECE_BYTES, FUSED = 170, 192  # what the shortest context holds; dialogues are scarce, as they are
 OPTIONS: dict[str, Any] = {"max_length_tokens": 256, "dtype": "float32"}
 
 
@@ -84,7 +86,7 @@ class Experiment:
         )
         fused, held_out = split_held_out(dialogues, 1 - FUSED / len(dialogues), seed=0)
         self.fused: list[Dialogue] = fused
-        self.held_out: list[Dialogue] = held_out[:HELD_OUT]
+        self.held_out: list[Dialogue] = held_out
         self.log = work / "runs.jsonl"
         work.mkdir(parents=True, exist_ok=True)
         lines = self.log.read_text().splitlines() if self.log.exists() else []
@@ -115,7 +117,8 @@ class Experiment:
         config = TrainConfig(
             hard_weight=0.5, learning_rate=1e-3, epochs=PASSES[pivot], batch_size=8, micro_batch_size=8
         )
-        key = sha256_json([pivot, seed, config.model_dump(), dataset_fingerprint(self.held_out), _taught(aligned)])
+        held_out = self.held_out[: HELD_OUT[pivot]]
+        key = sha256_json([pivot, seed, config.model_dump(), dataset_fingerprint(held_out), _taught(aligned)])
         if key not in self.nll:
             if time.monotonic() > self.deadline:
                 raise OutOfTimeError
@@ -125,7 +128,7 @@ class Experiment:
             start = time.process_time()
             provenance = train(self.model(pivot), self.store(pivot), aligned, out, config, seed=seed)
             self.share[key] = provenance["source_share"]
-            self.nll[key] = score_dialogues(str(out), self.held_out, **OPTIONS).nll
+            self.nll[key] = score_dialogues(str(out), held_out, **OPTIONS).nll
             seconds = time.process_time() - start
             with self.log.open("a") as log:
                 run = {"key": key, "seconds": seconds, "share": self.share[key], "nll": self.nll[key].tolist()}
@@ -135,7 +138,7 @@ class Experiment:
 
     def pair(self, pivot: str, source: str) -> dict[str, Any]:
         """Run one pair under every setting and return its lines of the table: of those settings there was time for."""
-        sizes = np.array([sum(len(m.content.encode()) for m in d.messages) for d in self.held_out])
+        sizes = np.array([sum(len(m.content.encode()) for m in d.messages) for d in self.held_out[: HELD_OUT[pivot]]])
         runs = {SFT: [self.run(pivot, None, seed) for seed in SEEDS]}
         for setting in SETTINGS:
             try:
@@ -174,10 +177,15 @@ class Experiment:
 
 
 def _taught(aligned: Path | None) -> list[str]:
+    """Return what tells one training's rows from another's: a cell axis without a row teaches nothing."""
     if aligned is None:
         return []
-    manifest = open_aligned(aligned).manifest
-    return [manifest["unaligned"], *(shard["sha256"] for shard in manifest["shards"])]
+    store = open_aligned(aligned)
+    found = [store.manifest["unaligned"]]
+    for shard in map(store.shard, range(store.n_shards)):
+        columns = {key: values for key, values in shard.columns.items() if len(values)}
+        found += [sha256(key.encode() + columns[key].tobytes()).hexdigest() for key in sorted(columns)]
+    return found
 
 
 def _bounds(interval: Any) -> list[float]:
