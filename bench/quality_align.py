@@ -1,6 +1,6 @@
 """What each way of aligning is worth: held-out bits per byte of targets trained through the project's own stages.
 
-    python bench/quality_align.py --work DIR [--json OUT] [--minutes N]
+    python bench/quality_align.py --work DIR [--pivots NAME …] [--json OUT] [--minutes N]
 
 Three tiny real models, every ordered pair of them; every granularity with the default vocabulary map, every map with
 the default granularity, and the paper's preset; three seeds, beside an SFT control of the same data, steps and seed.
@@ -15,7 +15,6 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from hashlib import sha256
@@ -29,6 +28,7 @@ from fusechat.align import align
 from fusechat.artifact import sha256_json
 from fusechat.bench.align import shared_data
 from fusechat.bench.machine import environment
+from fusechat.bench.quality_tables import DEFAULT, SETTINGS, SFT, pair_tables
 from fusechat.bench.report import parser
 from fusechat.config import TrainConfig
 from fusechat.dialogue import dataset_fingerprint, read_dialogues, split_held_out
@@ -50,19 +50,6 @@ PAIRS = [
     ("stories260K", "aidreams231K"),
     ("babyllama-tok105", "aidreams231K"),
 ]
-SETTINGS: dict[str, dict[str, str]] = {
-    "cells, prefix (default)": {},
-    "chain": {"granularity": "chain"},
-    "gold": {"granularity": "gold"},
-    "first": {"granularity": "first"},
-    "exact": {"vocab": "exact"},
-    "mined": {"vocab": "mined"},
-    "ms": {"vocab": "ms"},
-    "ms-soft": {"vocab": "ms-soft"},
-    "ms-upstream": {"vocab": "ms-upstream"},
-    "preset: paper": {"preset": "paper"},
-}
-DEFAULT, SFT = next(iter(SETTINGS)), "SFT"
 SEEDS = (0, 1, 2)
 PIECE_BYTES, FUSED = 170, 192  # what the shortest context holds; dialogues are scarce, as they are
 OPTIONS: dict[str, Any] = {"max_length_tokens": 256, "dtype": "float32"}
@@ -137,7 +124,7 @@ class Experiment:
         return self.nll[key], self.share[key]
 
     def pair(self, pivot: str, source: str) -> dict[str, Any]:
-        """Run one pair under every setting and return its lines of the table: of those settings there was time for."""
+        """Run one pair under every setting and return its lines of the table: of the settings there was time for."""
         sizes = np.array([sum(len(m.content.encode()) for m in d.messages) for d in self.held_out[: HELD_OUT[pivot]]])
         runs = {SFT: [self.run(pivot, None, seed) for seed in SEEDS]}
         for setting in SETTINGS:
@@ -146,7 +133,6 @@ class Experiment:
             except OutOfTimeError:
                 if setting == DEFAULT:
                     raise
-                break
         nll = {name: [found for found, _ in of_seeds] for name, of_seeds in runs.items()}
         scores = {name: Scores(nll=np.mean(found, axis=0), content_bytes=sizes) for name, found in nll.items()}
         known = common_dialogues(scores)
@@ -192,40 +178,11 @@ def _bounds(interval: Any) -> list[float]:
     return [interval.value, interval.low, interval.high]
 
 
-def markdown(pairs: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Yield the tables, one a pair."""
-    for pair in pairs:
-        rows = ", ".join(f"{kind} {share:.0%}" for kind, share in pair["rows"].items())
-        yield f"**{pair['pivot']} ← {pair['source']}**: {rows}; {pair['dialogues_taught_by_source']:.0%} of the"
-        yield f"dialogues taught by the source; {pair['steps']} steps; {pair['n_held_out']:,} pieces held out.\n"
-        yield "| | bits per byte | difference to SFT | of the seeds | difference to the default |"
-        yield "|---|---|---|---|---|"
-        for name, line in pair["settings"].items():
-            if name == SFT:
-                yield f"| SFT | {line['bits_per_byte']:.3f} | | | |"
-                continue
-            seeds = [_signed(value) for value in sorted(line["difference_to_sft_by_seed"])]
-            to_default = "" if name == DEFAULT else _difference(line["difference_to_default"])
-            yield (
-                f"| {name} | {line['bits_per_byte']:.3f} | {_difference(line['difference_to_sft'])} "
-                f"| {seeds[0]} … {seeds[-1]} | {to_default} |"
-            )
-        yield ""
-
-
-def _difference(bounds: Sequence[float]) -> str:
-    value, low, high = bounds
-    return f"{_signed(value)} ± {(high - low) / 2:.3f}"
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.3f}".replace("-", "−")
-
-
 def main() -> int:
     """Run or resume the experiment and report."""
     options = parser(__doc__ or "")
     options.add_argument("--work", type=Path, required=True, help="what is done is kept here")
+    options.add_argument("--pivots", nargs="+", choices=list(PASSES), default=list(PASSES), help="their pairs alone")
     options.add_argument("--minutes", type=float, default=float("inf"), help="stop after the first run beyond so many")
     chosen = options.parse_args()
     data = shared_data()
@@ -235,18 +192,17 @@ def main() -> int:
     torch.set_num_threads(1)
     experiment = Experiment(data, chosen.work, chosen.minutes)
     pairs: list[dict[str, Any]] = []
-    with suppress(OutOfTimeError):
-        for pair in PAIRS:
+    wanted = [pair for pair in PAIRS if pair[0] in chosen.pivots]
+    for pair in wanted:
+        with suppress(OutOfTimeError):
             pairs.append(experiment.pair(*pair))
-            if not pairs[-1]["complete"]:
-                break
-    print("\n".join(markdown(pairs)))
+    print("\n".join(pair_tables(pairs)))
     if chosen.json:
         result = {"environment": environment(), "seeds": SEEDS, "n_fused": FUSED, "pairs": pairs}
         Path(chosen.json).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     done = sum(pair["complete"] for pair in pairs)
-    if done < len(PAIRS):
-        print(f"{done} of {len(PAIRS)} pairs are done; the same command goes on")
+    if done < len(wanted):
+        print(f"{done} of {len(wanted)} pairs are done; the same command goes on")
         return 3
     harmed = [p for p in pairs if p["settings"][DEFAULT]["difference_to_sft"][1] > 0]
     return int(chosen.check and bool(harmed))
