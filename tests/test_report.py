@@ -253,24 +253,27 @@ def test_a_token_is_shown_on_one_line_and_cut() -> None:
 
 
 @pytest.mark.parametrize(
-    ("difference", "answer"),
+    ("difference", "p", "answer"),
     [
-        ([-0.2, -0.3, -0.1], "Yes, fusion beat SFT"),
-        ([0.2, 0.1, 0.3], "No, fusion did worse than SFT"),
-        ([-0.1, -0.3, 0.1], "No difference to SFT is shown"),
+        ([-0.2, -0.3, -0.1], 0.01, "Yes, fusion beat SFT"),
+        ([0.2, 0.1, 0.3], 0.01, "No, fusion did worse than SFT"),
+        ([-0.1, -0.3, 0.1], 0.4, "No difference to SFT is shown"),
+        ([-0.2, -0.3, -0.1], 0.12, "No difference to SFT is shown"),  # six dialogues: their bootstrap is too narrow
     ],
 )
-def test_the_answer_follows_the_interval(
-    reported_run: Path, tmp_path: Path, difference: list[float], answer: str
+def test_the_answer_follows_the_interval_and_the_test(
+    reported_run: Path, tmp_path: Path, difference: list[float], p: float, answer: str
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(reported_run, run)
     results = json.loads((run / "results.json").read_text())
-    results["groups"]["overall"]["models"]["merged"]["difference_to_sft"] = difference
+    results["groups"]["overall"]["models"]["merged"] |= {"difference_to_sft": difference, "p_holm": p}
     (run / "results.json").write_text(json.dumps(results))
     told = gather(Layout(out=run))
     assert headline(told["outcome"]) == answer
-    assert signed(difference[1]) in conclude(told)["outcome"][0]
+    first = conclude(told)["outcome"][0]
+    assert signed(difference[1]) in first
+    assert ("too few dialogues to tell" in first) == (p == 0.12)
 
 
 def test_shares_are_not_rounded_to_all_or_nothing() -> None:

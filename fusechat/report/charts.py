@@ -22,7 +22,7 @@ _CONFIG: Json = {
     "axis": {
         "labelColor": "var(--muted)", "titleColor": "var(--muted)", "gridColor": "var(--grid)", "domain": False,
         "ticks": False, "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal", "labelPadding": 6,
-        "labelLimit": 120,
+        "labelLimit": 170,
     },
     "legend": {
         "labelColor": "var(--ink)", "titleColor": "var(--muted)", "labelFontSize": 12, "titleFontSize": 12,
@@ -252,7 +252,7 @@ def _training(t: Json) -> dict[str, Any]:
             {"target": model(name), "step": point["step"], "value": point[key], "marked": i % _stride(target) == 0}
             for name, target in t["by_target"].items()
             for i, point in enumerate(target["curve"])
-            if point.get(key) is not None
+            if point.get(key) is not None and _has(target["curve"], key)
         ]
         if not rows:
             continue
@@ -276,6 +276,11 @@ def _training(t: Json) -> dict[str, Any]:
         )
         drawn[f"training_{key}"] = alt.layer(base.mark_line(strokeWidth=1.5), points).properties(height=220)
     return drawn
+
+
+def _has(curve: list[Json], key: str) -> bool:
+    """Whether a curve is there to be drawn: the control has no soft term, only zeros."""
+    return key != "soft_loss" or any(point.get(key) for point in curve)
 
 
 def _stride(target: Json) -> int:
