@@ -21,7 +21,7 @@ from fusechat.report.conclusions import conclude, headline
 from fusechat.report.facts import SECTIONS, gather
 from fusechat.report.page import embedded_json, html_page, json_text, markdown_page
 from fusechat.report.sample import MAX_TOKEN_CHARACTERS, token_text
-from fusechat.report.words import duration, percent, signed
+from fusechat.report.words import duration, percent, rate, signed
 from fusechat.store import open_aligned, open_topk
 
 
@@ -281,6 +281,12 @@ def test_shares_are_not_rounded_to_all_or_nothing() -> None:
         "0 %", "100 %", ">99 %", "<1 %", "50 %", "n/a",
     ]  # fmt: skip
     assert percent(0.9996, 1) == ">99.9 %"
+    assert [rate(x, "models") for x in (1234.0, 1.0, 0.25, None)] == [
+        "1.23k models/s",
+        "1 models/s",
+        "4.0 s a model",
+        "n/a",
+    ]
     assert [duration(x) for x in (3.21, 61, 3599.7, 3700, 90000)] == [
         "3.2 s", "1 min 1 s", "1 h 0 min", "1 h 1 min", "1 d 1 h",
     ]  # fmt: skip

@@ -66,9 +66,9 @@ def rate(per_second: float | None, unit: str) -> str:
     """Write how many of a unit a second, or where that is less than one, how long each took."""
     if not per_second:
         return UNKNOWN
-    return (
-        f"{short(per_second)} {unit}/s" if per_second >= 1 else f"{duration(1 / per_second)} a {unit.removesuffix('s')}"
-    )
+    if per_second < 1:
+        return f"{duration(1 / per_second)} a {unit.removesuffix('s')}"
+    return f"{short(per_second)} {unit}/s"
 
 
 def probability(p: float) -> str:
