@@ -64,7 +64,8 @@ def _sweep(path: Path) -> Json | None:
     if not path.exists():
         return None
     table = read_json(path)
-    tried = sorted(table["merges"].items(), key=lambda item: item[1]["bits_per_byte"][0])
+    merges = table["merges"].items()
+    tried = sorted(merges, key=lambda item: (item[0] != table["best"], item[1]["bits_per_byte"][0]))
     return {
         "best": table["best"],
         "n_dialogues": table["n_dialogues"],
