@@ -152,7 +152,7 @@ def _training(t: Json) -> list[str]:
 def _merge(m: Json) -> list[str]:
     told = [_chosen(m["sweep"])] if m["sweep"] else []
     weights = m["mean_weight"]
-    if weights and None not in weights and len(weights) == len(m["targets"]):
+    if weights and None not in weights and len(weights) == len(m["targets"]) > 1:
         even = max(weights) - min(weights) < _CLOSE * len(weights) / 2
         shares = ", ".join(f"{name} {number(w, 3)}" for name, w in zip(m["targets"], weights, strict=True))
         told.append(f"{'The targets weigh nearly alike' if even else 'The targets differ in weight'}: {shares}.")
