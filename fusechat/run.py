@@ -225,13 +225,14 @@ def _evaluate(config: RunConfig, layout: Layout, names: list[str], held_out: lis
 
     targets = names + [SFT] * config.train.sft_control
     models: dict[str, Any] = {"pivot": config.pivot}
-    models |= {f"source {source_name(s)}": s.model for s in config.sources}
+    if config.eval.sources:
+        models |= {f"source {source_name(s)}": s.model for s in config.sources}
     models |= {SFT if name == SFT else f"target {name}": layout.target(name) for name in targets}
     models["merged"] = layout.merged
     request = {
         "held_out_fingerprint": dataset_fingerprint(held_out),
         "models": {name: checkpoint_sha256(resolve_model(str(model))) for name, model in models.items()},
-        "eval": config.eval.model_dump(),
+        "eval": config.eval.model_dump(exclude={"sources"}),  # `models` says it
         "seed": config.seed,
     }
     if layout.results.exists():
