@@ -10,7 +10,7 @@ import pytest
 
 from fusechat.align import RowKind
 from fusechat.artifact import ShardedWriter, sha256_file
-from fusechat.store import ALIGNED_FORMAT, TOPK_FORMAT, make_block, open_topk, write_block
+from fusechat.store import ALIGNED_FORMAT, TOPK_FORMAT, TOPK_VERSION, make_block, open_topk, write_block
 from fusechat.train.collate import collate
 from fusechat.train.dataset import Example, FusionDataset
 from fusechat.train.select import Selection
@@ -34,7 +34,7 @@ def _pivot(folder: Path) -> Path:
         }
         for index in (0, 1)
     ]
-    writer = ShardedWriter(folder / "pivot", {"format": TOPK_FORMAT, "version": 1})
+    writer = ShardedWriter(folder / "pivot", {"format": TOPK_FORMAT, "version": TOPK_VERSION})
     writer.add("shard-00000.safetensors", lambda path: write_block(path, make_block(records)))
     writer.finish()
     return folder / "pivot"

@@ -6,7 +6,7 @@ holds the target back where training moves it far (docs/quality.md); the default
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -83,7 +83,7 @@ class FusionDataset:
 
     def lengths(self) -> list[int]:
         """Return the number of tokens of every dialogue."""
-        return [len(self.pivot[dialogue]["token.input_ids"]) for dialogue in self.indices]
+        return [self.pivot.n_tokens(dialogue) for dialogue in self.indices]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -106,7 +106,7 @@ class FusionDataset:
         )
 
     def _candidates(
-        self, dialogue: int, record: dict[str, Array], weights: Array
+        self, dialogue: int, record: Mapping[str, Array], weights: Array
     ) -> tuple[Array | slice, Targets, dict[str, Array]]:
         """Return the rows' targets, and which of them stand where."""
         n_rows = len(weights)

@@ -65,7 +65,7 @@ def dialogue_weights(
 
 
 def row_weights(
-    sources: Sequence[Source], dialogue: int, pivot: dict[str, Array], have: Array, how: Selection
+    sources: Sequence[Source], dialogue: int, pivot: Mapping[str, Array], have: Array, how: Selection
 ) -> Array:
     """Return each candidate's weight at each row of a dialogue, float32[R, 1 + sources], decided by turn or token.
 
