@@ -24,6 +24,7 @@ from fusechat.bench.claims import Claim, absent, at_least, at_most
 from fusechat.bench.extract_model import load, make_model, n_tokens, save_tokenizer, sequences
 from fusechat.bench.report import parser, peer_python, report
 from fusechat.bench.timing import interleave, peak_rss_mib, rate, ratio
+from fusechat.extract.backend import KEPT_HEAP
 from fusechat.records import Dialogue, Message
 
 K = 10
@@ -203,7 +204,8 @@ def vllm_claims(directory: Path, python: str | None, *, count: int, rounds: int)
         return [absent(name, to, limit, why) for name, to, limit, *_ in wanted] + [absent(*end_to_end, "≥ 1.2", why)]
     command = [python, "-m", "fusechat.bench.extract_vllm", str(directory), str(count), str(rounds)]
     root = str(Path(__file__).resolve().parents[1])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | KEPT_HEAP | {"PYTHONPATH": path}
     done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
     if done.returncode:
         why = (done.stderr.strip().splitlines() or ["failed"])[-1][:100]
