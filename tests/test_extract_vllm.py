@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from extract_world import check_store, make_hd32_model, manifest, shard_bytes, s
 from vllm_server import API_KEY
 
 import fusechat
+from fusechat.demo import fusion, world
 from fusechat.dialogue import load_dialogues
 from fusechat.errors import ConfigError, FusechatError
 from fusechat.extract.backend import open_scorer
@@ -184,6 +186,24 @@ def test_what_vllm_refuses_is_one_line(directory: Path, dialogues: list[Dialogue
 def test_this_vllm_takes_both_patches() -> None:
     with extended_lists() as replaced, kept_tensors():
         assert replaced
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_demo_of_few_steps_runs_on_vllm_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its four models of three architectures, and every stage behind them; what comes of it is the slow test's."""
+    few = {"train_dialogues": 32}
+    monkeypatch.setattr(world, "TRAIN_DIALOGUES", 32)
+    monkeypatch.setattr(world, "HELD_OUT_DIALOGUES", 40)
+    monkeypatch.setattr(world, "PIVOT", replace(world.PIVOT, **few))
+    monkeypatch.setattr(world, "SOURCES", tuple(replace(spec, **few) for spec in world.SOURCES))
+    monkeypatch.setitem(fusion.SETTINGS, "train", fusion.SETTINGS["train"] | {"epochs": 1})
+    outcome = fusion.fuse_demo(tmp_path, backend="vllm")
+    assert outcome.answers.keys() == {"pivot", "SFT", "merged"}
+    assert "merged" in outcome.results["groups"]["overall"]["models"]
+    stores = sorted((tmp_path / "run" / "extract").iterdir())
+    assert len(stores) == 4
+    for store in stores:
+        assert [engine["name"] for engine in manifest(store)["engines"]] == ["vllm"]
 
 
 @pytest.mark.slow
