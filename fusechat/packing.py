@@ -161,10 +161,13 @@ def what_does_not_fit(columns: Columns, offsets: Columns) -> str | None:
         return "turns"
     if "row.rank" in columns:
         np.subtract.at(masked, dialogue[(begin == 0) & (end > 0)], 1)  # no row predicts a dialogue's first token
-        n_rows = np.diff(offsets["row"])
-        missed = _count(columns["row.rank"] == MISSED, offsets["row"])
-        counts = {"given": np.diff(offsets["token"]) - n_rows, "missed": missed, "found": n_rows - missed}
-        fit = all(np.array_equal(np.diff(offsets[axis]), count) for axis, count in counts.items())
-        if not fit or not np.array_equal(masked, n_rows) or not ranks_fit(columns):
-            return "gold tokens"
+        fit = (
+            all(name in columns for name in GOLD_COLUMNS)
+            and np.array_equal(masked, np.diff(offsets["row"]))
+            and np.array_equal(offsets["token"], offsets["given"] + offsets["row"])
+            and np.array_equal(offsets["row"], offsets["found"] + offsets["missed"])
+            and np.array_equal(np.diff(offsets["missed"]), _count(columns["row.rank"] == MISSED, offsets["row"]))
+            and ranks_fit(columns)
+        )
+        return None if fit else "gold tokens"
     return None

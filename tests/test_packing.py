@@ -147,7 +147,10 @@ def test_turns_that_do_not_fit_are_refused(tmp_path: Path, column: str, change: 
         map_block(path)
 
 
-@pytest.mark.parametrize(("column", "change"), [("row.rank", 10), ("row.rank", 255), ("given.input_ids", None)])
+@pytest.mark.parametrize(
+    ("column", "change"),
+    [("row.rank", 10), ("row.rank", 255), ("given.input_ids", None), ("offset.token", 1), ("found.rest", None)],
+)
 def test_gold_tokens_that_do_not_fit_are_refused(tmp_path: Path, column: str, change: int | None) -> None:
     rng = np.random.default_rng(0)
     record = _with_rows(_dialogue(0, [(False, [1, 2]), (True, [3, 4, 5] * 9)], 300, rng), 10, 0.9, rng)
@@ -155,8 +158,11 @@ def test_gold_tokens_that_do_not_fit_are_refused(tmp_path: Path, column: str, ch
     write_block(path, make_block([record]))
     tensors = load_file(path)
     assert "row.rank" in tensors
-    if change is None:
-        tensors[column], tensors["offset.given"] = tensors[column][:-1], tensors["offset.given"] - [0, 1]
+    if column == "offset.token":
+        tensors[column] += change
+    elif change is None:
+        offset = f"offset.{column.partition('.')[0]}"
+        tensors[column], tensors[offset] = tensors[column][:-1], tensors[offset] - [0, 1]
     else:
         tensors[column][np.flatnonzero(tensors[column] != 255)[0]] = change
     save_file(tensors, path)
