@@ -64,7 +64,7 @@ FUSECHAT_INLINE void combine_lanes(const Lanes &lanes, Sums *sums) {
     constexpr bool elects = kElect != Elect::none;
     Doubles energy{};
     Longs touched{}, conflicts{};
-    const Longs sign_bit = Longs{} + INT64_MIN, first_lanes = {0, 1, 2, 3, 4, 5, 6, 7};
+    const Longs sign_bit = Longs{} + INT64_MIN, first_lanes = {0, 1, 2, 3};
     const Doubles zero{}, one = zero + 1.0, least = zero + lanes.least_share;
     const Doubles count = zero + static_cast<double>(n_targets), threshold = zero + lanes.threshold;
     const Doubles below = zero + lanes.below;
