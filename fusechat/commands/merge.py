@@ -13,9 +13,11 @@ from typing import Any
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return what the command understands: by argparse, for a small merge takes less time than larger libraries load."""
+    """Return what the command understands, by argparse: larger libraries take longer to load than a small merge."""
     options = argparse.ArgumentParser(
-        prog="fusechat merge", allow_abbrev=False, description="Merge models into one, tensor by tensor, in constant memory."
+        prog="fusechat merge",
+        allow_abbrev=False,
+        description="Merge models into one, tensor by tensor, in constant memory.",
     )
     add = options.add_argument
     add("config", type=Path, nargs="?", metavar="CONFIG", help="the merge in mergekit's YAML form")

@@ -10,8 +10,15 @@ from pathlib import Path
 
 from fusechat import __version__
 from fusechat.artifact import (
-    PARTIAL_SUFFIX, REQUEST, Json, differences, read_json, sha256_bytes, sha256_file, write_json,
-)  # fmt: skip
+    PARTIAL_SUFFIX,
+    REQUEST,
+    Json,
+    differences,
+    read_json,
+    sha256_bytes,
+    sha256_file,
+    write_json,
+)
 from fusechat.errors import FusechatError, MismatchError
 from fusechat.merge.layout import Shard, index_json
 
