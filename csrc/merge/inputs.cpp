@@ -120,6 +120,7 @@ void open_tile(const Inputs &inputs, std::int64_t begin, int at, int n, Scratch 
     };
     widen_source(inputs.base, scratch.raw(0), base, n_there(inputs.base));
     std::fill(base + n, base + padded, 0.0f);
+    if (inputs.base.low_rank.rank > 0) add_low_rank(inputs.base.low_rank, begin + at, base, n_there(inputs.base));
     bool flawed = any_nonfinite(base, n);
     for (int j = 0; j < inputs.n_targets(); ++j) {
         const Source &source = inputs.targets[j];
