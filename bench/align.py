@@ -31,7 +31,7 @@ from fusechat.bench.claims import Claim, Work, absent, at_least, at_most
 from fusechat.bench.report import parser, report
 from fusechat.bench.timing import interleave, peak_rss_mib, rate, ratio
 from fusechat.bytetable import token_byte_ends
-from fusechat.store import TOPK_FORMAT, Block, id_dtype, make_block, write_block
+from fusechat.store import TOPK_FORMAT, TOPK_VERSION, Block, id_dtype, make_block, write_block
 
 PIVOT, SOURCE = "openchat-3.5-exact", "qwen2-instruct"
 K = 10
@@ -230,7 +230,7 @@ def write_stores(data: Path, folder: Path, copies: int) -> int:
         (model / "tokenizer.json").write_text(vocabulary.definition, encoding="utf-8")
         names = {"bos_token": vocabulary.bos_token, "eos_token": vocabulary.eos_token}
         write_json(model / "tokenizer_config.json", names)
-        request = {"format": TOPK_FORMAT, "version": 1, "dataset_fingerprint": "bench", "top_k": K}
+        request = {"format": TOPK_FORMAT, "version": TOPK_VERSION, "dataset_fingerprint": "bench", "top_k": K}
         request |= {"tokenizer_sha256": vocabulary.table.sha256, "vocab_size": len(vocabulary.table)}
         writer = ShardedWriter(folder / side, request)
         shard = block(vocabulary, texts(data), 1)
