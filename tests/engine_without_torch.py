@@ -1,4 +1,4 @@
-"""The engine's loss, top-k and warping against definitions in NumPy, for machines without torch: .ci/aarch64 runs it."""
+"""The engine's loss and top-k against definitions in NumPy, for machines without torch: .ci/aarch64 runs it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def check_loss(rng: np.random.Generator) -> None:
         hard_weight = rng.random(n).astype(np.float32)
         gradient = np.empty_like(z)
         loss = _native.sparse_soft_ce(
-            logits=z, gradient=gradient, format="float32", labels=labels, ids=ids, logprobs=np.log(p).astype(np.float32),
+            logits=z, gradient=gradient, format="float32", labels=labels, ids=ids,
+            logprobs=np.log(p).astype(np.float32),
             hard_weight=hard_weight, row_scale=np.ones(n, np.float32), partition=np.zeros(n, bool), ranges=None,
             divergence="ce", missing="renormalise", temperature=1.0, student_temperature=1.0, beta=0.5,
             label_smoothing=0.0, z_loss=0.0, softcap=0.0, threads=2,
