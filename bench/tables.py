@@ -1,4 +1,4 @@
-"""The tables of README and docs/performance.md, written from bench/results/*.json; a test fails when they are stale.
+"""The tables of README, docs/performance.md and docs/alignment.md from bench/results/*.json; a test finds stale ones.
 
     python bench/tables.py
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fusechat.bench.machine import machine_name
+from fusechat.bench.quality_tables import quality_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -126,7 +127,10 @@ def pages(results: Mapping[str, Sequence[Claim]]) -> dict[Path, str]:
     scaling = sorted(RESULTS.glob("scaling-*.json"))
     if scaling:
         text = rewritten(text, "scaling", scaling_table(scaling[-1]))
+    alignment = ROOT / "docs" / "alignment.md"
+    quality = quality_tables(sorted(RESULTS.glob("quality-align-*.json")))
     return {
+        alignment: rewritten(alignment.read_text(encoding="utf-8"), "quality", quality),
         readme: rewritten(readme.read_text(encoding="utf-8"), "headline", headline_table(results)),
         performance: text,
     }
