@@ -25,7 +25,7 @@ from fusechat.artifact import ShardedWriter, sha256_file
 from fusechat.bench.claims import Claim, absent, at_least, at_most
 from fusechat.bench.report import parser, report, sizes
 from fusechat.bench.timing import interleave, ratio
-from fusechat.store import ALIGNED_FORMAT, TOPK_FORMAT, Block, make_block, open_topk, write_block
+from fusechat.store import ALIGNED_FORMAT, TOPK_FORMAT, TOPK_VERSION, Block, make_block, open_topk, write_block
 from fusechat.train.batch import TOKEN_COLUMNS, fusion_batch
 from fusechat.train.batches import StepBatches
 from fusechat.train.collate import collate
@@ -88,7 +88,7 @@ def write_stores(folder: Path, n_dialogues: int, length: int) -> tuple[Path, dic
         writer.finish()
         return folder / name
 
-    pivot = write("pivot", {"format": TOPK_FORMAT, "version": 1}, make_block(pivots))
+    pivot = write("pivot", {"format": TOPK_FORMAT, "version": TOPK_VERSION}, make_block(pivots))
     request = {"format": ALIGNED_FORMAT, "version": 1, "unaligned": "gold"}
     request |= {"pivot_store_sha256": sha256_file(pivot / "manifest.json")}
     chain = make_block(aligned)

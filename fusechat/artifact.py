@@ -89,8 +89,8 @@ def read_json(path: Path) -> Any:
         raise FormatError(f"{path} is not valid JSON: {error}") from error
 
 
-def read_manifest(directory: Path, expected_format: str) -> Json:
-    """Return the manifest of a complete artefact.
+def read_manifest(directory: Path, expected_format: str, *, newest: int = 1) -> Json:
+    """Return the manifest of a complete artefact of format version 1 to `newest`.
 
     Raises FormatError when the directory is missing, incomplete, of another kind, or of a newer format version.
     """
@@ -102,8 +102,12 @@ def read_manifest(directory: Path, expected_format: str) -> Json:
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != expected_format:
         raise FormatError(f"{directory} is a {found or 'foreign'} artefact, expected {expected_format}")
-    if manifest.get("version") != 1:
-        raise FormatError(f"{directory} has format version {manifest.get('version')}, this fusechat reads version 1")
+    if manifest.get("version") not in range(1, newest + 1):
+        readable = "version 1" if newest == 1 else f"versions 1 to {newest}"
+        raise FormatError(
+            f"{directory} has format version {manifest.get('version')}, this fusechat reads {readable}: "
+            "remove it and run its stage again"
+        )
     return manifest
 
 

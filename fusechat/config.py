@@ -73,6 +73,9 @@ class ExtractConfig(_Section):
     def _backend_knows(self) -> ExtractConfig:
         if self.backend == "vllm-server" and not self.servers:
             raise ValueError("backend: vllm-server needs servers, a list of URLs")
+        for url in self.servers:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"servers: {url!r} is no URL: write http://{url}")
         if self.cache == "sampled" and self.backend != "hf":
             raise ValueError("cache: sampled needs the whole softmax, which only backend: hf has")
         return self

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from fusechat.artifact import ShardedWriter, atomic_write, differences, full_disk_is_named, require_free_bytes
 from fusechat.errors import FormatError, FusechatError, MismatchError
-from fusechat.store import TOPK_FORMAT, Block, id_dtype, make_block, open_topk, row_positions, write_block
+from fusechat.store import TOPK_FORMAT, TOPK_VERSION, Block, id_dtype, make_block, open_topk, row_positions, write_block
 
-REQUEST = {"format": TOPK_FORMAT, "version": 1, "model_sha256": "a" * 64, "top_k": 3}
+REQUEST = {"format": TOPK_FORMAT, "version": TOPK_VERSION, "model_sha256": "a" * 64, "top_k": 3}
 
 
 def _dialogue(index: int, tokens: int, rng: np.random.Generator) -> dict[str, Any]:

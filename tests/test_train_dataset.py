@@ -12,7 +12,7 @@ import torch
 from fusechat.align import RowKind
 from fusechat.artifact import ShardedWriter, sha256_file
 from fusechat.loss import mix_candidates
-from fusechat.store import ALIGNED_FORMAT, TOPK_FORMAT, make_block, open_topk, write_block
+from fusechat.store import ALIGNED_FORMAT, TOPK_FORMAT, TOPK_VERSION, make_block, open_topk, write_block
 from fusechat.train.collate import collate
 from fusechat.train.dataset import Example, FusionDataset
 from fusechat.train.select import Selection
@@ -36,7 +36,7 @@ def _pivot(folder: Path) -> Path:
         }
         for index in (0, 1)
     ]
-    writer = ShardedWriter(folder / "pivot", {"format": TOPK_FORMAT, "version": 1})
+    writer = ShardedWriter(folder / "pivot", {"format": TOPK_FORMAT, "version": TOPK_VERSION})
     writer.add("shard-00000.safetensors", lambda path: write_block(path, make_block(records)))
     writer.finish()
     return folder / "pivot"

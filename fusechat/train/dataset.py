@@ -85,7 +85,7 @@ class FusionDataset:
 
     def lengths(self) -> list[int]:
         """Return the number of tokens of every dialogue."""
-        return [len(self.pivot[dialogue]["token.input_ids"]) for dialogue in self.indices]
+        return [self.pivot.n_tokens(dialogue) for dialogue in self.indices]
 
     def __len__(self) -> int:
         return len(self.indices)

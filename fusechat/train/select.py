@@ -61,7 +61,7 @@ def dialogue_weights(
     return _weights(np.where(known, gain - pivot_nll, -np.inf), known, sources, how)
 
 
-def row_weights(sources: Sequence[Source], gold: Array, pivot: dict[str, Array], how: Selection) -> Array:
+def row_weights(sources: Sequence[Source], gold: Array, pivot: Mapping[str, Array], how: Selection) -> Array:
     """Return each candidate's weight at each row of a dialogue, float32[1 + sources, R], decided by turn or token.
 
     `gold` float32[1 + sources, R] are the log-probabilities of the rows' tokens, the pivot's first, NaN where a source

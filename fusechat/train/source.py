@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -15,7 +16,7 @@ from fusechat.errors import MismatchError
 from fusechat.store import ALIGNED_FORMAT, TOPK_FORMAT, Store, format_of
 from fusechat.train.targets import Array, Targets, picked
 
-Record = dict[str, Array]
+Record = Mapping[str, Array]
 TOTALS = ("source_nll", "pivot_nll", "source_tokens", "pivot_tokens", "content_bytes")
 
 
