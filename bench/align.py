@@ -1,6 +1,6 @@
 """Alignment: warping, byte matching, remapping, maps, and the whole stage from store to store.
 
-    python bench/align.py [--size small] [--json OUT] [--check]
+    python bench/align.py [--parts rows warp maps stage] [--size small] [--json OUT] [--check]
 
 Real tokenizers and texts are needed: ../shared/data, or the folder FUSECHAT_SHARED_DATA names. Equality with the plain
 definitions of bench/align_baselines.py first; figures are CPU-seconds of one thread unless said.
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ from fusechat.store import TOPK_FORMAT, TOPK_VERSION, Block, id_dtype, make_bloc
 PIVOT, SOURCE = "openchat-3.5-exact", "qwen2-instruct"
 K = 10
 DIALOGUE_TOKENS = 512
+PARTS = ("rows", "warp", "maps", "stage")
 
 
 def shared_data() -> Path | None:
@@ -282,6 +284,7 @@ def run_stage(folder: Path) -> None:
 def main() -> int:
     """Measure everything and report."""
     options = parser(__doc__ or "")
+    options.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="measure these alone")
     options.add_argument("--stage", type=Path, help=argparse.SUPPRESS)
     chosen = options.parse_args()
     if chosen.stage:
@@ -296,12 +299,13 @@ def main() -> int:
     rounds = 3 if quick else 7
     vocabularies = light_vocabulary(data / "tokenizers" / PIVOT), light_vocabulary(data / "tokenizers" / SOURCE)
     pieces = list(itertools.islice(texts(data), 200))
-    claims = [
-        *row_claims(vocabularies, pieces, rounds),
-        *warp_claims(data, vocabularies, rounds, quick),
-        *map_claims(vocabularies, pieces, quick),
-        *stage_claims(data, 16 if quick else 40),
-    ]
+    measure: dict[str, Callable[[], list[Claim]]] = {
+        "rows": lambda: row_claims(vocabularies, pieces, rounds),
+        "warp": lambda: warp_claims(data, vocabularies, rounds, quick),
+        "maps": lambda: map_claims(vocabularies, pieces, quick),
+        "stage": lambda: stage_claims(data, 16 if quick else 40),
+    }
+    claims = [claim for part in PARTS if part in chosen.parts for claim in measure[part]()]
     return report("align", claims, chosen)
 
 

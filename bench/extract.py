@@ -22,7 +22,8 @@ import numpy as np
 from fusechat.bench.baselines import padded_topk
 from fusechat.bench.claims import Claim, absent, at_least, at_most
 from fusechat.bench.extract_model import load, make_model, n_tokens, save_tokenizer, sequences
-from fusechat.bench.report import parser, peer_python, report
+from fusechat.bench.peers import peer_python
+from fusechat.bench.report import parser, report
 from fusechat.bench.timing import interleave, peak_rss_mib, rate, ratio
 from fusechat.extract.backend import KEPT_HEAP
 from fusechat.records import Dialogue, Message
