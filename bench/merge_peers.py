@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusechat.bench.report import peer_python
+from fusechat.bench.peers import peer_python
 
 ROOT = Path(__file__).resolve().parents[1]
 

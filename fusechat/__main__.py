@@ -32,7 +32,9 @@ def main() -> None:
         sys.exit(2)
     except Stopped as stop:
         if os.environ.get("RANK", "0") == "0":
-            print(f"fusechat: {stop}; to go on: {shlex.join(['fusechat', *sys.argv[1:]])}", file=sys.stderr)
+            n = os.environ.get("WORLD_SIZE", "1")
+            launcher = "" if n == "1" else f" (under its launcher, as now with {n} processes)"
+            print(f"fusechat: {stop}; to go on{launcher}: {shlex.join(['fusechat', *sys.argv[1:]])}", file=sys.stderr)
     except KeyboardInterrupt:
         print("fusechat: interrupted; the same command goes on where it stopped", file=sys.stderr)
         sys.exit(130)
