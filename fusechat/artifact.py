@@ -119,6 +119,8 @@ def differences(ours: Json, theirs: Json) -> list[str]:
         return text if len(text) <= 40 else text[:16] + "…" + text[-16:]
 
     keys = sorted(ours.keys() | theirs.keys())
+    if ours.get("format") != theirs.get("format"):
+        keys = ["format"]  # of another kind altogether: the rest says nothing
     return [
         f"{k}: {short(theirs.get(k))} there, {short(ours.get(k))} here" for k in keys if ours.get(k) != theirs.get(k)
     ]
