@@ -40,7 +40,7 @@ from fusechat.store import open_aligned
 from fusechat.train import train
 
 # Passes over the data: the pivot that has never seen a story needs more of them than those made of stories.
-PASSES = {"aidreams231K": 20, "stories260K": 3, "babyllama-tok105": 1}
+PASSES = {"aidreams231K": 20, "stories260K": 1, "babyllama-tok105": 1}
 HELD_OUT = {"aidreams231K": 1200, "stories260K": 500, "babyllama-tok105": 500}
 PAIRS = [
     ("aidreams231K", "babyllama-tok105"),

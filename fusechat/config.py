@@ -162,6 +162,7 @@ class TrainConfig(_Section):
     )
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the rate rises")
     lr_scheduler: str = Field("cosine", description="a name transformers' Trainer knows")
+    lr_scheduler_args: dict[str, Any] = Field({}, description="its own, such as {num_decay_steps: 200}")
     optimizer: str = Field("adamw_torch", description="a name transformers' Trainer knows")
     weight_decay: float = Field(0.0, ge=0, description="of matrices, not of biases and norms")
     max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to it; 0: they are not")

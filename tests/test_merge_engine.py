@@ -197,9 +197,9 @@ def test_threads_and_fallbacks_do_not_change_a_bit(tmp_path: Path, kind: str) ->
 @pytest.mark.parametrize("variant", ["paper", "mergekit"])
 @pytest.mark.parametrize("dtypes", [["BF16"] * 6, ["BF16", "F32", "BF16", "F16", "BF16", "BF16"]])
 def test_carried_and_reread_segments_merge_alike(tmp_path: Path, variant: Any, dtypes: list[str]) -> None:
-    """Catches a difference between what waits in the output's place and what is read again: a bf16 output is carried to,
-    but for one segment with more candidates than its place holds; a float32 output of a bf16 base is not. Some keys
-    overflow fp32, others vanish there."""
+    """Catches a difference between what waits in the output's place and what is read again: a bf16 output is carried
+    to, but for one segment with more candidates than its place holds; a float32 output of a bf16 base is not. Some
+    keys overflow fp32, others vanish there."""
     rng = np.random.default_rng(9)
     n = 4 * ONE_SEGMENT + 777
     base, targets = random_model(9, n, 5)
