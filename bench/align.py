@@ -1,6 +1,6 @@
 """Alignment: warping, byte matching, remapping, maps, and the whole stage from store to store.
 
-    python bench/align.py [--size small] [--json OUT] [--check]
+    python bench/align.py [--parts rows warp maps stage] [--size small] [--json OUT] [--check]
 
 Real tokenizers and texts are needed: ../shared/data, or the folder FUSECHAT_SHARED_DATA names. Equality with the plain
 definitions of bench/align_baselines.py first; figures are CPU-seconds of one thread unless said.
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +31,12 @@ from fusechat.bench.claims import Claim, Work, absent, at_least, at_most
 from fusechat.bench.report import parser, report
 from fusechat.bench.timing import interleave, peak_rss_mib, rate, ratio
 from fusechat.bytetable import token_byte_ends
-from fusechat.store import TOPK_FORMAT, Block, id_dtype, make_block, write_block
+from fusechat.store import TOPK_FORMAT, TOPK_VERSION, Block, id_dtype, make_block, write_block
 
 PIVOT, SOURCE = "openchat-3.5-exact", "qwen2-instruct"
 K = 10
 DIALOGUE_TOKENS = 512
+PARTS = ("rows", "warp", "maps", "stage")
 
 
 def shared_data() -> Path | None:
@@ -228,7 +230,7 @@ def write_stores(data: Path, folder: Path, copies: int) -> int:
         (model / "tokenizer.json").write_text(vocabulary.definition, encoding="utf-8")
         names = {"bos_token": vocabulary.bos_token, "eos_token": vocabulary.eos_token}
         write_json(model / "tokenizer_config.json", names)
-        request = {"format": TOPK_FORMAT, "version": 1, "dataset_fingerprint": "bench", "top_k": K}
+        request = {"format": TOPK_FORMAT, "version": TOPK_VERSION, "dataset_fingerprint": "bench", "top_k": K}
         request |= {"tokenizer_sha256": vocabulary.table.sha256, "vocab_size": len(vocabulary.table)}
         writer = ShardedWriter(folder / side, request)
         shard = block(vocabulary, texts(data), 1)
@@ -282,6 +284,7 @@ def run_stage(folder: Path) -> None:
 def main() -> int:
     """Measure everything and report."""
     options = parser(__doc__ or "")
+    options.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="measure these alone")
     options.add_argument("--stage", type=Path, help=argparse.SUPPRESS)
     chosen = options.parse_args()
     if chosen.stage:
@@ -296,12 +299,13 @@ def main() -> int:
     rounds = 3 if quick else 7
     vocabularies = light_vocabulary(data / "tokenizers" / PIVOT), light_vocabulary(data / "tokenizers" / SOURCE)
     pieces = list(itertools.islice(texts(data), 200))
-    claims = [
-        *row_claims(vocabularies, pieces, rounds),
-        *warp_claims(data, vocabularies, rounds, quick),
-        *map_claims(vocabularies, pieces, quick),
-        *stage_claims(data, 16 if quick else 40),
-    ]
+    measure: dict[str, Callable[[], list[Claim]]] = {
+        "rows": lambda: row_claims(vocabularies, pieces, rounds),
+        "warp": lambda: warp_claims(data, vocabularies, rounds, quick),
+        "maps": lambda: map_claims(vocabularies, pieces, quick),
+        "stage": lambda: stage_claims(data, 16 if quick else 40),
+    }
+    claims = [claim for part in PARTS if part in chosen.parts for claim in measure[part]()]
     return report("align", claims, chosen)
 
 

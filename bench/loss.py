@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from fusechat.bench.baselines import collate_dense, dense_loss, gather_loss
 from fusechat.bench.claims import Claim, Work, absent, at_least, at_most
+from fusechat.bench.loss_peers import LOGITS, peer_claims
 from fusechat.bench.report import parser, report
 from fusechat.bench.timing import interleave, peak_rss_mib, ratio
 from fusechat.loss import sparse_soft_ce
@@ -255,6 +256,9 @@ def main() -> int:
     ]
     if not quick:
         claims += dense_claims()
+    labels, ids, logprobs = make_rows(N, V, K)
+    inputs = {"logits": torch.randn(N, V), "labels": labels, "ids": ids, "logprobs": logprobs}
+    claims += peer_claims(LOGITS, inputs, chosen.against, "cpu", rounds)
     return report("loss", claims, chosen)
 
 

@@ -14,6 +14,13 @@ import fusechat
 COPY_BYTES = 256 << 20
 DISK_BYTES = 256 << 20
 GEMM_SIZE = 2048
+SLOW_GEMM_SIZE = 512  # where a machine multiplies a type by loops: bf16 on a CPU without instructions for it
+SLOW_GFLOP_S = 10.0
+LEVELS = {
+    "x86-64-v4-amx": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "amx_bf16"},
+    "x86-64-v4": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    "x86-64-v3": {"avx2", "bmi2", "fma"},
+}
 
 
 def environment(device: str = "cpu") -> dict[str, object]:
@@ -29,6 +36,7 @@ def environment(device: str = "cpu") -> dict[str, object]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "cpu": cpu,
+        "instruction_set": instruction_set(),
         "cores": len(os.sched_getaffinity(0)),
         "load": round(os.getloadavg()[0], 1),
         "gpu": torch.cuda.get_device_name() if device == "cuda" and torch.cuda.is_available() else None,
@@ -42,17 +50,38 @@ def machine_name(environment: dict[str, object]) -> str:
 
 
 def ceilings(device: str = "cpu", rounds: int = 5) -> dict[str, float]:
-    """Return the best of some rounds: copy in GB/s (read and write counted), fp32 and bf16 products in GFLOP/s."""
+    """Return the best of some rounds: copy in GB/s (read and write counted), fp32 and bf16 products in GFLOP/s.
+
+    Products are of 2,048 × 2,048; of 512 × 512 where those show that the type is multiplied by plain loops.
+    """
     import torch
 
     values = torch.ones(COPY_BYTES // 4, device=device)
     copy = torch.empty_like(values)
     found = {"copy_gb_s": 2 * COPY_BYTES / _best_s(lambda: copy.copy_(values), rounds, device) / 1e9}
     for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(GEMM_SIZE, GEMM_SIZE, device=device, dtype=dtype)
-        seconds = _best_s(lambda a=a: a @ a, rounds, device)
-        found[f"gemm_{str(dtype).removeprefix('torch.')}_gflop_s"] = 2 * GEMM_SIZE**3 / seconds / 1e9
+        for size in (SLOW_GEMM_SIZE, GEMM_SIZE):
+            a = torch.ones(size, size, device=device, dtype=dtype)
+            gflop_s = 2 * size**3 / _best_s(lambda a=a: a @ a, rounds, device) / 1e9
+            if gflop_s < SLOW_GFLOP_S:
+                break
+        found[f"gemm_{str(dtype).removeprefix('torch.')}_gflop_s"] = gflop_s
     return found
+
+
+def instruction_set() -> str:
+    """Return what ratios depend on: x86-64-v2, -v3 (AVX2), -v4 (AVX-512) or -v4-amx; elsewhere the machine's kind.
+
+    Levels are those of the x86-64 psABI, by the extensions that each is known for; AMX multiplies bf16.
+    """
+    if platform.machine() != "x86_64":
+        return platform.machine()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    flags = next((set(line.split()) for line in lines if line.startswith("flags")), set())
+    for level, wanted in LEVELS.items():
+        if wanted <= flags:
+            return level
+    return "x86-64-v2"
 
 
 def disk_ceilings(folder: Path | None = None) -> dict[str, float]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusechat.bench.report import peer_python
+from fusechat.bench.peers import peer_python
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,6 +27,8 @@ class Cost:
 
 def run_process(command: list[str]) -> Cost:
     """Run a command with one compute thread and no network, and return its cost; raises CalledProcessError."""
+    # Both tools as they are installed: with their bytecode kept.
+    inherited = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
     quiet = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     # RUSAGE_CHILDREN accumulates, and its maximum never falls: measure in a child of a child.
     probe = (
@@ -39,7 +41,7 @@ def run_process(command: list[str]) -> Cost:
         "print(used.ru_utime + used.ru_stime, wall, used.ru_maxrss * 1024)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", probe, *command], env=os.environ | quiet, capture_output=True, text=True, check=False
+        [sys.executable, "-c", probe, *command], env=inherited | quiet, capture_output=True, text=True, check=False
     )
     if done.returncode:
         raise RuntimeError(f"{command[0]} failed: {done.stderr.strip()[-1000:]}")

@@ -1,6 +1,6 @@
 """What each way of aligning is worth: held-out bits per byte of targets trained through the project's own stages.
 
-    python bench/quality_align.py --work DIR [--json OUT] [--minutes N]
+    python bench/quality_align.py --work DIR [--pivots NAME …] [--json OUT] [--minutes N]
 
 Three tiny real models, every ordered pair of them; every granularity with the default vocabulary map, every map with
 the default granularity, and the paper's preset; three seeds, beside an SFT control of the same data, steps and seed.
@@ -15,9 +15,9 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from fusechat.align import align
 from fusechat.artifact import sha256_json
 from fusechat.bench.align import shared_data
 from fusechat.bench.machine import environment
+from fusechat.bench.quality_tables import DEFAULT, SETTINGS, SFT, pair_tables
 from fusechat.bench.report import parser
 from fusechat.config import TrainConfig
 from fusechat.dialogue import dataset_fingerprint, read_dialogues, split_held_out
@@ -40,6 +41,7 @@ from fusechat.train import train
 
 # Passes over the data: the pivot that has never seen a story needs more of them than those made of stories.
 PASSES = {"aidreams231K": 20, "stories260K": 3, "babyllama-tok105": 1}
+HELD_OUT = {"aidreams231K": 1200, "stories260K": 500, "babyllama-tok105": 500}
 PAIRS = [
     ("aidreams231K", "babyllama-tok105"),
     ("aidreams231K", "stories260K"),
@@ -48,21 +50,8 @@ PAIRS = [
     ("stories260K", "aidreams231K"),
     ("babyllama-tok105", "aidreams231K"),
 ]
-SETTINGS: dict[str, dict[str, str]] = {
-    "cells, prefix (default)": {},
-    "chain": {"granularity": "chain"},
-    "gold": {"granularity": "gold"},
-    "first": {"granularity": "first"},
-    "exact": {"vocab": "exact"},
-    "mined": {"vocab": "mined"},
-    "ms": {"vocab": "ms"},
-    "ms-soft": {"vocab": "ms-soft"},
-    "ms-upstream": {"vocab": "ms-upstream"},
-    "preset: paper": {"preset": "paper"},
-}
-DEFAULT, SFT = next(iter(SETTINGS)), "SFT"
 SEEDS = (0, 1, 2)
-PIECE_BYTES, FUSED, HELD_OUT = 170, 192, 1200  # what the shortest context holds; dialogues are scarce, as they are
+PIECE_BYTES, FUSED = 170, 192  # what the shortest context holds; dialogues are scarce, as they are
 OPTIONS: dict[str, Any] = {"max_length_tokens": 256, "dtype": "float32"}
 
 
@@ -84,7 +73,7 @@ class Experiment:
         )
         fused, held_out = split_held_out(dialogues, 1 - FUSED / len(dialogues), seed=0)
         self.fused: list[Dialogue] = fused
-        self.held_out: list[Dialogue] = held_out[:HELD_OUT]
+        self.held_out: list[Dialogue] = held_out
         self.log = work / "runs.jsonl"
         work.mkdir(parents=True, exist_ok=True)
         lines = self.log.read_text().splitlines() if self.log.exists() else []
@@ -115,7 +104,8 @@ class Experiment:
         config = TrainConfig(
             hard_weight=0.5, learning_rate=1e-3, epochs=PASSES[pivot], batch_size=8, micro_batch_size=8
         )
-        key = sha256_json([pivot, seed, config.model_dump(), dataset_fingerprint(self.held_out), _taught(aligned)])
+        held_out = self.held_out[: HELD_OUT[pivot]]
+        key = sha256_json([pivot, seed, config.model_dump(), dataset_fingerprint(held_out), _taught(aligned)])
         if key not in self.nll:
             if time.monotonic() > self.deadline:
                 raise OutOfTimeError
@@ -125,7 +115,7 @@ class Experiment:
             start = time.process_time()
             provenance = train(self.model(pivot), self.store(pivot), aligned, out, config, seed=seed)
             self.share[key] = provenance["source_share"]
-            self.nll[key] = score_dialogues(str(out), self.held_out, **OPTIONS).nll
+            self.nll[key] = score_dialogues(str(out), held_out, **OPTIONS).nll
             seconds = time.process_time() - start
             with self.log.open("a") as log:
                 run = {"key": key, "seconds": seconds, "share": self.share[key], "nll": self.nll[key].tolist()}
@@ -134,8 +124,8 @@ class Experiment:
         return self.nll[key], self.share[key]
 
     def pair(self, pivot: str, source: str) -> dict[str, Any]:
-        """Run one pair under every setting and return its lines of the table: of those settings there was time for."""
-        sizes = np.array([sum(len(m.content.encode()) for m in d.messages) for d in self.held_out])
+        """Run one pair under every setting and return its lines of the table: of the settings there was time for."""
+        sizes = np.array([sum(len(m.content.encode()) for m in d.messages) for d in self.held_out[: HELD_OUT[pivot]]])
         runs = {SFT: [self.run(pivot, None, seed) for seed in SEEDS]}
         for setting in SETTINGS:
             try:
@@ -143,7 +133,6 @@ class Experiment:
             except OutOfTimeError:
                 if setting == DEFAULT:
                     raise
-                break
         nll = {name: [found for found, _ in of_seeds] for name, of_seeds in runs.items()}
         scores = {name: Scores(nll=np.mean(found, axis=0), content_bytes=sizes) for name, found in nll.items()}
         known = common_dialogues(scores)
@@ -174,50 +163,26 @@ class Experiment:
 
 
 def _taught(aligned: Path | None) -> list[str]:
+    """Return what tells one training's rows from another's: a cell axis without a row teaches nothing."""
     if aligned is None:
         return []
-    manifest = open_aligned(aligned).manifest
-    return [manifest["unaligned"], *(shard["sha256"] for shard in manifest["shards"])]
+    store = open_aligned(aligned)
+    found = [store.manifest["unaligned"]]
+    for shard in map(store.shard, range(store.n_shards)):
+        columns = {key: values for key, values in shard.columns.items() if len(values)}
+        found += [sha256(key.encode() + columns[key].tobytes()).hexdigest() for key in sorted(columns)]
+    return found
 
 
 def _bounds(interval: Any) -> list[float]:
     return [interval.value, interval.low, interval.high]
 
 
-def markdown(pairs: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Yield the tables, one a pair."""
-    for pair in pairs:
-        rows = ", ".join(f"{kind} {share:.0%}" for kind, share in pair["rows"].items())
-        yield f"**{pair['pivot']} ← {pair['source']}**: {rows}; {pair['dialogues_taught_by_source']:.0%} of the"
-        yield f"dialogues taught by the source; {pair['steps']} steps; {pair['n_held_out']:,} pieces held out.\n"
-        yield "| | bits per byte | difference to SFT | of the seeds | difference to the default |"
-        yield "|---|---|---|---|---|"
-        for name, line in pair["settings"].items():
-            if name == SFT:
-                yield f"| SFT | {line['bits_per_byte']:.3f} | | | |"
-                continue
-            seeds = [_signed(value) for value in sorted(line["difference_to_sft_by_seed"])]
-            to_default = "" if name == DEFAULT else _difference(line["difference_to_default"])
-            yield (
-                f"| {name} | {line['bits_per_byte']:.3f} | {_difference(line['difference_to_sft'])} "
-                f"| {seeds[0]} … {seeds[-1]} | {to_default} |"
-            )
-        yield ""
-
-
-def _difference(bounds: Sequence[float]) -> str:
-    value, low, high = bounds
-    return f"{_signed(value)} ± {(high - low) / 2:.3f}"
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.3f}".replace("-", "−")
-
-
 def main() -> int:
     """Run or resume the experiment and report."""
     options = parser(__doc__ or "")
     options.add_argument("--work", type=Path, required=True, help="what is done is kept here")
+    options.add_argument("--pivots", nargs="+", choices=list(PASSES), default=list(PASSES), help="their pairs alone")
     options.add_argument("--minutes", type=float, default=float("inf"), help="stop after the first run beyond so many")
     chosen = options.parse_args()
     data = shared_data()
@@ -227,18 +192,17 @@ def main() -> int:
     torch.set_num_threads(1)
     experiment = Experiment(data, chosen.work, chosen.minutes)
     pairs: list[dict[str, Any]] = []
-    with suppress(OutOfTimeError):
-        for pair in PAIRS:
+    wanted = [pair for pair in PAIRS if pair[0] in chosen.pivots]
+    for pair in wanted:
+        with suppress(OutOfTimeError):
             pairs.append(experiment.pair(*pair))
-            if not pairs[-1]["complete"]:
-                break
-    print("\n".join(markdown(pairs)))
+    print("\n".join(pair_tables(pairs)))
     if chosen.json:
         result = {"environment": environment(), "seeds": SEEDS, "n_fused": FUSED, "pairs": pairs}
         Path(chosen.json).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     done = sum(pair["complete"] for pair in pairs)
-    if done < len(PAIRS):
-        print(f"{done} of {len(PAIRS)} pairs are done; the same command goes on")
+    if done < len(wanted):
+        print(f"{done} of {len(wanted)} pairs are done; the same command goes on")
         return 3
     harmed = [p for p in pairs if p["settings"][DEFAULT]["difference_to_sft"][1] > 0]
     return int(chosen.check and bool(harmed))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -68,15 +66,6 @@ def sizes(text: str, small: Mapping[str, int], paper: Mapping[str, int]) -> dict
     return found
 
 
-def peer_python(name: str, against: Sequence[str]) -> str | None:
-    """Return the Python that has the peer package: the one --against gives it, this one, or None where it is absent."""
-    for entry in against:
-        peer, _, python = entry.partition("=")
-        if peer == name and python:
-            return python
-    return sys.executable if importlib.util.find_spec(name.replace("-", "_")) else None
-
-
 def report(benchmark: str, claims: list[Claim], options: argparse.Namespace, *, disk: bool = False) -> int:
     """Measure the ceilings, print the table, write the JSON if asked; return 1 if --check is on and a claim short.
 
@@ -116,7 +105,9 @@ def print_table(result: Mapping[str, Any], console: Console) -> None:
     console.print(table)
     if result.get("ceilings"):
         console.print(
-            "[dim]ceilings: " + ", ".join(f"{v:,.0f} {CEILINGS[k]}" for k, v in result["ceilings"].items()) + "[/]"
+            "[dim]ceilings: "
+            + ", ".join(f"{v:,.{0 if v >= 10 else 1}f} {CEILINGS[k]}" for k, v in result["ceilings"].items())
+            + "[/]"
         )
 
 

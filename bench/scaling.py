@@ -155,7 +155,7 @@ def studies(folder: Path, small: bool) -> dict[str, Callable[[], Study]]:
 
 
 def plot(found: list[Study], title: str, out: Path) -> None:
-    """Draw one panel a study, with the fitted line."""
+    """Draw one panel a study, with the fitted line and the expected one."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -169,11 +169,12 @@ def plot(found: list[Study], title: str, out: Path) -> None:
     for axis, one in zip(axes.flat, found):
         milliseconds = 1e3 * np.array(one.seconds)
         axis.loglog(one.sizes, milliseconds, "o", color="#0072b2")
-        middle = np.exp(np.log(milliseconds).mean() + one.exponent * (np.log(one.sizes) - np.log(one.sizes).mean()))
-        axis.loglog(one.sizes, middle, "-", color="#d55e00", label=f"exponent {one.exponent:.2f}")
+        for slope, style, label in ((one.exponent, "-", "exponent"), (one.expected, ":", "expected")):
+            line = np.exp(np.log(milliseconds).mean() + slope * (np.log(one.sizes) - np.log(one.sizes).mean()))
+            axis.loglog(one.sizes, line, style, color="#d55e00", label=f"{label} {slope:.2f}".removesuffix(".00"))
         axis.set(title=one.name, xlabel=one.varies, ylabel="ms")
         axis.set_xticks(one.sizes, [_short(size) for size in one.sizes])
-        axis.set_ylim(milliseconds.min() / 3, milliseconds.max() * 3)
+        axis.set_ylim(milliseconds.min() / 3, milliseconds.max() * 4)
         ticks = [milliseconds.min(), milliseconds.max()]
         axis.set_yticks(ticks, [f"{tick:.3g}" for tick in ticks])
         axis.minorticks_off()
@@ -184,7 +185,7 @@ def plot(found: list[Study], title: str, out: Path) -> None:
 
 
 def _short(size: int) -> str:
-    return f"{size / 1e6:.0f}M" if size >= 1e6 else f"{size / 1e3:.3g}k" if size >= 1000 else str(size)
+    return f"{size / 1e6:.0f}M" if size >= 1e6 else f"{size / 1e3:.0f}k" if size >= 1000 else str(size)
 
 
 def main() -> int:
@@ -209,7 +210,7 @@ def main() -> int:
     if chosen.json:
         chosen.json.write_text(json.dumps(result, indent=2) + "\n")
     if chosen.plot:
-        plot(found, machine_name(result["environment"]), chosen.plot)
+        plot(found, f"{machine_name(result['environment'])}, {result['environment']['date']}", chosen.plot)
     return 0
 
 

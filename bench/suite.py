@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fusechat.bench.peers import check_against
 from fusechat.errors import ConfigError
 
 MODULES = {
@@ -25,11 +26,14 @@ MODULES = {
 CUDA_MODULES = {"loss": "loss_gpu", "linear-loss": "loss_gpu"}
 
 
-def run_benchmarks(names: Sequence[str], device: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """Run the named benchmarks one after another with the same arguments and return their joined result.
+def run_benchmarks(names: Sequence[str], device: str, size: str, against: Sequence[str] = ()) -> dict[str, Any]:
+    """Run the named benchmarks one after another, each at `size` and against the same peers; return the joined result.
 
-    Raises ConfigError for a name that is none, for one that has no form on `device`, and when a benchmark fails.
+    Raises ConfigError for a name that is none, for one that has no form on `device`, for a peer that is none, and when
+    a benchmark fails.
     """
+    check_against(against)
+    arguments = ["--size", size, *(word for peer in against for word in ("--against", peer))]
     modules = CUDA_MODULES if device == "cuda" else MODULES
     wanted = list(modules) if "all" in names else list(names)
     for name in wanted:

@@ -1,8 +1,10 @@
-"""The tables of README and docs/performance.md, written from bench/results/*.json; a test fails when they are stale.
+"""The tables of README, docs/performance.md and docs/alignment.md from bench/results/*.json; a test finds stale ones.
 
     python bench/tables.py
 
-A table holds the figures of one machine; results of other machines get tables of their own.
+A table holds the figures of one machine; results of other machines get tables of their own. Of several results of one
+machine the newest has the word, claim by claim. README shows the machine with most of the headline's lines, of equals
+the newest.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fusechat.bench.machine import machine_name
+from fusechat.bench.quality_tables import quality_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -33,35 +36,46 @@ HEADLINES = [
 
 
 def load_results(folder: Path = RESULTS) -> dict[str, list[Claim]]:
-    """Return the claims of every machine, each with the date of its result."""
-    found: dict[str, list[Claim]] = {}
-    for path in sorted(folder.glob("*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        if "claims" not in result:
-            continue
-        date = result["environment"]["date"]
-        machine = machine_name(result["environment"])
-        found.setdefault(machine, []).extend({**claim, "date": date} for claim in result["claims"])
-    return found
+    """Return every machine's claims, the newest machine first, each claim from its newest result and with its date."""
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    results = sorted((r for r in results if "claims" in r), key=lambda r: str(r["environment"]["date"]))
+    found: dict[str, dict[tuple[str, ...], Claim]] = {}
+    for result in results:
+        claims = found.pop(machine_name(result["environment"]), {})
+        for claim in result["claims"]:
+            known = claims.get(_key(claim))
+            # What an older result measured is not lost to a newer one that could not.
+            if known is None or claim["value"] is not None or known["value"] is None:
+                claims[_key(claim)] = {**claim, "date": result["environment"]["date"]}
+        found[machine_name(result["environment"])] = claims
+    return {machine: list(claims.values()) for machine, claims in reversed(found.items())}
 
 
-def headline_tables(results: Mapping[str, Sequence[Claim]]) -> str:
+def headline_table(results: Mapping[str, Sequence[Claim]]) -> str:
     """Return README's table: one line a stage, against whom, the ratio, the memory."""
-    parts = []
-    for machine, claims in results.items():
-        known = {(c["benchmark"], c["name"], c["against"]): c for c in claims}
-        rows = []
-        for title, *key in HEADLINES:
-            claim = known.get(tuple(key))  # type: ignore[call-overload]
-            if claim is None or claim["value"] is None:
-                continue
-            memory = "" if claim.get("peak_mib") is None else f"{claim['peak_mib']:,.0f} MiB"
-            means = "faster" if claim["higher_is_better"] else "its time"
-            rows.append((title, claim["against"], f"{_figure(claim)} {means}", memory))
-        if rows:
-            table = _table(("stage", "against", "", "our peak memory"), rows)
-            parts.append(f"Measured on {machine}:\n\n{table}")
-    return "\n\n".join(parts)
+    tables = {machine: _headline_rows(claims) for machine, claims in results.items()}
+    machine = max(tables, key=lambda name: len(tables[name]))  # of equals the first, which is the newest
+    others = [name for name in results if name != machine]
+    heading = f"Measured on {machine}, {max(claim['date'] for claim in results[machine])}"
+    heading += f"; {' and '.join(others)} in [performance](docs/performance.md):" if others else ":"
+    return f"{heading}\n\n" + _table(("stage", "against", "", "our peak memory"), tables[machine])
+
+
+def _headline_rows(claims: Sequence[Claim]) -> list[tuple[str, str, str, str]]:
+    known = {_key(claim): claim for claim in claims}
+    rows = []
+    for title, *key in HEADLINES:
+        claim = known.get(tuple(key))
+        if claim is None or claim["value"] is None:
+            continue
+        memory = "" if claim.get("peak_mib") is None else f"{claim['peak_mib']:,.0f} MiB"
+        means = "faster" if claim["higher_is_better"] else "its time"
+        rows.append((title, claim["against"], f"{_figure(claim)} {means}", memory))
+    return rows
+
+
+def _key(claim: Claim) -> tuple[str, ...]:
+    return claim["benchmark"], claim["name"], claim["against"]
 
 
 def performance_tables(results: Mapping[str, Sequence[Claim]]) -> str:
@@ -69,22 +83,12 @@ def performance_tables(results: Mapping[str, Sequence[Claim]]) -> str:
     parts = []
     for machine, claims in results.items():
         parts.append(f"## {machine}")
-        for benchmark in dict.fromkeys(claim["benchmark"] for claim in claims):
+        for benchmark in sorted({claim["benchmark"] for claim in claims}):
             ours = [claim for claim in claims if claim["benchmark"] == benchmark]
-            rows = [
-                (
-                    c["name"],
-                    c["against"].replace("absolute", ""),
-                    _figure(c),
-                    _quartiles(c),
-                    c["to_reach"],
-                    c["verdict"],
-                    c["note"],
-                )
-                for c in ours
-            ]
-            heads = ("claim", "against", "measured", "quartiles", "to reach", "verdict", "")
-            parts.append(f"### {benchmark}, {max(c['date'] for c in ours)}\n\n{_table(heads, rows)}")
+            rows = [(_what(c), _measured(c), _verdict(c)) for c in ours]
+            heads = ("claim", "measured (quartiles)", "asked for")
+            dates = " to ".join(dict.fromkeys(pick(c["date"] for c in ours) for pick in (min, max)))
+            parts.append(f"### {benchmark}, {dates}\n\n{_table(heads, rows)}")
     return "\n\n".join(parts)
 
 
@@ -123,24 +127,37 @@ def pages(results: Mapping[str, Sequence[Claim]]) -> dict[Path, str]:
     scaling = sorted(RESULTS.glob("scaling-*.json"))
     if scaling:
         text = rewritten(text, "scaling", scaling_table(scaling[-1]))
+    alignment = ROOT / "docs" / "alignment.md"
+    quality = quality_tables(sorted(RESULTS.glob("quality-align-*.json")))
     return {
-        readme: rewritten(readme.read_text(encoding="utf-8"), "headline", headline_tables(results)),
+        alignment: rewritten(alignment.read_text(encoding="utf-8"), "quality", quality),
+        readme: rewritten(readme.read_text(encoding="utf-8"), "headline", headline_table(results)),
         performance: text,
     }
 
 
+def _what(claim: Claim) -> str:
+    against = "" if claim["against"] in ("", "absolute") else f", against {claim['against']}"
+    note = f"<br><small>{claim['note']}</small>" if claim["note"] else ""
+    return f"{claim['name']}{against}{note}"
+
+
+def _measured(claim: Claim) -> str:
+    if claim.get("low") is None:
+        return _figure(claim)
+    return f"{_figure(claim)} ({_number(claim['low'])} – {_number(claim['high'])})"
+
+
+def _verdict(claim: Claim) -> str:
+    return f"{claim['to_reach']}: {claim['verdict']}" if claim["to_reach"] else str(claim["verdict"])
+
+
 def _figure(claim: Claim) -> str:
-    if claim["value"] is None:
-        return "–"
-    return (
-        f"{claim['value']:,.0f} {claim['unit']}"
-        if abs(claim["value"]) >= 100
-        else f"{claim['value']:.3g} {claim['unit']}"
-    )
+    return "–" if claim["value"] is None else f"{_number(claim['value'])} {claim['unit']}".rstrip()
 
 
-def _quartiles(claim: Claim) -> str:
-    return "" if claim.get("low") is None else f"{claim['low']:,.3g} – {claim['high']:,.3g}"
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -18,13 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.numpy import save_file
 
 from fusechat.align import RowKind
+from fusechat.align.stage import BYTE_ORDER
 from fusechat.artifact import ShardedWriter, sha256_file
 from fusechat.bench.claims import Claim, absent, at_least, at_most
 from fusechat.bench.report import parser, report, sizes
 from fusechat.bench.timing import interleave, ratio
-from fusechat.store import ALIGNED_FORMAT, TOPK_FORMAT, make_block, open_topk, write_block
+from fusechat.store import ALIGNED_FORMAT, TOPK_FORMAT, TOPK_VERSION, Block, make_block, open_topk, write_block
 from fusechat.train.batch import TOKEN_COLUMNS, fusion_batch
 from fusechat.train.batches import StepBatches
 from fusechat.train.collate import collate
@@ -42,8 +44,9 @@ COLLATE_MS = 5.0
 STEP_FLOPS_PER_TOKEN, STEP_FLOPS_PER_SECOND = 6 * 7e9, 0.4 * 989e12
 
 
-def write_stores(folder: Path, n_dialogues: int, length: int) -> tuple[Path, list[Path]]:
-    """Write a pivot's store and two aligned ones; every token is the assistant's, so that there are most rows."""
+def write_stores(folder: Path, n_dialogues: int, length: int) -> tuple[Path, dict[str, Path]]:
+    """Write a pivot's store and an aligned one by granularity; every token is the assistant's, so that there are most
+    rows, and every eighth row is finer."""
     rng = np.random.default_rng(0)
     n_rows = length - 1
 
@@ -80,35 +83,59 @@ def write_stores(folder: Path, n_dialogues: int, length: int) -> tuple[Path, lis
             }
         )
 
-    def write(name: str, request: dict[str, Any], records: list[dict[str, Any]]) -> Path:
+    def write(name: str, request: dict[str, Any], block: Block) -> Path:
         writer = ShardedWriter(folder / name, request)
-        writer.add("shard-00000.safetensors", lambda path: write_block(path, make_block(records)))
+        writer.add("shard-00000.safetensors", lambda path: write_block(path, block))
         writer.finish()
         return folder / name
 
-    pivot = write("pivot", {"format": TOPK_FORMAT, "version": 1}, pivots)
-    request = {"format": ALIGNED_FORMAT, "version": 1, "unaligned": "gold", "granularity": "chain"}
+    pivot = write("pivot", {"format": TOPK_FORMAT, "version": TOPK_VERSION}, make_block(pivots))
+    request = {"format": ALIGNED_FORMAT, "version": 1, "unaligned": "gold"}
     request |= {"pivot_store_sha256": sha256_file(pivot / "manifest.json")}
-    return pivot, [write(name, request, aligned) for name in ("one", "two")]
+    chain = make_block(aligned)
+    paths = {"chain": write("chain", request | {"granularity": "chain"}, chain)}
+    paths["cells"] = write("cells", request | {"granularity": "cells"}, _with_cells(rng, chain))
+    save_file({"byte_order": rng.permutation(VOCABULARY).astype(np.int32)}, paths["cells"] / BYTE_ORDER)
+    return pivot, paths
+
+
+def _with_cells(rng: np.random.Generator, block: Block) -> Block:
+    """Add prefix cells to the finer rows of an aligned store: K + 2 entries each, half of them ranges."""
+    finer = np.cumsum(np.append(0, block["row.kind"] == RowKind.FINER))
+    shape = int(finer[-1]), K + 2
+    low = rng.integers(0, VOCABULARY - 50, shape).astype(np.int32)
+    cells = {
+        "cell.ids": rng.integers(0, VOCABULARY, shape).astype(np.uint16),
+        "cell.logprobs": np.log(rng.dirichlet(np.ones(K + 3), shape[0])[:, : K + 2]).astype(np.float16),
+        "cell.low": low,
+        "cell.high": np.where(rng.random(shape) < 0.5, low + 50, 0).astype(np.int32),
+    }
+    offsets = dict(block.offsets) | {"cell": finer[block.offsets["row"]]}
+    return Block(columns=dict(block.columns) | cells, offsets=offsets)
 
 
 def data_claims(size: dict[str, int]) -> list[Claim]:
     """Time a micro-batch from the memory-mapped stores to tensors, by rule of selection."""
     rules = {
-        "min_ce per sequence": Selection(),
-        "min_ce per token": Selection(unit="token"),
-        "avg_ce per token": Selection(rule="avg_ce", unit="token"),
+        "min_ce per sequence": (Selection(), "chain"),
+        "min_ce per token": (Selection(unit="token"), "chain"),
+        "avg_ce per token": (Selection(rule="avg_ce", unit="token"), "chain"),
+        "min_ce per sequence, prefix cells": (Selection(), "cells"),
+        "min_ce per token, prefix cells": (Selection(unit="token"), "cells"),
     }
     batch, claims = size["batch"], []
     with tempfile.TemporaryDirectory() as temporary:
         pivot_path, paths = write_stores(Path(temporary), batch, size["length"])
         pivot = open_topk(pivot_path)
         calls = {}
-        for name, rule in rules.items():
+        for name, (rule, granularity) in rules.items():
             # The pivot and one source: two candidates. Read before, so that the pages are in memory.
-            dataset = FusionDataset(pivot, [open_source(paths[0], pivot, "one")], select=rule, when_pivot_wins="pivot")
+            source = open_source(paths[granularity], pivot, "source")
+            dataset = FusionDataset(pivot, [source], select=rule, when_pivot_wins="pivot")
             calls[name] = lambda d=dataset: collate([d[i] for i in range(batch)], pad_token_id=0)  # type: ignore[misc]
         assert len(calls["min_ce per sequence"]()["rows"]) == batch * (size["length"] - 1)
+        # A training process has freed large buffers before; malloc then keeps small ones instead of returning them.
+        np.ones(30 << 20, np.uint8)
         samples = interleave(calls, size["rounds"])
         shape = f"B={batch} × {size['length']:,} tokens, K={K}, two candidates"
         step_s = STEP_FLOPS_PER_TOKEN * batch * size["length"] / STEP_FLOPS_PER_SECOND

@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from fusechat import config
 from fusechat.cli import app
+from fusechat.commands.merge import parser as merge_parser
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -58,6 +59,9 @@ def cli_page() -> str:
     context = typer.Context(group, info_name="fusechat")
     parts = ["# Commands\n\nAny command takes `--debug`, which shows the traceback of an error."]
     for name in group.list_commands(context):  # type: ignore[attr-defined]
+        if name == "merge":
+            parts.append(f"## fusechat merge\n\n```text\n{merge_parser().format_help()}```")
+            continue
         parts.append(_command(group.get_command(context, name), f"fusechat {name}"))  # type: ignore[attr-defined]
     return "\n\n".join(parts) + "\n"
 

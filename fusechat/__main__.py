@@ -11,14 +11,20 @@ def main() -> None:
     """Run the command line; a user's error is one line on stderr and exit code 2, with `--debug` the traceback."""
     # A tokenizer used before a fork otherwise warns on every DataLoader worker.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from fusechat.cli import app
     from fusechat.errors import FusechatError, Stopped
 
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.remove("--debug")
     try:
-        app()
+        if sys.argv[1:2] == ["merge"]:
+            from fusechat.commands.merge import merge
+
+            merge(sys.argv[2:])  # without what the other commands need
+        else:
+            from fusechat.cli import app
+
+            app()
     except FusechatError as error:
         if debug:
             raise
@@ -26,7 +32,9 @@ def main() -> None:
         sys.exit(2)
     except Stopped as stop:
         if os.environ.get("RANK", "0") == "0":
-            print(f"fusechat: {stop}; to go on: {shlex.join(['fusechat', *sys.argv[1:]])}", file=sys.stderr)
+            n = os.environ.get("WORLD_SIZE", "1")
+            launcher = "" if n == "1" else f" (under its launcher, as now with {n} processes)"
+            print(f"fusechat: {stop}; to go on{launcher}: {shlex.join(['fusechat', *sys.argv[1:]])}", file=sys.stderr)
     except KeyboardInterrupt:
         print("fusechat: interrupted; the same command goes on where it stopped", file=sys.stderr)
         sys.exit(130)

@@ -9,6 +9,7 @@ goes on at the first missing one.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -25,6 +26,7 @@ REQUEST = "request.json"
 LOCK = "writing.lock"
 PARTIAL_SUFFIX = ".partial"
 _FULL_BYTES = 1 << 20
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Json = dict[str, Any]
 
@@ -86,8 +88,8 @@ def read_json(path: Path) -> Any:
         raise FormatError(f"{path} is not valid JSON: {error}") from error
 
 
-def read_manifest(directory: Path, expected_format: str) -> Json:
-    """Return the manifest of a complete artefact.
+def read_manifest(directory: Path, expected_format: str, *, newest: int = 1) -> Json:
+    """Return the manifest of a complete artefact of format version 1 to `newest`.
 
     Raises FormatError when the directory is missing, incomplete, of another kind, or of a newer format version.
     """
@@ -99,8 +101,12 @@ def read_manifest(directory: Path, expected_format: str) -> Json:
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != expected_format:
         raise FormatError(f"{directory} is a {found or 'foreign'} artefact, expected {expected_format}")
-    if manifest.get("version") != 1:
-        raise FormatError(f"{directory} has format version {manifest.get('version')}, this fusechat reads version 1")
+    if manifest.get("version") not in range(1, newest + 1):
+        readable = "version 1" if newest == 1 else f"versions 1 to {newest}"
+        raise FormatError(
+            f"{directory} has format version {manifest.get('version')}, this fusechat reads {readable}: "
+            "remove it and run its stage again"
+        )
     return manifest
 
 
@@ -267,11 +273,28 @@ def full_disk_is_named(directory: Path) -> Iterator[None]:
     except FusechatError:
         raise
     except Exception as error:
-        if shutil.disk_usage(directory).free >= _FULL_BYTES:
-            raise
-        raise FusechatError(
-            f"the disk under {directory} is full: free space and run the same command again, it resumes"
-        ) from error
+        if shutil.disk_usage(directory).free < _FULL_BYTES:
+            raise FusechatError(
+                f"the disk under {directory} is full: free space and run the same command again, it resumes"
+            ) from error
+        if _was_cut_off(error):
+            raise FusechatError(
+                f"a file under {directory} could not be written to its end (disk full, quota, or limit of file sizes): "
+                "make room and run the same command again, it resumes"
+            ) from error
+        raise
+
+
+def _was_cut_off(error: BaseException | None) -> bool:
+    """Return whether an error, or what it came from, is a write that found no room; libraries keep only the text."""
+    while error is not None:
+        text = str(error)
+        if getattr(error, "errno", None) in _NO_ROOM or any(f"os error {number})" in text for number in _NO_ROOM):
+            return True
+        if "PytorchStreamWriter failed writing" in text:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def require_free_bytes(directory: Path, needed_bytes: int) -> None:

@@ -34,7 +34,16 @@ app.command()(plan)
 app.command()(extract)
 app.command()(align)
 app.command()(train)
-app.command()(merge)
+
+
+@app.command(
+    "merge", add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True}
+)
+def _merge(context: typer.Context) -> None:
+    """Merge models into one, tensor by tensor, in constant memory."""
+    merge(context.args)
+
+
 app.add_typer(evaluate)
 app.command()(report)
 app.command()(compare)

@@ -73,6 +73,9 @@ class ExtractConfig(_Section):
     def _backend_knows(self) -> ExtractConfig:
         if self.backend == "vllm-server" and not self.servers:
             raise ValueError("backend: vllm-server needs servers, a list of URLs")
+        for url in self.servers:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"servers: {url!r} is no URL: write http://{url}")
         if self.cache == "sampled" and self.backend != "hf":
             raise ValueError("cache: sampled needs the whole softmax, which only backend: hf has")
         return self
@@ -169,14 +172,20 @@ class TrainConfig(_Section):
     torch_compile: bool = False
     router_weight: float | None = Field(None, ge=0, description="of a mixture of experts' router loss; None: its own")
     save_steps: int = Field(500, ge=1, description="optimiser steps between checkpoints and held-out scores")
+    save_total_limit: int = Field(2, ge=1, description="checkpoints kept; the best one by held-out score among them")
     final: Literal["last", "best"] = Field("last", description="the step that becomes the target; best: held-out")
     logging_steps: int = Field(10, ge=1)
     report_to: list[str] = Field([], description="tensorboard, wandb, or others that transformers' Trainer knows")
     workers: int = Field(0, ge=0, description="processes that prepare batches")
+    timeout_minutes: float = Field(
+        60.0, gt=0, description="how long one process waits for the others (NCCL, gloo) before the run ends"
+    )
     loss_budget_bytes: int | None = Field(None, gt=0, description="memory for one chunk of logits")
     sft_control: bool = Field(True, description="also train on the same data, steps, order and seed with λ = 1")
     lora: LoraConfig | None = None
-    quantization: Literal["4bit", "8bit"] | None = Field(None, description="of the frozen weights under lora (QLoRA)")
+    quantization: Literal["4bit", "8bit"] | None = Field(
+        None, description="of the frozen weights under lora (QLoRA), by bitsandbytes"
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> TrainConfig:
@@ -209,6 +218,7 @@ class MergeConfig(_Section):
 class EvalConfig(_Section):
     """Held-out bits per byte with bootstrap intervals over dialogues."""
 
+    sources: bool = Field(True, description="score the sources too; each must fit one device")
     bootstrap_samples: int = Field(2000, ge=100)
     confidence: float = Field(0.95, gt=0, lt=1)
 

@@ -15,6 +15,10 @@ from fusechat.errors import FormatError
 from fusechat.store import ALIGNED_FORMAT, TOPK_FORMAT, Store, row_positions
 from fusechat.tokenizer import load_tokenizer
 
+_NO_LINE = (
+    "request", "shards", "skipped", "losses", "groups", "merged_to", "merges", "nll", "content_bytes", "categories",
+)  # fmt: skip
+
 
 def describe(path: Path) -> tuple[str, Json]:
     """Return what the artefact at `path` is, in a word, and its manifest.
@@ -90,7 +94,7 @@ def _kind_name(kind: int) -> str:
 
 def summary(kind: str, manifest: Json) -> dict[str, str]:
     """Return the facts of a manifest worth a line each, as text, without lists of shards and requests."""
-    facts = {k: v for k, v in manifest.items() if k not in ("request", "shards", "skipped", "losses", "groups")}
+    facts = {key: value for key, value in manifest.items() if key not in _NO_LINE}
     if kind in (TOPK_FORMAT, ALIGNED_FORMAT):
         shards = manifest["shards"]
         facts["shards"] = len(shards)

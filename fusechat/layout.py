@@ -55,6 +55,11 @@ class Layout:
         return self.out / "results.json"
 
     @property
+    def scores(self) -> Path:
+        """What every model spent on every held-out dialogue, from which the table of results is made."""
+        return self.out / "scores.json"
+
+    @property
     def report(self) -> Path:
         """The report a person reads; its Markdown and JSON stand beside it."""
         return self.out / "report.html"

@@ -6,6 +6,7 @@ out/align/NAME/      AlignedStore of every source
 out/targets/NAME/    one target per source (`multi` when all teach at once), and `sft`, the control
 out/merged/          the fused model
 out/results.json     held-out bits per byte of all of them
+out/scores.json      the same, dialogue by dialogue
 out/categories.json  the category of every dialogue that was fused on
 out/stages.jsonl     what each stage took
 out/report.html      what came out, for people; report.md and report.json beside it
@@ -220,17 +221,18 @@ def _merge(config: RunConfig, layout: Layout, names: list[str], validation: list
 
 def _evaluate(config: RunConfig, layout: Layout, names: list[str], held_out: list[Dialogue], report: Reporter) -> Json:
     from fusechat.checkpoint import checkpoint_sha256, resolve_model
-    from fusechat.evaluate.bpb import results_table, score_models
+    from fusechat.evaluate.bpb import SCORES_FORMAT, paired_differences, results_table, score_models
 
     targets = names + [SFT] * config.train.sft_control
     models: dict[str, Any] = {"pivot": config.pivot}
-    models |= {f"source {source_name(s)}": s.model for s in config.sources}
+    if config.eval.sources:
+        models |= {f"source {source_name(s)}": s.model for s in config.sources}
     models |= {SFT if name == SFT else f"target {name}": layout.target(name) for name in targets}
     models["merged"] = layout.merged
     request = {
         "held_out_fingerprint": dataset_fingerprint(held_out),
         "models": {name: checkpoint_sha256(resolve_model(str(model))) for name, model in models.items()},
-        "eval": config.eval.model_dump(),
+        "eval": config.eval.model_dump(exclude={"sources"}),  # `models` says it
         "seed": config.seed,
     }
     if layout.results.exists():
@@ -248,19 +250,26 @@ def _evaluate(config: RunConfig, layout: Layout, names: list[str], held_out: lis
         batch_tokens=config.extract.batch_tokens,
         progress=report.stage("evaluate", "models"),
     )
+    bootstrap: Json = {
+        "samples": config.eval.bootstrap_samples, "confidence": config.eval.confidence, "seed": config.seed,
+    }  # fmt: skip
+    against = SFT if config.train.sft_control else "pivot"
     results = {
         "format": RESULTS_FORMAT,
         "version": 1,
-        **results_table(
-            scores,
-            held_out,
-            against=SFT if config.train.sft_control else "pivot",
-            samples=config.eval.bootstrap_samples,
-            confidence=config.eval.confidence,
-            seed=config.seed,
-        ),
+        **results_table(scores, held_out, against=against, **bootstrap),
+        "merged_to": paired_differences(scores, of="merged", to=[f"target {name}" for name in names], **bootstrap),
         "request": request,
     }
+    kept = {
+        "format": SCORES_FORMAT,
+        "version": 1,
+        "held_out_fingerprint": request["held_out_fingerprint"],
+        "categories": [dialogue.category for dialogue in held_out],
+        "content_bytes": scores[against].content_bytes.tolist(),
+        "nll": {name: one.nll_json for name, one in scores.items()},
+    }
+    write_json(layout.scores, kept)
     write_json(layout.results, results)
     report.done("evaluate", f"{results['n_dialogues']} held-out dialogues")
     return results

@@ -10,7 +10,7 @@ A *row* belongs to a position t whose next token t+1 is the assistant's: the dis
 
 Log-probabilities are natural and of the full softmax at temperature 1. An absent entry has id 0 and log-probability
 −inf. Beside the columns a shard holds offset.token and offset.row, int64[n+1]. Later versions may add columns.
-On disk the token columns are packed (fusechat/packing.py).
+On disk the token columns and the gold log-probabilities are packed (fusechat/packing.py).
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ from safetensors.numpy import save_file
 from fusechat.artifact import MANIFEST, Json, read_json, read_manifest, verify_shards
 from fusechat.checkpoint import map_tensors
 from fusechat.errors import FormatError
-from fusechat.packing import is_packed, pack, unpack
+from fusechat.packing import is_packed, pack, unpack, unpacked_names, what_does_not_fit
 
 TOPK_FORMAT = "fusechat.topk"
+TOPK_VERSION = 2  # 1 had every gold token's id and log-probability as they are, which is still read
 ALIGNED_FORMAT = "fusechat.aligned"
+_NEWEST = {TOPK_FORMAT: TOPK_VERSION, ALIGNED_FORMAT: 1}
 MAX_UINT16_VOCAB = 65_536
 
 Array = npt.NDArray[Any]
@@ -64,9 +66,11 @@ class Block:
 
     def at(self, i: int) -> dict[str, Array]:
         """Return dialogue i's part of every column, as views."""
-        place = {axis: slice(int(ends[i]), int(ends[i + 1])) for axis, ends in self.offsets.items()}
-        place["dialogue"] = slice(i, i + 1)
-        return {key: values[place[key[: key.index(".")]]] for key, values in self.columns.items()}
+        return {key: self.column(key, i) for key in self.columns}
+
+    def column(self, key: str, i: int) -> Array:
+        """Return dialogue i's part of one column, as a view."""
+        return self.columns[key][self._range(key, i)]
 
     def part(self, begin: int, end: int) -> Block:
         """Return dialogues begin..end as a block of views."""
@@ -101,7 +105,7 @@ def make_block(dialogues: Iterable[Mapping[str, Array]]) -> Block:
 
 
 def write_block(path: Path, block: Block) -> None:
-    """Write a block as one safetensors file, its token columns packed; raises OSError when it cannot be written."""
+    """Write a block as one safetensors file, packed; raises OSError when it cannot be written."""
     columns, offsets = pack(block.columns, block.offsets)
     tensors = {key: np.ascontiguousarray(values) for key, values in columns.items()}
     tensors |= {f"offset.{axis}": ends for axis, ends in offsets.items()}
@@ -113,7 +117,7 @@ def write_block(path: Path, block: Block) -> None:
 
 def map_block(path: Path) -> Block:
     """Open a shard, its rows memory-mapped; raises FormatError when it is truncated, foreign or inconsistent."""
-    return _unpacked(_map_stored(path))
+    return _unpacked(map_stored(path))
 
 
 def _unpacked(block: Block) -> Block:
@@ -124,7 +128,8 @@ def _unpacked(block: Block) -> Block:
     return Block(columns=columns, offsets=offsets)
 
 
-def _map_stored(path: Path) -> Block:
+def map_stored(path: Path) -> Block:
+    """Open a shard as it lies on disk; raises FormatError as `map_block` does."""
     tensors = map_tensors(path)
     columns = {name: values for name, values in tensors.items() if not name.startswith("offset.")}
     offsets = {name.partition(".")[2]: values for name, values in tensors.items() if name.startswith("offset.")}
@@ -136,19 +141,37 @@ def _map_stored(path: Path) -> Block:
         ends = offsets.get(axis, np.arange(n + 1)) if axis != "dialogue" else np.arange(n + 1)
         if len(ends) != n + 1 or ends[0] != 0 or ends[-1] != len(values) or (np.diff(ends) < 0).any():
             raise FormatError(f"{path} has offsets that do not fit {key}: remove its store and run the stage again")
-    if is_packed(columns):
-        _check_turns(path, columns, offsets)
+    wrong = what_does_not_fit(columns, offsets) if is_packed(columns) else None
+    if wrong is not None:
+        raise FormatError(f"{path} has {wrong} that do not fit its tokens: remove its store and run the stage again")
     return Block(columns=columns, offsets=offsets)
 
 
-def _check_turns(path: Path, columns: Mapping[str, Array], offsets: Mapping[str, npt.NDArray[np.int64]]) -> None:
-    begin, end = columns["turn.begin"].astype(np.int64), columns["turn.end"].astype(np.int64)
-    dialogue = np.repeat(np.arange(len(offsets["turn"]) - 1), np.diff(offsets["turn"]))
-    masked = np.zeros(len(offsets["turn"]) - 1, dtype=np.int64)
-    np.add.at(masked, dialogue, end - begin)
-    fits = (begin >= 0) & (begin <= end) & (end <= np.diff(offsets["token"])[dialogue])
-    if not fits.all() or not np.array_equal(masked, np.diff(offsets["masked"])):
-        raise FormatError(f"{path} has turns that do not fit its tokens: remove its store and run the stage again")
+class Record(Mapping[str, Array]):
+    """One dialogue's columns, its rows as views; what is packed is unpacked when some of it is first asked for."""
+
+    __slots__ = ("_block", "_i", "_unpacked")
+
+    def __init__(self, block: Block, i: int) -> None:
+        self._block = block
+        self._i = i
+        self._unpacked: Mapping[str, Array] = {}
+
+    def __getitem__(self, key: str) -> Array:
+        block = self._block
+        if key in block.columns and not (key.startswith("token.") and is_packed(block.columns)):
+            return block.column(key, self._i)
+        if not self._unpacked and is_packed(block.columns):
+            tokens, turns = (np.diff(block.offsets[axis][self._i : self._i + 2]) for axis in ("token", "turn"))
+            self._unpacked = unpack(block.at(self._i), np.append(0, tokens), np.append(0, turns))
+        return self._unpacked[key]
+
+    def __iter__(self) -> Iterator[str]:
+        columns = self._block.columns
+        return iter(unpacked_names(columns) if is_packed(columns) else columns)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 class Store:
@@ -160,10 +183,10 @@ class Store:
 
     def __init__(self, directory: Path, expected_format: str, *, verify: bool = True) -> None:
         self.directory = Path(directory)
-        self.manifest: Json = read_manifest(self.directory, expected_format)
+        self.manifest: Json = store_manifest(self.directory, expected_format)
         if verify:
             verify_shards(self.directory, self.manifest)
-        self._shards = [_map_stored(self.directory / shard["file"]) for shard in self.manifest["shards"]]
+        self._shards = [map_stored(self.directory / shard["file"]) for shard in self.manifest["shards"]]
         self._place = {
             int(index): (s, i)
             for s, shard in enumerate(self._shards)
@@ -187,14 +210,16 @@ class Store:
         """Return the shard that holds a dialogue and its place there; raises KeyError when this store skipped it."""
         return self._place[dialogue]
 
-    def __getitem__(self, dialogue: int) -> dict[str, Array]:
-        """Return the columns of one dialogue, its rows as views; raises KeyError when this store skipped it."""
+    def __getitem__(self, dialogue: int) -> Record:
+        """Return the columns of one dialogue; raises KeyError when this store skipped it."""
         number, i = self._place[dialogue]
-        shard = self._shards[number]
-        record = shard.at(i)
-        if not is_packed(record):
-            return record
-        return unpack(record, np.array([0, len(record["token.input_ids"])]), np.array([0, len(record["turn.begin"])]))
+        return Record(self._shards[number], i)
+
+    def n_tokens(self, dialogue: int) -> int:
+        """Return a dialogue's number of tokens; raises KeyError when this store skipped it."""
+        number, i = self._place[dialogue]
+        begin, end = self._shards[number].offsets["token"][i : i + 2]
+        return int(end - begin)
 
     @property
     def n_shards(self) -> int:
@@ -206,6 +231,11 @@ class Store:
         return _unpacked(self._shards[i])
 
 
+def store_manifest(directory: Path, expected_format: str) -> Json:
+    """Return a complete store's manifest; raises FormatError for what is not one, or too new."""
+    return read_manifest(directory, expected_format, newest=_NEWEST.get(expected_format, 1))
+
+
 def format_of(directory: Path) -> str:
     """Return the format a complete artefact's manifest names; raises FormatError when there is none."""
     manifest = read_json(directory / MANIFEST)
@@ -214,7 +244,7 @@ def format_of(directory: Path) -> str:
 
 def same_vocabulary(one: Path, other: Path) -> bool:
     """Return whether two TopKStores have byte-identical vocabularies; raises FormatError when one is not complete."""
-    tables = [read_manifest(directory, TOPK_FORMAT).get("tokenizer_sha256") for directory in (one, other)]
+    tables = [store_manifest(directory, TOPK_FORMAT).get("tokenizer_sha256") for directory in (one, other)]
     return tables[0] is not None and tables[0] == tables[1]
 
 

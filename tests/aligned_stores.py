@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from fusechat.artifact import ShardedWriter
 from fusechat.bytetable import ByteTable, token_byte_ends
-from fusechat.store import TOPK_FORMAT, id_dtype, make_block, write_block
+from fusechat.store import TOPK_FORMAT, TOPK_VERSION, id_dtype, make_block, write_block
 
 TEXTS = [
     "Once upon a time there was a little girl named Lily.",
@@ -65,7 +65,12 @@ def write_store(
     tokenizer.save(str(model / "tokenizer.json"))
     table = ByteTable.from_tokenizer(tokenizer, tokenizer.get_vocab_size() + 5)
     rng = np.random.default_rng(seed)
-    request = {"format": TOPK_FORMAT, "version": 1, "dataset_fingerprint": data, "tokenizer_sha256": table.sha256}
+    request = {
+        "format": TOPK_FORMAT,
+        "version": TOPK_VERSION,
+        "dataset_fingerprint": data,
+        "tokenizer_sha256": table.sha256,
+    }
     writer = ShardedWriter(out, request | {"vocab_size": len(table), "top_k": k, "seed": seed})
     end = int(np.flatnonzero(np.isin(table.roles, (2, 3)))[0])
     kept = [i for i in range(len(TEXTS)) if i not in skip]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,3 +145,22 @@ def reported_run(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory
     (folder / "run.yaml").write_text(yaml.safe_dump(values))
     run(folder / "run.yaml")
     return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def judge(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that answers every dialogue with one rating, for real vLLM."""
+    from vllm_server import make_judge
+
+    return make_judge(tmp_path_factory.mktemp("judge") / "tiny", tiny_world.pivot)
+
+
+@pytest.fixture(scope="session")
+def judge_server(judge: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The root of the API of a real vLLM server of `judge`: one for all tests, for it takes half a minute to start."""
+    from vllm_server import API_KEY, vllm_server
+
+    options = ("--dtype", "float32", "--max-model-len", "512", "--max-logprobs", "8", "--no-enable-prefix-caching")
+    names = ("--served-model-name", "judge", "--api-key", API_KEY)
+    with vllm_server(judge, tmp_path_factory.mktemp("serve"), *options, *names) as url:
+        yield url

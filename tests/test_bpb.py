@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fusechat.errors import DataError
-from fusechat.evaluate.bpb import Scores, common_dialogues, results_table
+from fusechat.evaluate.bpb import Scores, common_dialogues, paired_differences, results_table
 from fusechat.records import Dialogue
 
 
@@ -48,3 +48,24 @@ def test_a_category_named_as_the_whole_is_refused() -> None:
         results_table(
             scores, [Dialogue(messages=(), category="overall")] * 2, against="a", samples=9, confidence=0.95, seed=0
         )
+
+
+def test_differences_of_one_model_to_others_are_those_of_resampled_dialogues() -> None:
+    """Catches a sign turned in the value and not in the bounds, and dialogues that one model lacks."""
+    rng = np.random.default_rng(4)
+    size = rng.integers(20, 200, 40)
+    nll = {name: size * rng.normal(level, 0.1, 40) for name, level in (("merged", 1.0), ("a", 1.1), ("b", 1.0))}
+    nll["b"][7] = np.nan
+    scores = {name: Scores(nll=values, content_bytes=size) for name, values in nll.items()}
+    found = paired_differences(scores, of="merged", to=["a", "b"], samples=4000, confidence=0.9, seed=0)
+    known = np.flatnonzero(np.arange(40) != 7)
+    for name in ("a", "b"):
+        gap = (nll["merged"] - nll[name]) / np.log(2)
+        value, low, high = found[name]["difference"]
+        assert value == pytest.approx(gap[known].sum() / size[known].sum())
+        picks = rng.choice(known, (4000, len(known)))
+        resampled = gap[picks].sum(1) / size[picks].sum(1)
+        assert [low, high] == pytest.approx(np.quantile(resampled, [0.05, 0.95]), abs=0.005)
+        assert found[name]["p_holm"] >= found[name]["p"]
+    assert found["a"]["difference"][2] < 0
+    assert found["a"]["p_holm"] == pytest.approx(2 * found["a"]["p"])

@@ -107,6 +107,34 @@ def test_published_win_rates_are_reproduced_from_the_annotations(shared_data: Pa
 
 
 @pytest.mark.peer
+def test_length_controlled_rates_differ_by_a_paired_interval_that_knows_of_the_fit(shared_data: Path) -> None:
+    """Catches the package's own error, which takes the fit as known, and groups that differ between the models."""
+    pytest.importorskip("alpaca_eval", reason="the package alpaca_eval is not here: see the head of this file")
+    root = shared_data / "chat/alpaca_eval"
+    names = ("gpt-3.5-turbo-1106", "FuseChat-Llama-3.1-8B-Instruct")
+    files = [root / f"results/{name}/weighted_alpaca_eval_gpt4_turbo/annotations.json" for name in names]
+    fits: list[tuple[int, int]] = []
+    models = win_rates(
+        dict(zip(names, map(load_annotations, files), strict=True)),
+        reference=load_outputs(root / "results/gpt4_1106_preview/model_outputs.json"),
+        gamed=shared_data / "chat/fuseeval/IF-Eval/AlpacaEval-2/ref_data/df_gamed.csv",
+        samples=100,
+        progress=lambda done, of: fits.append((done, of)),
+    )["models"]
+    assert fits[-1] == (42, 42)
+    levels = [models[name]["length_controlled_winrate"] for name in names]
+    for name, level in zip(names, levels, strict=True):
+        value, low, high = models[name]["length_controlled_interval"]["length_controlled_winrate"]
+        assert value == level
+        assert (high - low) / 2 > 1.96 * models[name]["lc_standard_error"]
+    paired = models[names[1]]["length_controlled_interval"]
+    value, low, high = paired["difference_to_gpt-3.5-turbo-1106"]
+    assert value == pytest.approx(levels[1] - levels[0])
+    assert 40 < low < value < high < 52
+    assert paired["p_holm"] < 1e-6
+
+
+@pytest.mark.peer
 def test_a_judge_process_annotates_and_nothing_is_asked_for_twice(judge: Judge, files: dict[str, Path]) -> None:
     before = _package_files()
     with pytest.raises(EndpointError, match="revoked"):

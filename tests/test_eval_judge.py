@@ -250,6 +250,8 @@ def test_the_command_shows_what_could_not_be_rated(bench: Bench, judge: Judge, m
     line = next(line for line in done.output.splitlines() if label in line)
     assert line.split()[-2:] == [str(N_QUESTIONS * N_TURNS)] * N_MODELS
     assert "1.00…10.00" in done.output
+    every = N_QUESTIONS * N_TURNS * N_MODELS
+    assert f"{every} of {every} judgments have no rating on the scale" in done.output
     assert "–" in next(line for line in done.output.splitlines() if line.startswith("overall"))
 
 

@@ -1,18 +1,13 @@
-"""A real vLLM as judge and as the model that answers; `make test-vllm` makes its environment.
-
-The judge is a tiny Llama taught, in seconds, to end every dialogue with a rating: what is tested is the protocol.
-"""
+"""A real vLLM as judge and as the model that answers; `make test-vllm` makes its environment."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from vllm_server import vllm_server
+from vllm_server import API_KEY, VERDICT
 
 from fusechat.evaluate.answers import answer_benchmark
 from fusechat.evaluate.benchmark import load_benchmark
@@ -24,54 +19,8 @@ from fusechat.evaluate.ratings import ratings_table
 pytestmark = pytest.mark.vllm
 pytest.importorskip("vllm", reason="vLLM is not installed: run `make test-vllm`")
 
-VERDICT = "Rating: [[7]]"
 NAMES = ("single-v1", "single-math-v1", "single-v1-multi-turn", "single-math-v1-multi-turn")
 TEMPLATES = ("{question} {answer}", "{ref_answer_1} {question} {answer}")
-
-
-@pytest.fixture(scope="module")
-def model(tiny_world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama with heads of 32, the smallest that vLLM's CPU attention takes, that answers VERDICT to anything."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("judge") / "tiny"
-    tokenizer = AutoTokenizer.from_pretrained(tiny_world.pivot)
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    lm = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
-    verdict = tokenizer(VERDICT + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
-    header = tokenizer("<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
-    optimizer = torch.optim.AdamW(lm.parameters(), lr=3e-3)
-    for _ in range(120):
-        length = int(torch.randint(4, 200, ()))
-        prompts = torch.randint(3, len(tokenizer), (8, length))
-        tail = torch.tensor([header + verdict]).expand(8, -1)
-        input_ids = torch.cat([prompts, tail], dim=1)
-        labels = input_ids.clone()
-        labels[:, : -len(verdict)] = -100
-        lm(input_ids=input_ids, labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    lm.eval().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    options = ("--dtype", "float32", "--max-model-len", "512", "--served-model-name", "judge", "--api-key", "sk-right")
-    with vllm_server(model, tmp_path_factory.mktemp("serve"), *options) as url:
-        yield url
 
 
 @pytest.fixture
@@ -95,17 +44,17 @@ def files(tmp_path: Path) -> dict[str, Path]:
 
 
 def _endpoint(url: str, **options: Any) -> Endpoint:
-    return Endpoint(url=url, **({"model": "judge", "api_key": "sk-right", "retries": 1, "backoff_s": 0.1} | options))
+    return Endpoint(url=url, **({"model": "judge", "api_key": API_KEY, "retries": 1, "backoff_s": 0.1} | options))
 
 
-def test_a_vllm_server_judges(server: str, files: dict[str, Path]) -> None:
+def test_a_vllm_server_judges(judge_server: str, files: dict[str, Path]) -> None:
     answers = {"tiny": files.pop("tiny")}
     sampling = Sampling(max_tokens=24)
     with pytest.raises(EndpointError, match="refuses the API key"):
-        judge_answers(answers, **files, endpoint=_endpoint(server, api_key="sk-wrong"), sampling=sampling)
+        judge_answers(answers, **files, endpoint=_endpoint(judge_server, api_key="sk-wrong"), sampling=sampling)
     with pytest.raises(EndpointError, match="knows no model other"):
-        judge_answers(answers, **files, endpoint=_endpoint(server, model="other"), sampling=sampling)
-    rows = judge_answers(answers, **files, endpoint=_endpoint(server), sampling=sampling)
+        judge_answers(answers, **files, endpoint=_endpoint(judge_server, model="other"), sampling=sampling)
+    rows = judge_answers(answers, **files, endpoint=_endpoint(judge_server), sampling=sampling)
     assert len(rows) == 8
     assert all(row["score"] == parse_rating(row["judgment"]) for row in rows)
     assert sum(row["judgment"].strip() == VERDICT for row in rows) >= 6
@@ -115,8 +64,8 @@ def test_a_vllm_server_judges(server: str, files: dict[str, Path]) -> None:
         assert len(file.readlines()) == 8
 
 
-def test_a_vllm_server_gives_the_log_probabilities_that_alpaca_eval_reads(server: str) -> None:
-    choice = Client(endpoint=_endpoint(server)).chat(
+def test_a_vllm_server_gives_the_log_probabilities_that_alpaca_eval_reads(judge_server: str) -> None:
+    choice = Client(endpoint=_endpoint(judge_server)).chat(
         [{"role": "user", "content": "m or M?"}], max_tokens=1, temperature=1, logprobs=True, top_logprobs=5
     )
     top = choice["logprobs"]["content"][0]["top_logprobs"]
@@ -125,7 +74,7 @@ def test_a_vllm_server_gives_the_log_probabilities_that_alpaca_eval_reads(server
 
 
 def test_vllm_in_process_answers_as_transformers_does(
-    model: Path, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    judge: Path, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
@@ -136,9 +85,9 @@ def test_vllm_in_process_answers_as_transformers_does(
 
     memory = {"kv_cache_memory_bytes": 100_000_000} if current_platform.is_cpu() else {"gpu_memory_utilization": 0.3}
     writers = {
-        "hf": lambda: HfWriter(str(model), template="own", block=4, dtype="float32"),
+        "hf": lambda: HfWriter(str(judge), template="own", block=4, dtype="float32"),
         "vllm": lambda: VllmWriter(
-            str(model), template="own", block=4, dtype="float32", enforce_eager=True, max_model_len=512, **memory
+            str(judge), template="own", block=4, dtype="float32", enforce_eager=True, max_model_len=512, **memory
         ),
     }
     for name, writer in writers.items():

@@ -265,3 +265,5 @@ def test_a_server_of_another_model_under_the_right_name_is_detected(
 def test_servers_are_asked_for_and_only_by_their_backend(tmp_path: Path, dialogues: Any) -> None:
     with pytest.raises(ConfigError, match="needs servers"):
         fusechat.extract("x", dialogues, tmp_path / "s", backend="vllm-server")
+    with pytest.raises(ConfigError, match="'localhost:8000' is no URL: write http://localhost:8000"):
+        fusechat.extract("x", dialogues, tmp_path / "s", backend="vllm-server", servers=["localhost:8000"])

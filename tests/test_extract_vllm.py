@@ -12,19 +12,24 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from extract_world import check_store, make_hd32_model, manifest, shard_bytes, stores_agree
-from vllm_server import vllm_server
+from vllm_server import API_KEY
 
 import fusechat
+from fusechat.demo import fusion, world
 from fusechat.dialogue import load_dialogues
 from fusechat.errors import ConfigError, FusechatError
+from fusechat.extract.backend import open_scorer
 from fusechat.extract.child import ChildEngine
+from fusechat.extract.fast_driver import kept_tensors
+from fusechat.extract.flat_lists import extended_lists
+from fusechat.extract.task import open_work
 from fusechat.records import Dialogue
 from fusechat.store import open_topk, row_positions
 
@@ -37,6 +42,12 @@ def quick_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """No second process for the engine's core and no compiling: they cost most of a minute a start."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine in this process, not in a child: importing vLLM takes longer than what is tested."""
+    monkeypatch.setattr(sys.modules["fusechat.extract"], "engines_of", lambda task, _: [open_work(task, open_scorer)])
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +112,7 @@ def test_rows_are_the_models_own_and_a_killed_engine_resumes(
 
 
 @pytest.mark.parametrize("name", ["stories260K-hd32", "babyllama-tok105-hd32", "aidreams231K-hd32"])
+@pytest.mark.usefixtures("in_process")
 def test_real_models_agree_with_hf(shared_data: Path, tmp_path: Path, name: str) -> None:
     model = shared_data / "models" / name
     text = shared_data / "derived" / "tinystories_dev.txt"
@@ -112,6 +124,7 @@ def test_real_models_agree_with_hf(shared_data: Path, tmp_path: Path, name: str)
     check_store(tmp_path / "vllm", model)
 
 
+@pytest.mark.usefixtures("in_process")
 def test_every_row_is_of_the_token_after_it(tiny_world: Any, tmp_path: Path) -> None:
     """Computed by hand: a model without layers whose head follows the cycle id → id + 1 of its embeddings."""
     import torch
@@ -144,27 +157,23 @@ def test_every_row_is_of_the_token_after_it(tiny_world: Any, tmp_path: Path) -> 
         np.testing.assert_array_equal(record["row.ids"][:, 0], (record["token.input_ids"][rows] + 1) % size)
 
 
-@pytest.fixture(scope="module")
-def server(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    options = ("--dtype", "float32", "--max-model-len", "202", "--max-logprobs", "8", "--no-enable-prefix-caching")
-    with vllm_server(directory, tmp_path_factory.mktemp("serve"), *options) as url:
-        yield url
-
-
 def test_a_real_server_agrees_with_hf(
-    server: str, directory: Path, dialogues: list[Dialogue], by_hf: Path, tmp_path: Path
+    judge_server: str, judge: Path, dialogues: list[Dialogue], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = OPTIONS | {"backend": "vllm-server", "servers": [server]}
-    manifest = fusechat.extract(str(directory), dialogues, tmp_path / "s", **options)
-    check_store(tmp_path / "s", directory)
-    stores_agree(tmp_path / "s", by_hf)
+    monkeypatch.setenv("FUSECHAT_SERVER_API_KEY", API_KEY)
+    fusechat.extract(str(judge), dialogues, tmp_path / "hf", **OPTIONS)
+    options = OPTIONS | {"backend": "vllm-server", "servers": [judge_server]}
+    manifest = fusechat.extract(str(judge), dialogues, tmp_path / "s", **options, served_model="judge")
+    check_store(tmp_path / "s", judge)
+    stores_agree(tmp_path / "s", tmp_path / "hf")
     assert manifest["engines"][0]["version"]
     with pytest.raises(FusechatError, match="refuses"):
-        fusechat.extract(str(directory), dialogues, tmp_path / "t", **options | {"top_k": 9})
-    with pytest.raises(FusechatError, match=r"serves .*, not "):
-        fusechat.extract(str(directory), dialogues, tmp_path / "t", **options, served_model="another")
+        fusechat.extract(str(judge), dialogues, tmp_path / "t", **options | {"top_k": 9}, served_model="judge")
+    with pytest.raises(FusechatError, match=r"serves judge, not another"):
+        fusechat.extract(str(judge), dialogues, tmp_path / "t", **options, served_model="another")
 
 
+@pytest.mark.usefixtures("in_process")
 def test_what_vllm_refuses_is_one_line(directory: Path, dialogues: list[Dialogue], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="refuses") as error:
         fusechat.extract(
@@ -172,6 +181,29 @@ def test_what_vllm_refuses_is_one_line(directory: Path, dialogues: list[Dialogue
         )
     assert "\n" not in str(error.value)
     assert not (tmp_path / "s").exists()
+
+
+def test_this_vllm_takes_both_patches() -> None:
+    with extended_lists() as replaced, kept_tensors():
+        assert replaced
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_demo_of_few_steps_runs_on_vllm_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its four models of three architectures, and every stage behind them; what comes of it is the slow test's."""
+    few = {"train_dialogues": 32}
+    monkeypatch.setattr(world, "TRAIN_DIALOGUES", 32)
+    monkeypatch.setattr(world, "HELD_OUT_DIALOGUES", 40)
+    monkeypatch.setattr(world, "PIVOT", replace(world.PIVOT, **few))
+    monkeypatch.setattr(world, "SOURCES", tuple(replace(spec, **few) for spec in world.SOURCES))
+    monkeypatch.setitem(fusion.SETTINGS, "train", fusion.SETTINGS["train"] | {"epochs": 1})
+    outcome = fusion.fuse_demo(tmp_path, backend="vllm")
+    assert outcome.answers.keys() == {"pivot", "SFT", "merged"}
+    assert "merged" in outcome.results["groups"]["overall"]["models"]
+    stores = sorted((tmp_path / "run" / "extract").iterdir())
+    assert len(stores) == 4
+    for store in stores:
+        assert [engine["name"] for engine in manifest(store)["engines"]] == ["vllm"]
 
 
 @pytest.mark.slow

@@ -194,6 +194,48 @@ def test_threads_and_fallbacks_do_not_change_a_bit(tmp_path: Path, kind: str) ->
     np.testing.assert_allclose(selection["energy"], (targets[:, chosen].astype(np.float64) ** 2).sum(1), rtol=1e-12)
 
 
+@pytest.mark.parametrize("variant", ["paper", "mergekit"])
+@pytest.mark.parametrize("dtypes", [["BF16"] * 6, ["BF16", "F32", "BF16", "F16", "BF16", "BF16"]])
+def test_carried_and_reread_segments_merge_alike(tmp_path: Path, variant: Any, dtypes: list[str]) -> None:
+    """Catches a difference between what waits in the output's place and what is read again: a bf16 output is carried to,
+    but for one segment with more candidates than its place holds; a float32 output of a bf16 base is not. Some keys
+    overflow fp32, others vanish there."""
+    rng = np.random.default_rng(9)
+    n = 4 * ONE_SEGMENT + 777
+    base, targets = random_model(9, n, 5)
+    busy = slice(ONE_SEGMENT, ONE_SEGMENT + 20_000)
+    targets[:, busy] = to_bf16((base[busy] + rng.normal(0, 0.1, (5, 20_000))).astype(np.float32))
+    targets[:, 5000:9000] = base[5000:9000] = 0
+    targets[3, 5000:9000] = 2.0**-24
+    targets[1, [7, 3 * ONE_SEGMENT]] = to_bf16(np.array([3e20, -3e20], np.float32))
+    options = sce_options(0.06, variant)
+    carried, report = run(tmp_path, base, targets, dtypes=dtypes, out_dtype="BF16", **options)
+    threaded, same = run(tmp_path, base, targets, dtypes=dtypes, out_dtype="BF16", threads=3, **options)
+    assert carried.tobytes() == threaded.tobytes()
+    assert report == same
+    reread, other = run(tmp_path, base, targets, dtypes=dtypes, out_dtype="F32", **options)
+    np.testing.assert_array_equal(carried, to_bf16(reread))
+    for key in ("selections", "weights", "n_touched", "n_conflicts"):
+        assert report[key] == other[key]
+    for key in ("energy", "kept_energy", "update_energy"):
+        np.testing.assert_allclose(report[key], other[key], rtol=1e-9)
+
+
+def test_checksums_are_xxh64(tmp_path: Path) -> None:
+    """Catches a hash of our own making, by xxHash's published values, and chunks hashed out of place."""
+    known = {b"": 0xEF46DB3751D8E999, b"xxhash": 0x32DD38952C4BC720}
+    known[b"Nobody inspects the spammish repetition"] = 0xFBCEA83C8A378BF1
+    for data, expected in known.items():
+        assert _native.xxh64(data) == expected
+    base, targets = random_model(3, 2 * ONE_SEGMENT + 5, 2)
+    _, report = run(tmp_path, base, targets, threads=2, dtypes="BF16", out_dtype="BF16", **sce_options(0.1, "paper"))
+    written = (tmp_path / "out").read_bytes()[4:]
+    chunks = [_native.xxh64(written[i : i + 32768]) for i in range(0, len(written), 32768)]
+    assert report["checksum"] == _native.xxh64(np.array(chunks, np.uint64).tobytes())
+    with (tmp_path / "out").open("rb") as file:
+        assert _native.tensor_checksum(file.fileno(), 4, base.size, 2) == report["checksum"]
+
+
 def test_thresholds_of_several_targets_are_found_in_shared_passes(tmp_path: Path) -> None:
     """Catches a target that gets another's threshold, or is lost, when some need more passes than others: spread, tied
     a thousandfold, all one tie, nowhere near where a sample says."""

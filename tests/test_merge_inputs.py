@@ -89,6 +89,22 @@ def test_adapters_are_targets(family: dict[str, Path], tmp_path: Path, written_a
     expect(family, tmp_path / "out", formula)
 
 
+def test_an_adapter_of_the_base_counts(tmp_path: Path) -> None:
+    """Catches a base whose adapter is read and left out."""
+    rng = np.random.default_rng(0)
+    base = {"w.weight": rng.normal(0, 1, (501, 333)).astype(np.float32)}
+    target = {"w.weight": base["w.weight"] + rng.normal(0, 0.1, (501, 333)).astype(np.float32)}
+    paths = {name: write_model(tmp_path / name, model, dtype="F32") for name, model in (("base", base), ("a", target))}
+    a, b = factors(1, 501, 333)
+    adapter = write_adapter(tmp_path / "adapter", w=(a, b))
+    config = recipe(paths, "task_arithmetic", base_model=f"{paths['base']}+{adapter}")
+    config["models"] = [{"model": str(paths["a"]), "parameters": {"weight": 0.25}}]
+    merge(config, tmp_path / "out", threads=2)
+    merged = read_all(tmp_path / "out")["w.weight"]
+    moved = base["w.weight"] + 2.0 * b.astype(np.float64) @ a
+    np.testing.assert_allclose(merged, moved + 0.25 * (target["w.weight"] - moved), rtol=1e-6, atol=1e-6)
+
+
 def test_adapter_on_a_tensor_of_many_blocks(tmp_path: Path) -> None:
     """Catches rows that start in one tile and end in another."""
     rng = np.random.default_rng(0)

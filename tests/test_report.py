@@ -17,12 +17,11 @@ from report_attack import HOSTILE, hostile_facts
 from fusechat.errors import ConfigError
 from fusechat.layout import Layout
 from fusechat.report import report
-from fusechat.report.compare import compare, compare_page, unique_names
 from fusechat.report.conclusions import conclude, headline
 from fusechat.report.facts import SECTIONS, gather
 from fusechat.report.page import embedded_json, html_page, json_text, markdown_page
 from fusechat.report.sample import MAX_TOKEN_CHARACTERS, token_text
-from fusechat.report.words import duration, percent, signed
+from fusechat.report.words import duration, percent, rate, signed
 from fusechat.store import open_aligned, open_topk
 
 
@@ -254,24 +253,27 @@ def test_a_token_is_shown_on_one_line_and_cut() -> None:
 
 
 @pytest.mark.parametrize(
-    ("difference", "answer"),
+    ("difference", "p", "answer"),
     [
-        ([-0.2, -0.3, -0.1], "Yes, fusion beat SFT"),
-        ([0.2, 0.1, 0.3], "No, fusion did worse than SFT"),
-        ([-0.1, -0.3, 0.1], "No difference to SFT is shown"),
+        ([-0.2, -0.3, -0.1], 0.01, "Yes, fusion beat SFT"),
+        ([0.2, 0.1, 0.3], 0.01, "No, fusion did worse than SFT"),
+        ([-0.1, -0.3, 0.1], 0.4, "No difference to SFT is shown"),
+        ([-0.2, -0.3, -0.1], 0.12, "No difference to SFT is shown"),  # six dialogues: their bootstrap is too narrow
     ],
 )
-def test_the_answer_follows_the_interval(
-    reported_run: Path, tmp_path: Path, difference: list[float], answer: str
+def test_the_answer_follows_the_interval_and_the_test(
+    reported_run: Path, tmp_path: Path, difference: list[float], p: float, answer: str
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(reported_run, run)
     results = json.loads((run / "results.json").read_text())
-    results["groups"]["overall"]["models"]["merged"]["difference_to_sft"] = difference
+    results["groups"]["overall"]["models"]["merged"] |= {"difference_to_sft": difference, "p_holm": p}
     (run / "results.json").write_text(json.dumps(results))
     told = gather(Layout(out=run))
     assert headline(told["outcome"]) == answer
-    assert signed(difference[1]) in conclude(told)["outcome"][0]
+    first = conclude(told)["outcome"][0]
+    assert signed(difference[1]) in first
+    assert ("too few dialogues to tell" in first) == (p == 0.12)
 
 
 def test_shares_are_not_rounded_to_all_or_nothing() -> None:
@@ -279,33 +281,78 @@ def test_shares_are_not_rounded_to_all_or_nothing() -> None:
         "0 %", "100 %", ">99 %", "<1 %", "50 %", "n/a",
     ]  # fmt: skip
     assert percent(0.9996, 1) == ">99.9 %"
+    assert [rate(x, "models") for x in (1234.0, 1.0, 0.25, None)] == [
+        "1.23k models/s",
+        "1 models/s",
+        "4.0 s a model",
+        "n/a",
+    ]
     assert [duration(x) for x in (3.21, 61, 3599.7, 3700, 90000)] == [
         "3.2 s", "1 min 1 s", "1 h 0 min", "1 h 1 min", "1 d 1 h",
     ]  # fmt: skip
 
 
-def test_runs_stand_side_by_side_with_what_differs(reported_run: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other" / "run"
-    shutil.copytree(reported_run, other)
-    settings = (other / "config.yaml").read_text().replace("select_topk: 0.5", "select_topk: 1.0")
-    (other / "config.yaml").write_text(settings)
-    third = tmp_path / "begun"
-    third.mkdir()
-    shutil.copy(reported_run / "config.yaml", third)
-    compared = compare([reported_run, other, third])
-    assert len(compared["runs"]) == 3
-    assert compared["settings"] == {"merge.select_topk": dict(zip(compared["runs"], (0.5, 1.0, 0.5), strict=True))}
-    assert compared["warnings"] == []
-    assert "not evaluated yet" in list(compared["runs"].values())[2]["missing"]
-    page = compare_page(compared)
-    assert not Elements(page).addresses
-    assert "merge.select_topk" in page
-    with pytest.raises(ConfigError, match="twice"):
-        compare([other, other])
-    with pytest.raises(ConfigError, match="two runs"):
-        compare([other])
+def test_the_scores_kept_are_those_the_table_was_made_from(reported_run: Path) -> None:
+    kept = json.loads((reported_run / "scores.json").read_text())
+    results = json.loads((reported_run / "results.json").read_text())
+    bits = {name: sum(nll) / math.log(2) / sum(kept["content_bytes"]) for name, nll in kept["nll"].items()}
+    overall = results["groups"]["overall"]
+    assert {name: cell["bits_per_byte"][0] for name, cell in overall["models"].items()} == pytest.approx(bits)
+    assert kept["held_out_fingerprint"] == results["request"]["held_out_fingerprint"]
+    by_category = {name: kept["categories"].count(name) for name in set(kept["categories"])}
+    assert by_category == {n: g["n_dialogues"] for n, g in results["groups"].items() if n != "overall"}
+    assert results["merged_to"]["target source"]["difference"][0] == pytest.approx(
+        bits["merged"] - bits["target source"]
+    )
 
 
-def test_runs_are_named_by_what_tells_them_apart() -> None:
-    assert unique_names([Path("/a/b/run"), Path("/a/c/run")]) == ["b/run", "c/run"]
-    assert unique_names([Path("/a/b"), Path("/a/c")]) == ["b", "c"]
+@pytest.mark.parametrize(
+    ("difference", "answer"),
+    [
+        ([-0.2, -0.3, -0.1], "Merging improved on the best single target, source"),
+        ([0.2, 0.1, 0.3], "Merging lost against the best single target, source"),
+        ([0.1, -0.3, 0.3], "Merging shows no difference to the best single target, source"),
+    ],
+)
+def test_the_merge_is_compared_with_the_best_target_by_a_paired_interval(
+    reported_run: Path, tmp_path: Path, difference: list[float], answer: str
+) -> None:
+    run = shutil.copytree(reported_run, tmp_path / "run")
+    results = json.loads((run / "results.json").read_text())
+    results["merged_to"]["target source"]["difference"] = difference
+    (run / "results.json").write_text(json.dumps(results))
+    told = [line for line in conclude(gather(Layout(out=run)))["outcome"] if "single target" in line]
+    assert told[0].startswith(answer)
+    assert f"interval {signed(difference[1])} to {signed(difference[2])}, paired" in told[0]
+    del results["merged_to"]  # a run of before the pair was kept
+    (run / "results.json").write_text(json.dumps(results))
+    told = [line for line in conclude(gather(Layout(out=run)))["outcome"] if "single target" in line]
+    assert "kept no interval" in told[0]
+
+
+def test_the_merges_of_a_sweep_stand_in_the_report(reported_run: Path, tmp_path: Path) -> None:
+    """Catches a sweep whose table stays in its file, an order that is not by merit, and names only the code has."""
+    run = shutil.copytree(reported_run, tmp_path / "run")
+    assert gather(Layout(out=run))["merge"]["sweep"] is None
+    tried = {
+        "sce variant=paper select_topk=0.1": ([4.4, 4.3, 4.5], [2.7, 2.6, 2.8], [0.17, 0.2]),
+        "linear weight=1.0": ([1.751, 1.7, 1.8], [0.0, 0.0, 0.0], None),
+        "varm": ([1.752, 1.7, 1.8], [0.001, -0.001, 0.003], [1.0, 1.0]),
+    }
+    merges = {
+        name: {"bits_per_byte": bits, "difference_to_best": gap, "surviving_share": kept}
+        for name, (bits, gap, kept) in tried.items()
+    }
+    table = {"format": "fusechat.sweep", "best": "linear weight=1.0", "n_dialogues": 460, "merges": merges}
+    (run / "merged" / "sweep.json").write_text(json.dumps(table))
+    page = report(run).read_text(encoding="utf-8")
+    told = json.loads((run / "report.json").read_text())["merge"]["sweep"]["merges"]
+    assert [one["label"] for one in told] == ["linear, weight 1.0", "varm", "sce paper, τ 0.1"]
+    assert [one["least_surviving"] for one in told] == [None, 1.0, 0.17]
+    assert [one["verdict"] for one in told] == ["undecided", "undecided", "worse"]
+    assert "varm cannot be told from it" in page
+    assert "The worst, sce paper, τ 0.1, loses 2.700." in page
+    assert 'data-chart="sweep"' in page
+    assert "| sce paper, τ 0.1 | 4.400 [4.300, 4.500] | +2.700 [+2.600, +2.800] | 17 % |" in (
+        run / "report.md"
+    ).read_text(encoding="utf-8")

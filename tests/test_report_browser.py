@@ -249,9 +249,15 @@ def test_a_comparison_draws_too(page: Page, reported_run: Path, tmp_path: Path) 
     shutil.copytree(reported_run, tmp_path / "again")
     path = tmp_path / "compare.html"
     path.write_text(compare_page(compare([reported_run, tmp_path / "again"])), encoding="utf-8")
-    page.open(path)
-    assert page.errors() == []
-    assert page.js("document.querySelectorAll('[data-chart] svg').length") == 1
+    for width in (1280, 360):
+        page.size(width, 800)
+        page.open(path)
+        assert page.errors() == []
+        assert page.js("document.querySelectorAll('[data-chart] svg').length") == 2  # paired, and to their controls
+        assert page.js("document.documentElement.scrollWidth") <= width
+    page.point_at("[data-chart=paired] .mark-symbol path")
+    page.wait("!tip.hidden")
+    assert "again" in page.js("tip.textContent") or "run" in page.js("tip.textContent")
 
 
 def _rgb(text: str) -> tuple[int, int, int]:

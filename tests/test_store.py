@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,9 +15,9 @@ from hypothesis import strategies as st
 
 from fusechat.artifact import ShardedWriter, atomic_write, differences, full_disk_is_named, require_free_bytes
 from fusechat.errors import FormatError, FusechatError, MismatchError
-from fusechat.store import TOPK_FORMAT, Block, id_dtype, make_block, open_topk, row_positions, write_block
+from fusechat.store import TOPK_FORMAT, TOPK_VERSION, Block, id_dtype, make_block, open_topk, row_positions, write_block
 
-REQUEST = {"format": TOPK_FORMAT, "version": 1, "model_sha256": "a" * 64, "top_k": 3}
+REQUEST = {"format": TOPK_FORMAT, "version": TOPK_VERSION, "model_sha256": "a" * 64, "top_k": 3}
 
 
 def _dialogue(index: int, tokens: int, rng: np.random.Generator) -> dict[str, Any]:
@@ -179,3 +180,20 @@ def test_what_a_library_raises_on_a_full_disk_becomes_one_line(tmp_path: Path, m
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**9))
     with pytest.raises(RuntimeError, match="another"), full_disk_is_named(tmp_path):
         raise RuntimeError("another")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        OSError(errno.EFBIG, "File too large"),
+        RuntimeError("I/O error: File too large (os error 27)"),
+        RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file data/0"),
+    ],
+)
+def test_a_write_without_room_is_one_line_though_the_disk_is_free(tmp_path: Path, error: Exception) -> None:
+    """Quotas and limits of file sizes leave the disk free; libraries wrap the error or keep only its text."""
+    wrapped = ValueError("wrapped")
+    wrapped.__cause__ = error
+    with pytest.raises(FusechatError, match="could not be written to its end"), full_disk_is_named(tmp_path):
+        raise wrapped

@@ -7,15 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fusechat.align import RowKind
 from fusechat.artifact import ShardedWriter, sha256_file
-from fusechat.store import ALIGNED_FORMAT, TOPK_FORMAT, make_block, open_topk, write_block
+from fusechat.loss import mix_candidates
+from fusechat.store import ALIGNED_FORMAT, TOPK_FORMAT, TOPK_VERSION, make_block, open_topk, write_block
 from fusechat.train.collate import collate
 from fusechat.train.dataset import Example, FusionDataset
 from fusechat.train.select import Selection
 from fusechat.train.source import open_source
-from fusechat.train.targets import Targets
+from fusechat.train.targets import Targets, mixed
 
 K = 2
 INF = np.inf
@@ -34,7 +36,7 @@ def _pivot(folder: Path) -> Path:
         }
         for index in (0, 1)
     ]
-    writer = ShardedWriter(folder / "pivot", {"format": TOPK_FORMAT, "version": 1})
+    writer = ShardedWriter(folder / "pivot", {"format": TOPK_FORMAT, "version": TOPK_VERSION})
     writer.add("shard-00000.safetensors", lambda path: write_block(path, make_block(records)))
     writer.finish()
     return folder / "pivot"
@@ -87,7 +89,7 @@ def _fused(pivot: Path, aligned: Path, when_pivot_wins: Any = "labels", **select
 
 
 def _from_source(dataset: FusionDataset) -> list[bool]:
-    return [bool(weight == 1) for weight in dataset.weights[:, 1]]
+    return [bool(weight == 1) for weight in dataset.weights[1]]
 
 
 def test_source_rows_are_taught_where_the_source_wins(tmp_path: Path) -> None:
@@ -169,7 +171,7 @@ def test_finer_rows_take_their_ranges_from_the_cell_axis() -> None:
     row = Targets.by(np.arange(8).reshape(4, 2), np.full((4, 2), -1.0))
     low, high = np.array([[0, 5, 0], [0, 1, 2]]), np.array([[0, 9, 0], [0, 4, 7]])
     cells = Targets.by(np.array([[50, 51, 52], [60, 61, 62]]), np.full((2, 3), -2.0), low, high)
-    taught = row.replaced(finer, cells.spread(finer))
+    taught = row.filled(finer, cells)
     assert taught.ids.tolist() == [[0, 1, 0], [50, 51, 52], [4, 5, 0], [60, 61, 62]]
     assert taught.high.tolist() == [[0, 0, 0], [0, 9, 0], [0, 0, 0], [0, 4, 7]]
     assert np.isneginf(taught.logprobs).tolist() == [
@@ -183,5 +185,29 @@ def test_finer_rows_take_their_ranges_from_the_cell_axis() -> None:
 def test_no_finer_row_at_all_changes_nothing() -> None:
     row = Targets.by(np.arange(4).reshape(2, 2), np.zeros((2, 2)))
     none = np.zeros(2, dtype=np.bool_)
-    taught = row.replaced(none, Targets.by(np.zeros((0, 3)), np.zeros((0, 3))).spread(none))
+    taught = row.filled(none, Targets.by(np.zeros((0, 3)), np.zeros((0, 3))))
     assert taught.ids[:, :2].tolist() == row.ids.tolist()
+
+
+@pytest.mark.parametrize("renormalise", [False, True])
+def test_mixtures_are_those_of_the_loss(renormalise: bool) -> None:
+    """The data path mixes in half precision as `mix_candidates` does on the device."""
+    rng = np.random.default_rng(0)
+    n_rows, widths = 40, (3, 5)
+    parts = []
+    for width in widths:
+        logprobs = np.log(rng.dirichlet(np.ones(width + 1), n_rows)[:, :width]).astype(np.float16)
+        logprobs[rng.random(logprobs.shape) < 0.2] = -np.inf
+        logprobs[rng.random(n_rows) < 0.1] = -np.inf
+        parts.append(Targets.by(rng.integers(0, 99, (n_rows, width)).astype(np.uint16), logprobs))
+    weights = rng.dirichlet(np.ones(2), n_rows).T.astype(np.float32)
+    weights[:, rng.random(n_rows) < 0.2] = [[0.0], [1.0]]
+    ours = mixed(parts, weights, renormalise=renormalise)
+    wide = [t.widened(5) for t in parts]
+    logprobs = torch.from_numpy(np.stack([t.logprobs for t in wide], 1)).float()
+    ids = torch.from_numpy(np.stack([t.ids for t in wide], 1).astype(np.int64))
+    ids = torch.where(logprobs > -torch.inf, ids, -1)
+    _, theirs = mix_candidates(ids, logprobs, torch.from_numpy(weights.T.copy()), renormalise=renormalise)
+    kept = np.r_[0:3, 5:10]  # without what `widened` added
+    np.testing.assert_allclose(ours.logprobs, theirs.numpy()[:, kept], rtol=2e-6, atol=1e-6)
+    assert (ours.ids == ids.flatten(1).numpy()[:, kept])[ours.logprobs > -np.inf].all()

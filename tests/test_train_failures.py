@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 from collections import namedtuple
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -165,6 +167,61 @@ def test_other_settings_do_not_resume_a_checkpoint(tiny_world: Any, stores: Path
         _train(tiny_world, stores, tmp_path / "t")
 
 
+def test_a_limit_of_file_sizes_in_a_checkpoint_is_one_line_and_resumes(
+    tiny_world: Any, stores: Path, whole: Path, tmp_path: Path
+) -> None:
+    """The operating system's own refusal, with free space on the disk."""
+    limit = 1024 * (os.path.getsize(tiny_world.pivot / "model.safetensors") // 1024 + 20)  # the optimiser is larger
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(FusechatError, match="could not be written to its end"):
+            _train(tiny_world, stores, tmp_path / "t")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "t.partial").glob("checkpoint-*/complete.json"))
+    _train(tiny_world, stores, tmp_path / "t")
+    assert _checksum(tmp_path / "t") == _checksum(whole)
+
+
+def test_a_run_that_does_not_fit_goes_on_with_smaller_micro_batches(
+    tiny_world: Any, stores: Path, whole: Path, tmp_path: Path
+) -> None:
+    def strike(done: int, total: int) -> None:
+        if done == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped):
+        _train(tiny_world, stores, tmp_path / "t", progress=strike)
+    less = ["micro_batch_size=1", "gradient_checkpointing=true", "save_steps=1", "save_total_limit=1"]
+    made = _train(tiny_world, stores, tmp_path / "t", *less)
+    assert made["request"]["train"]["micro_batch_size"] == 1
+    ours, theirs = load_file(tmp_path / "t" / "model.safetensors"), load_file(whole / "model.safetensors")
+    for name, weight in ours.items():
+        np.testing.assert_allclose(weight, theirs[name], atol=2e-5)
+    assert _train(tiny_world, stores, tmp_path / "t")["losses"] == made["losses"]  # it is there: nothing is trained
+
+
+def test_a_folder_moved_while_training_still_knows_its_best_checkpoint(
+    tiny_world: Any, stores: Path, tmp_path: Path
+) -> None:
+    held_out = load_dialogues(tiny_world.dialogues)[:4]
+    # Grows worse from the first checkpoint on.
+    settings = ["final=best", "learning_rate=5e-2", "save_steps=1", "lr_scheduler=constant"]
+
+    def strike(done: int, total: int) -> None:
+        if done == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped):
+        _train(tiny_world, stores, tmp_path / "here" / "t", *settings, held_out=held_out, progress=strike)
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = _train(tiny_world, stores, tmp_path / "there" / "t", *settings, held_out=held_out)
+    stayed = _train(tiny_world, stores, tmp_path / "t", *settings, held_out=held_out)
+    assert moved["measured"]["best_step"] == stayed["measured"]["best_step"] < 4
+    assert _checksum(tmp_path / "there" / "t") == _checksum(tmp_path / "t")
+
+
 def test_a_store_of_another_pivot_or_tokenizer_is_refused(tiny_world: Any, stores: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_world.pivot, tmp_path / "other")
     weights = load_file(tmp_path / "other" / "model.safetensors")
@@ -195,12 +252,12 @@ def test_a_world_that_does_not_divide_is_refused(monkeypatch: pytest.MonkeyPatch
         training_arguments(tmp_path, parse_train(FAST), 0, with_held_out=False)
 
 
-def test_quantised_training_without_a_device_says_what_is_missing(
+def test_quantised_training_without_bitsandbytes_says_what_is_missing(
     tiny_world: Any, stores: Path, tmp_path: Path
 ) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a device here")
-    with pytest.raises(ConfigError, match=r"quantization: 4bit needs a CUDA device and the package bitsandbytes"):
+    if find_spec("bitsandbytes") is not None:
+        pytest.skip("bitsandbytes is here")
+    with pytest.raises(ConfigError, match=r"quantization: 4bit needs the package bitsandbytes"):
         _train(tiny_world, stores, tmp_path / "t", "quantization=4bit", "lora.rank=4")
     with pytest.raises(ConfigError, match="quantization needs lora"):
         parse_train(["quantization=4bit"])

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +46,14 @@ def _environment() -> dict[str, str]:
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def _run(launcher: list[str], command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+def _run(launcher: list[str], command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *launcher, *command],
-        env=_environment(),
+        env=_environment() | environment,
         capture_output=True,
         text=True,
         check=False,
         timeout=300,
-        **options,
     )
 
 
@@ -128,7 +128,9 @@ def test_a_killed_rank_ends_the_run_and_it_resumes_exactly(
     assert [p.name for p in (tmp_path / "t.partial").glob("checkpoint-*")] == ["checkpoint-2"]
     stopped = _run(TORCHRUN, [str(tmp_path / "strike.py"), "1,5,15", *command[2:]])
     assert stopped.returncode == 0, stopped.stderr[-3000:]
-    line = "fusechat: stopped by SIGTERM after step 5 of 6, saved; to go on: fusechat train"
+    line = (
+        "stopped by SIGTERM after step 5 of 6, saved; to go on (under its launcher, as now with 2 processes): fusechat"
+    )
     assert stopped.stderr.count(line) == 1
     assert (tmp_path / "t.partial" / "checkpoint-5" / "complete.json").exists()
     done = _run(TORCHRUN, command)
@@ -138,9 +140,45 @@ def test_a_killed_rank_ends_the_run_and_it_resumes_exactly(
     assert [entry["step"] for entry in log] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
+def test_a_signal_to_the_launcher_saves_and_one_process_goes_on(
+    single: Any, tiny_world: Any, stores: Path, tmp_path: Path
+) -> None:
+    """torchrun hands its SIGTERM on; what two processes saved, one resumes."""
+    command = _command(tiny_world, stores, tmp_path / "t", "save_steps=100")
+    launcher = subprocess.Popen(
+        [sys.executable, *TORCHRUN, *command],
+        env=_environment() | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120"}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    log = tmp_path / "t.partial" / "training.jsonl"
+    deadline = time.monotonic() + 200
+    while not (log.exists() and log.read_text().count("\n") >= 2) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    launcher.terminate()
+    _, said = launcher.communicate(timeout=200)
+    assert "stopped by SIGTERM after step" in said, said[-3000:]
+    assert list((tmp_path / "t.partial").glob("checkpoint-*/complete.json"))
+    done = _run([], command)
+    assert done.returncode == 0, done.stderr[-3000:]
+    _assert_same(tmp_path / "t", single["full"], 1e-5)
+
+
+@pytest.mark.slow
+def test_accelerate_launches_without_a_file(single: Any, tiny_world: Any, stores: Path, tmp_path: Path) -> None:
+    options = ["--cpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
+    launch = ["-m", "accelerate.commands.launch", *options, "--mixed_precision", "no", "--dynamo_backend", "no"]
+    done = _run(launch, _command(tiny_world, stores, tmp_path / "t"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "t" / "provenance.json").read_text())["processes"] == 2
+    _assert_same(tmp_path / "t", single["full"], 1e-5)
+
+
 # accelerate shards over devices only: on the CPU it leaves the plugin aside. This is its own branch for devices.
+# Offloaded shards are pinned for a device by default, which there is none of.
 FSDP_ON_CPU = """
 import accelerate.state as state
+from torch.distributed.fsdp import CPUOffloadPolicy
+CPUOffloadPolicy.__init__.__defaults__ = (False,)
 begin = state.AcceleratorState.__init__
 def with_plugin(self, *args, fsdp_plugin=None, **options):
     begin(self, *args, fsdp_plugin=fsdp_plugin, **options)
@@ -156,11 +194,10 @@ main()
 """
 
 
-def _fsdp(recipe: str, folder: Path, command: list[str]) -> list[str]:
+def _fsdp(recipe: str, folder: Path, command: list[str], precision: str = "no") -> list[str]:
     """The launch of a shipped recipe on two processes of the CPU."""
     config = yaml.safe_load((ROOT / "fusechat" / "recipes" / recipe).read_text())
-    config |= {"num_processes": 2, "mixed_precision": "no"}
-    config["fsdp_config"]["fsdp_offload_params"] = False  # torch pins the shards, which needs a device
+    config |= {"num_processes": 2, "mixed_precision": precision}
     (folder / recipe).write_text(yaml.safe_dump(config))
     (folder / "fsdp_on_cpu.py").write_text(FSDP_ON_CPU)
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(folder / recipe), "--main_process_port", "0"]
@@ -179,7 +216,17 @@ def test_fsdp2_gives_what_one_process_gives(
 
 
 @pytest.mark.slow
-def test_fsdp2_resumes_exactly_with_activation_checkpointing(
+def test_fsdp2_computes_in_half_precision(single: Any, tiny_world: Any, stores: Path, tmp_path: Path) -> None:
+    command = _command(tiny_world, stores, tmp_path / "t", "dtype=bfloat16")
+    done = _run([], _fsdp("accelerate-fsdp2.yaml", tmp_path, command, "bf16"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses, exact = _losses(tmp_path / "t"), _losses(single["full"])
+    assert losses == pytest.approx(exact, rel=1e-2)
+    assert losses != exact
+
+
+@pytest.mark.slow
+def test_fsdp2_resumes_exactly_with_offload_and_activation_checkpointing(
     single: Any, tiny_world: Any, stores: Path, tmp_path: Path
 ) -> None:
     command = _command(tiny_world, stores, tmp_path / "t", "save_steps=2")
@@ -195,4 +242,23 @@ def test_fsdp2_resumes_exactly_with_activation_checkpointing(
     assert "was written with sharding fsdp, this run has none" in other.stderr
     done = _run([], [*launch[:place], "9,9,9", *launch[place:]])
     assert done.returncode == 0, done.stderr[-3000:]
+    _assert_same(tmp_path / "t", single["full"], 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_gives_what_one_process_gives(
+    stage: int, single: Any, tiny_world: Any, stores: Path, tmp_path: Path
+) -> None:
+    """Where DeepSpeed is installed; on the CPU it compiles a small library of its own first."""
+    pytest.importorskip("deepspeed")
+    config = yaml.safe_load((ROOT / "fusechat" / "recipes" / f"accelerate-zero{stage}.yaml").read_text())
+    config |= {"num_processes": 2, "mixed_precision": "no", "use_cpu": True}
+    (tmp_path / "zero.yaml").write_text(yaml.safe_dump(config))
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "zero.yaml")]
+    command = _command(tiny_world, stores, tmp_path / "t")
+    done = _run([*launch, "--main_process_port", "0"], command, DS_ACCELERATOR="cpu")
+    assert done.returncode == 0, done.stderr[-3000:]
+    provenance = json.loads((tmp_path / "t" / "provenance.json").read_text())
+    assert provenance["sharding"] == f"deepspeed-zero{stage}"
     _assert_same(tmp_path / "t", single["full"], 1e-5)

@@ -1,4 +1,4 @@
-"""The shipped launch files are what accelerate reads. FSDP2 runs in test_train_processes; DeepSpeed is not run here."""
+"""The shipped launch files are what accelerate reads. They run in test_train_processes."""
 
 from __future__ import annotations
 

@@ -68,11 +68,11 @@ def _units(record: dict[str, Any], unit: str) -> list[Any]:
 
 @pytest.mark.parametrize("unit", ["turn", "token"])
 @pytest.mark.parametrize("ce_unit", ["byte", "token"])
-@pytest.mark.parametrize("rule", ["min_ce", "avg_ce"])
+@pytest.mark.parametrize("rule", ["min_ce", "avg_ce", "source", "weighted"])
 def test_turns_and_tokens_are_decided_on_the_rows_both_have(stores: Path, rule: str, unit: str, ce_unit: str) -> None:
-    dataset = _dataset(
-        stores, ("source-aligned", "twin"), rule=rule, unit=unit, ce_unit=ce_unit, when_pivot_wins="pivot"
-    )
+    asked = {"pivot": 0.5, "twin": 2.0} if rule == "weighted" else {}
+    names = ("source-aligned", "twin")
+    dataset = _dataset(stores, names, rule=rule, unit=unit, ce_unit=ce_unit, weights=asked, when_pivot_wins="pivot")
     aligned, twin = open_aligned(stores / "source-aligned"), open_topk(stores / "twin")
     from fusechat.train.select import row_weights
 
@@ -80,7 +80,8 @@ def test_turns_and_tokens_are_decided_on_the_rows_both_have(stores: Path, rule: 
     for position, dialogue in enumerate(dataset.indices[:8]):
         record = dataset.pivot[dialogue]
         gold = [record["row.gold_logprob"], aligned[dialogue]["row.gold_logprob"], twin[dialogue]["row.gold_logprob"]]
-        weights = row_weights(dataset.sources, dialogue, record, dataset.have[position], dataset.select)
+        assert dataset.have[:, position].all()
+        weights = row_weights(dataset.sources, np.stack(gold), record, dataset.select)
         units = _units(record, unit)
         predicted = np.flatnonzero(record["token.loss_mask"][1:]) + 1
         for u in set(units):
@@ -97,12 +98,18 @@ def test_turns_and_tokens_are_decided_on_the_rows_both_have(stores: Path, rule: 
                 known = [bool(np.isfinite(g[r])) for g in gold]
                 if rule == "avg_ce":
                     raw = [math.exp(-c) if k else 0.0 for c, k in zip(ce, known)]
+                elif rule == "weighted":
+                    raw = [w * k for w, k in zip([0.5, 1.0, 2.0], known)]
+                elif rule == "source":
+                    can = [c for c in (1, 2) if any(np.isfinite(gold[c][q]) for q in rows)]
+                    best = min(can, key=lambda c: ce[c])
+                    raw = [float(c == best) * k for c, k in enumerate(known)]
                 else:
                     raw = [float(c == ce.index(min(ce))) * k for c, k in enumerate(known)]
                 expected = [w / sum(raw) for w in raw] if sum(raw) else [1.0, 0.0, 0.0]
-                np.testing.assert_allclose(weights[r], expected, rtol=1e-5, atol=1e-7)
-                decided.add(int(weights[r].argmax()))
-    assert len(decided) > 1
+                np.testing.assert_allclose(weights[:, r], expected, rtol=1e-5, atol=1e-7)
+                decided.add(int(weights[:, r].argmax()))
+    assert len(decided) > 1 or rule in ("source", "weighted")
 
 
 def test_mixtures_have_the_cross_entropy_of_their_parts(stores: Path) -> None:
@@ -151,12 +158,12 @@ def test_mixtures_have_the_cross_entropy_of_their_parts(stores: Path) -> None:
 
 def test_all_sources_compete_in_multi(stores: Path, tiny_world: Any, tmp_path: Path) -> None:
     dataset = _dataset(stores, ("source-aligned", "twin"))
-    assert (dataset.weights.sum(1) == 1).all()
+    assert (dataset.weights.sum(0) == 1).all()
     for i, dialogue in enumerate(dataset.indices):
         record = open_aligned(stores / "source-aligned")[dialogue]
         twin = -open_topk(stores / "twin")[dialogue]["row.gold_logprob"].sum(dtype=np.float64)
         nll = [float(record["dialogue.pivot_nll"][0]), float(record["dialogue.source_nll"][0]), twin]
-        assert int(dataset.weights[i].argmax()) == int(np.argmin(np.round(nll, 3)))
+        assert int(dataset.weights[:, i].argmax()) == int(np.argmin(np.round(nll, 3)))
     both = [stores / "source-aligned", stores / "twin"]
     with pytest.raises(ConfigError, match="pairwise takes one source, 2 were given"):
         fusechat.train(str(tiny_world.pivot), stores / "pivot", both, tmp_path / "t", parse_train(FAST))

@@ -1,4 +1,4 @@
-"""A real `vllm serve` of a model, for the length of a test."""
+"""A real `vllm serve` of a model, and a model to serve that answers every dialogue with the same rating."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+API_KEY = "sk-right"
+VERDICT = "Rating: [[7]]"
 _PATIENCE_S = 900  # a loaded machine is no reason for a red test
 
 
@@ -55,3 +57,43 @@ def vllm_server(model: Path, folder: Path, *options: str) -> Iterator[str]:
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def make_judge(folder: Path, tokenizer_of: Path) -> Path:
+    """Write a Llama with heads of 32 (the smallest vLLM takes on a CPU), taught in seconds to answer VERDICT.
+
+    What is tested with it is the protocol, and that its log-probabilities are its own.
+    """
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    lm = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    verdict = tokenizer(VERDICT + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+    header = tokenizer("<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=3e-3)
+    for _ in range(120):
+        length = int(torch.randint(4, 200, ()))
+        prompts = torch.randint(3, len(tokenizer), (8, length))
+        tail = torch.tensor([header + verdict]).expand(8, -1)
+        input_ids = torch.cat([prompts, tail], dim=1)
+        labels = input_ids.clone()
+        labels[:, : -len(verdict)] = -100
+        lm(input_ids=input_ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    lm.eval().save_pretrained(folder)
+    return folder

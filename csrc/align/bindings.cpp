@@ -1,8 +1,11 @@
 // Alignment for Python. Everything that comes from there is checked here before the core reads it.
 #include <algorithm>
+#include <bit>
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "align/dtw.hpp"
@@ -181,10 +184,11 @@ Text code_points(PyObject *string) {
 }
 
 // Every occurrence of `mark`, from left to right, replaced; an empty mark occurs nowhere.
-Text replaced(const Text &text, const Text &mark, const Text &by) {
+Text replaced(Text text, const Text &mark, const Text &by) {
+    if (mark.empty() || std::search(text.begin(), text.end(), mark.begin(), mark.end()) == text.end()) return text;
     Text out;
     for (auto at = text.begin();;) {
-        const auto found = mark.empty() ? text.end() : std::search(at, text.end(), mark.begin(), mark.end());
+        const auto found = std::search(at, text.end(), mark.begin(), mark.end());
         out.insert(out.end(), at, found);
         if (found == text.end()) return out;
         out.insert(out.end(), by.begin(), by.end());
@@ -199,24 +203,45 @@ struct Interned {
 
     explicit Interned(const py::list &tokens) {
         const py::dict numbers;
+        // Tokens of one vocabulary are mostly the same objects over and over: those are known without their text.
+        std::vector<std::pair<PyObject *, std::int32_t>> known(std::bit_ceil(2 * tokens.size()), {nullptr, 0});
         ids.reserve(tokens.size());
         for (const py::handle token : tokens) {
-            if (!PyUnicode_Check(token.ptr())) throw py::type_error("tokens must be strings");
-            const py::object fresh = py::int_(distinct.size());
-            PyObject *number = PyDict_SetDefault(numbers.ptr(), token.ptr(), fresh.ptr());
-            if (!number) throw py::error_already_set();
-            const auto id = static_cast<std::int32_t>(PyLong_AsLong(number));
-            if (id == static_cast<std::int32_t>(distinct.size())) distinct.push_back(token.ptr());
-            ids.push_back(id);
+            std::size_t at = (reinterpret_cast<std::uintptr_t>(token.ptr()) >> 4) & (known.size() - 1);
+            while (known[at].first && known[at].first != token.ptr()) at = (at + 1) & (known.size() - 1);
+            if (!known[at].first) known[at] = {token.ptr(), number(numbers, token)};
+            ids.push_back(known[at].second);
         }
     }
+
+  private:
+    std::int32_t number(const py::dict &numbers, py::handle token) {
+        if (!PyUnicode_Check(token.ptr())) throw py::type_error("tokens must be strings");
+        const py::object fresh = py::int_(distinct.size());
+        PyObject *found = PyDict_SetDefault(numbers.ptr(), token.ptr(), fresh.ptr());
+        if (!found) throw py::error_already_set();
+        const auto id = static_cast<std::int32_t>(PyLong_AsLong(found));
+        if (id == static_cast<std::int32_t>(distinct.size())) distinct.push_back(token.ptr());
+        return id;
+    }
 };
+
+// The strings without their mark.
+std::vector<Form> stripped_forms(const Interned &tokens, const Text &mark) {
+    std::vector<Form> forms;
+    forms.reserve(tokens.distinct.size());
+    for (PyObject *token : tokens.distinct) forms.push_back({replaced(code_points(token), mark, {}), {}});
+    return forms;
+}
+
+bool any_empty(const std::vector<Form> &forms) {
+    return std::any_of(forms.begin(), forms.end(), [](const Form &form) { return form.stripped.empty(); });
+}
 
 template <class Cost>
 Warp warp_forms(const Interned &source, const Interned &pivot, const std::vector<Form> &source_forms,
                 const std::vector<Form> &pivot_forms, std::size_t alphabet_size) {
-    const std::vector<Cost> table = cost_table<Cost>(source_forms, pivot_forms, alphabet_size);
-    return warp<Cost>(source.ids, pivot.ids, table, pivot_forms.size());
+    return warp(source.ids, pivot.ids, cost_table<Cost>(source_forms, pivot_forms, alphabet_size));
 }
 
 std::size_t longest(const std::vector<Form> &forms) {
@@ -230,14 +255,12 @@ py::tuple dtw(const py::list &source_tokens, const py::list &pivot_tokens, const
     if (source_tokens.empty() || pivot_tokens.empty()) throw std::invalid_argument("both sides need a token");
     const Interned source(source_tokens), pivot(pivot_tokens);
     const Text from = code_points(source_mark.ptr()), to = code_points(pivot_mark.ptr());
-    std::vector<Form> source_forms, pivot_forms;
-    for (PyObject *token : source.distinct) {
-        const Text text = code_points(token);
-        source_forms.push_back({replaced(text, from, {}), replaced(text, from, to)});
-    }
-    for (PyObject *token : pivot.distinct) {
-        const Text text = code_points(token);
-        pivot_forms.push_back({replaced(text, to, {}), text});
+    std::vector<Form> source_forms = stripped_forms(source, from), pivot_forms = stripped_forms(pivot, to);
+    if (any_empty(source_forms) || any_empty(pivot_forms)) {
+        for (std::size_t i = 0; i < source_forms.size(); ++i) {
+            source_forms[i].whole = replaced(code_points(source.distinct[i]), from, to);
+        }
+        for (std::size_t i = 0; i < pivot_forms.size(); ++i) pivot_forms[i].whole = code_points(pivot.distinct[i]);
     }
     Warp found;
     {

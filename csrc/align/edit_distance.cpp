@@ -4,6 +4,7 @@
 #include <limits>
 #include <numeric>
 
+#include "align/lanes.hpp"
 #include "clones.hpp"
 #include "parallel.hpp"
 
@@ -44,12 +45,12 @@ void Alphabet::number_all(Text &text) {
 
 namespace {
 
-constexpr int LANES = 16;
-constexpr std::size_t WORD = 32;  // code points a lane's pattern may have
+template <class Word>
+constexpr std::size_t BITS = 8 * sizeof(Word);
 
-using Lanes = std::uint32_t __attribute__((vector_size(4 * LANES)));
-
-// Up to LANES patterns: for every symbol and lane, the positions where it stands in the lane's pattern.
+// Up to LANES patterns of at most BITS<Word> code points: for every symbol and lane, the positions where it stands in
+// the lane's pattern.
+template <class Word>
 class PatternBlock {
   public:
     explicit PatternBlock(std::size_t alphabet_size) : match_(alphabet_size * LANES, 0) {}
@@ -60,73 +61,128 @@ class PatternBlock {
         used_.clear();
         std::fill_n(length_, LANES, 1);
         for (std::size_t l = 0; l < n; ++l) {
-            length_[l] = static_cast<std::uint32_t>(patterns[l]->size());
+            length_[l] = static_cast<Word>(patterns[l]->size());
             for (std::size_t i = 0; i < patterns[l]->size(); ++i) {
                 const std::uint32_t symbol = (*patterns[l])[i];
-                match_[symbol * LANES + l] |= 1U << i;
+                match_[symbol * LANES + l] |= static_cast<Word>(Word{1} << i);
                 used_.push_back(symbol);
             }
         }
     }
 
-    const std::uint32_t *match() const { return match_.data(); }
-    const std::uint32_t *length() const { return length_; }
+    const Word *match() const { return match_.data(); }
+    const Word *length() const { return length_; }
 
   private:
-    std::vector<std::uint32_t> match_;
+    std::vector<Word> match_;
     std::vector<std::uint32_t> used_;
-    alignas(64) std::uint32_t length_[LANES];
+    alignas(64) Word length_[LANES];
 };
 
+// The bit of every lane's last row.
+template <class Word>
+FUSECHAT_INLINE void last_bits(const Word *length, Lanes<Word> &bits) {
+    for (int l = 0; l < LANES; ++l) bits[l] = static_cast<Word>(Word{1} << (length[l] - 1));
+}
+
 // Hyyrö's form of Myers' bit-vector step on LANES patterns at once: bit i of a lane stands for row i of its matrix.
-inline __attribute__((always_inline)) void lanes_distance(const std::uint32_t *match, const std::uint32_t *length,
-                                                          const Text &text, Lanes &score) {
-    Lanes vertical_plus = ~Lanes{}, vertical_minus{};
-    __builtin_memcpy(&score, length, sizeof score);
-    const Lanes last = score - 1;
+template <class Word>
+FUSECHAT_INLINE void lanes_distance(const Word *match, const Word *length, const Lanes<Word> &last, const Text &text,
+                                    Lanes<Word> &score) {
+    Lanes<Word> vertical_plus = ~Lanes<Word>{}, vertical_minus{};
+    load(score, length);
     for (const std::uint32_t symbol : text) {
-        Lanes equal;
-        __builtin_memcpy(&equal, match + std::size_t{symbol} * LANES, sizeof equal);
-        const Lanes diagonal = (((equal & vertical_plus) + vertical_plus) ^ vertical_plus) | equal | vertical_minus;
-        Lanes horizontal_plus = vertical_minus | ~(diagonal | vertical_plus);
-        Lanes horizontal_minus = diagonal & vertical_plus;
-        score += (horizontal_plus >> last & 1) - (horizontal_minus >> last & 1);
-        horizontal_plus = horizontal_plus << 1 | 1;
-        horizontal_minus = horizontal_minus << 1;
+        Lanes<Word> equal;
+        load(equal, match + std::size_t{symbol} * LANES);
+        const Lanes<Word> diagonal = (((equal & vertical_plus) + vertical_plus) ^ vertical_plus) | equal | vertical_minus;
+        Lanes<Word> horizontal_plus = vertical_minus | ~(diagonal | vertical_plus);
+        Lanes<Word> horizontal_minus = diagonal & vertical_plus;
+        // Comparisons are −1 where true.
+        score -= (Lanes<Word>)((horizontal_plus & last) == last);
+        score += (Lanes<Word>)((horizontal_minus & last) == last);
+        horizontal_plus = (horizontal_plus + horizontal_plus) | 1;
+        horizontal_minus = horizontal_minus + horizontal_minus;
         vertical_plus = horizontal_minus | ~(diagonal | horizontal_plus);
         vertical_minus = horizontal_plus & diagonal;
     }
 }
 
-// distances[j * LANES + l]: of text j and lane l's pattern.
-FUSECHAT_CLONES void block_distances(const std::uint32_t *match, const std::uint32_t *length,
-                                     const Text *const *texts, std::size_t n, std::uint32_t *distances) {
+// distances[place[j] * LANES + l]: of text j and lane l's pattern.
+template <class Word, class Cost>
+FUSECHAT_INLINE void every_distance(const Word *match, const Word *length, const Text *const *texts,
+                                    const std::int32_t *place, std::size_t n, Cost *distances) {
+    Lanes<Word> last;
+    last_bits<Word>(length, last);
     for (std::size_t j = 0; j < n; ++j) {
-        Lanes score;
-        lanes_distance(match, length, *texts[j], score);
-        __builtin_memcpy(distances + j * LANES, &score, sizeof score);
+        Lanes<Word> score;
+        lanes_distance<Word>(match, length, last, *texts[j], score);
+        store(distances + static_cast<std::size_t>(place[j]) * LANES, __builtin_convertvector(score, Lanes<Cost>));
     }
 }
+
+#define FUSECHAT_EVERY_DISTANCE(Word, Cost)                                                                     \
+    FUSECHAT_CLONES void block_distances(const Word *match, const Word *length, const Text *const *texts,       \
+                                         const std::int32_t *place, std::size_t n, Cost *distances) {           \
+        every_distance(match, length, texts, place, n, distances);                                              \
+    }
+FUSECHAT_EVERY_DISTANCE(std::uint8_t, std::uint8_t)
+FUSECHAT_EVERY_DISTANCE(std::uint16_t, std::uint8_t)
+FUSECHAT_EVERY_DISTANCE(std::uint32_t, std::uint8_t)
+FUSECHAT_EVERY_DISTANCE(std::uint64_t, std::uint8_t)
+FUSECHAT_EVERY_DISTANCE(std::uint32_t, std::uint32_t)
+FUSECHAT_EVERY_DISTANCE(std::uint64_t, std::uint32_t)
+#undef FUSECHAT_EVERY_DISTANCE
 
 // Improves best (distance, index) of every lane with texts [0, n), whose places in the order given are `index`.
 FUSECHAT_CLONES void block_nearest(const std::uint32_t *match, const std::uint32_t *length, const Text *const *texts,
                                    const std::int32_t *index, std::size_t n, std::int32_t *best,
                                    std::int32_t *best_index) {
-    using Ints = std::int32_t __attribute__((vector_size(4 * LANES)));
+    using Ints = Lanes<std::int32_t>;
+    Lanes<std::uint32_t> last, distance;
+    last_bits<std::uint32_t>(length, last);
     Ints least, place;
-    __builtin_memcpy(&least, best, sizeof least);
-    __builtin_memcpy(&place, best_index, sizeof place);
+    load(least, best);
+    load(place, best_index);
     for (std::size_t j = 0; j < n; ++j) {
-        Lanes distance;
-        lanes_distance(match, length, *texts[j], distance);
+        lanes_distance<std::uint32_t>(match, length, last, *texts[j], distance);
         const Ints score = (Ints)distance;
         const Ints here = Ints{} + index[j];
         const Ints better = (score < least) | ((score == least) & (here < place));
         least = better ? score : least;
         place = better ? here : place;
     }
-    __builtin_memcpy(best, &least, sizeof least);
-    __builtin_memcpy(best_index, &place, sizeof place);
+    store(best, least);
+    store(best_index, place);
+}
+
+// Places in the order of their texts' lengths, equal ones as given.
+template <class At>
+std::vector<std::int32_t> by_length(std::size_t n, At &&at) {
+    std::size_t longest = 0;
+    for (std::size_t i = 0; i < n; ++i) longest = std::max(longest, at(i).size());
+    std::vector<std::int32_t> next(longest + 2, 0), order(n);
+    for (std::size_t i = 0; i < n; ++i) ++next[at(i).size() + 1];
+    std::partial_sum(next.begin(), next.end(), next.begin());
+    for (std::size_t i = 0; i < n; ++i) order[next[at(i).size()]++] = static_cast<std::int32_t>(i);
+    return order;
+}
+
+// A block's distances into their rows.
+template <class Cost>
+void scatter(const Cost *distances, const std::int32_t *row_of_lane, std::size_t n_lanes, std::size_t n,
+             std::size_t stride, Cost *out) {
+    if constexpr (sizeof(Cost) == 1) {
+        for (std::size_t begin = 0; begin < n; begin += LANES) {
+            Lanes<std::uint8_t> v[LANES];
+            for (int i = 0; i < LANES; ++i) load(v[i], distances + (begin + i) * LANES);
+            transpose(v);
+            for (std::size_t l = 0; l < n_lanes; ++l) store(out + row_of_lane[l] * stride + begin, v[l]);
+        }
+    } else {
+        for (std::size_t l = 0; l < n_lanes; ++l) {
+            for (std::size_t j = 0; j < n; ++j) out[row_of_lane[l] * stride + j] = distances[j * LANES + l];
+        }
+    }
 }
 
 }  // namespace
@@ -175,46 +231,59 @@ std::uint32_t edit_distance(std::span<const std::uint32_t> pattern, std::span<co
 
 template <class Cost>
 void distance_table(const std::vector<const Text *> &patterns, const std::vector<const Text *> &texts,
-                    std::size_t alphabet_size, Cost *out) {
+                    std::size_t alphabet_size, std::size_t stride, Cost *out) {
     const std::size_t n = texts.size();
-    std::vector<std::size_t> fast;
-    for (std::size_t i = 0; i < patterns.size(); ++i) {
-        const std::size_t length = patterns[i]->size();
-        if (length > 0 && length <= WORD) {
-            fast.push_back(i);
-            continue;
+    // By length, so that a block's words are no wider than they must be, and the loops over texts end as foreseen.
+    const auto row = by_length(patterns.size(), [&](std::size_t i) -> const Text & { return *patterns[i]; });
+    const auto column = by_length(n, [&](std::size_t j) -> const Text & { return *texts[j]; });
+    std::vector<const Text *> sorted;
+    for (const std::int32_t j : column) sorted.push_back(texts[j]);
+    std::vector<Cost> distances((n + LANES) * LANES, 0);
+    std::size_t begin = 0;
+    const auto up_to = [&](std::size_t length) {
+        std::size_t end = begin;
+        while (end < row.size() && patterns[row[end]]->size() <= length) ++end;
+        return end;
+    };
+    const auto one_by_one = [&](std::size_t end) {
+        for (; begin < end; ++begin) {
+            const Text &pattern = *patterns[row[begin]];
+            for (std::size_t j = 0; j < n; ++j) {
+                out[row[begin] * stride + j] = static_cast<Cost>(edit_distance(pattern, *texts[j]));
+            }
         }
-        for (std::size_t j = 0; j < n; ++j) out[i * n + j] = static_cast<Cost>(edit_distance(*patterns[i], *texts[j]));
-    }
-    PatternBlock block(alphabet_size);
-    std::vector<std::uint32_t> distances(n * LANES);
-    for (std::size_t begin = 0; begin < fast.size(); begin += LANES) {
-        const std::size_t count = std::min<std::size_t>(LANES, fast.size() - begin);
-        const Text *members[LANES];
-        for (std::size_t l = 0; l < count; ++l) members[l] = patterns[fast[begin + l]];
-        block.set(members, count);
-        block_distances(block.match(), block.length(), texts.data(), n, distances.data());
-        for (std::size_t l = 0; l < count; ++l) {
-            Cost *row = out + fast[begin + l] * n;
-            for (std::size_t j = 0; j < n; ++j) row[j] = static_cast<Cost>(distances[j * LANES + l]);
+    };
+    const auto by_blocks = [&]<class Word>(Word) {
+        const std::size_t end = up_to(BITS<Word>);
+        if (begin == end) return;
+        for (PatternBlock<Word> block(alphabet_size); begin < end; begin += LANES) {
+            const std::size_t count = std::min<std::size_t>(LANES, end - begin);
+            const Text *members[LANES];
+            for (std::size_t l = 0; l < count; ++l) members[l] = patterns[row[begin + l]];
+            block.set(members, count);
+            block_distances(block.match(), block.length(), sorted.data(), column.data(), n, distances.data());
+            scatter(distances.data(), &row[begin], count, n, stride, out);
         }
+        begin = end;
+    };
+    one_by_one(up_to(0));
+    if constexpr (sizeof(Cost) == 1) {  // no distance is beyond 255, so that narrow words can hold it
+        by_blocks(std::uint8_t{});
+        by_blocks(std::uint16_t{});
     }
+    by_blocks(std::uint32_t{});
+    by_blocks(std::uint64_t{});
+    one_by_one(row.size());
 }
 template void distance_table(const std::vector<const Text *> &, const std::vector<const Text *> &, std::size_t,
-                             std::uint8_t *);
+                             std::size_t, std::uint8_t *);
 template void distance_table(const std::vector<const Text *> &, const std::vector<const Text *> &, std::size_t,
-                             std::uint32_t *);
+                             std::size_t, std::uint32_t *);
 
 void nearest(const std::vector<Text> &patterns, const std::vector<Text> &texts, std::size_t alphabet_size,
              std::int64_t *index, std::int32_t *distance, int threads) {
-    const auto by_length = [](const std::vector<Text> &items) {
-        std::vector<std::int32_t> order(items.size());
-        std::iota(order.begin(), order.end(), 0);
-        std::stable_sort(order.begin(), order.end(),
-                         [&](std::int32_t a, std::int32_t b) { return items[a].size() < items[b].size(); });
-        return order;
-    };
-    const std::vector<std::int32_t> order = by_length(texts), pattern_order = by_length(patterns);
+    const auto order = by_length(texts.size(), [&](std::size_t i) -> const Text & { return texts[i]; });
+    const auto pattern_order = by_length(patterns.size(), [&](std::size_t i) -> const Text & { return patterns[i]; });
     std::vector<const Text *> sorted;
     for (const std::int32_t t : order) sorted.push_back(&texts[t]);
     const std::size_t longest = sorted.empty() ? 0 : sorted.back()->size();
@@ -225,7 +294,7 @@ void nearest(const std::vector<Text> &patterns, const std::vector<Text> &texts, 
 
     const auto n_patterns = static_cast<std::int64_t>(patterns.size());
     parallel_for(n_patterns, 64 * LANES, threads, [&](std::int64_t begin, std::int64_t end) {
-        PatternBlock block(alphabet_size);
+        PatternBlock<std::uint32_t> block(alphabet_size);
         for (std::int64_t at = begin; at < end; at += LANES) {
             const auto count = static_cast<std::size_t>(std::min<std::int64_t>(LANES, end - at));
             alignas(64) std::int32_t best[LANES], place[LANES];
@@ -238,7 +307,7 @@ void nearest(const std::vector<Text> &patterns, const std::vector<Text> &texts, 
                 members[l] = &patterns[pattern_order[at + l]];
                 low = std::min(low, members[l]->size());
                 high = std::max(high, members[l]->size());
-                fast &= !members[l]->empty() && members[l]->size() <= WORD;
+                fast &= !members[l]->empty() && members[l]->size() <= BITS<std::uint32_t>;
             }
             if (fast) block.set(members, count);
             const auto look = [&](std::size_t length) {

@@ -26,10 +26,12 @@ class Alphabet {
     std::uint32_t used_ = 0;
 };
 
-// out[i * texts.size() + j] = distance of pattern i and text j, all of numbers below alphabet_size.
+// out[i * stride + j] = distance of pattern i and text j, all of numbers below alphabet_size. A stride of
+// whole_lanes(texts.size()); what a row has beyond the texts may be overwritten. With bytes for the
+// distances no pattern and no text may be longer than 255.
 template <class Cost>
 void distance_table(const std::vector<const Text *> &patterns, const std::vector<const Text *> &texts,
-                    std::size_t alphabet_size, Cost *out);
+                    std::size_t alphabet_size, std::size_t stride, Cost *out);
 
 // For every pattern the nearest text, the first of them in the order given, and its distance. Texts whose length alone
 // rules them out are not looked at. −1 where there are no texts.

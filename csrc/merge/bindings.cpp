@@ -4,11 +4,13 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "bindings.hpp"
+#include "merge/checksum.hpp"
 #include "merge/merge_tensor.hpp"
 
 namespace fusechat {
@@ -95,6 +97,7 @@ py::dict report_dict(const Report &report) {
     result["n_touched"] = report.outcome.n_touched;
     result["n_conflicts"] = report.outcome.n_conflicts;
     result["n_overflow"] = report.outcome.n_overflow;
+    result["checksum"] = report.checksum;
     return result;
 }
 
@@ -178,6 +181,14 @@ py::dict measure_py(const std::vector<SourceTuple> &sources, std::int64_t n, int
     return result;
 }
 
+std::uint64_t checksum_py(int fd, std::int64_t offset, std::int64_t n, int item_bytes) {
+    if (fd < 0 || offset < 0 || n < 0 || n > kMostItems || item_bytes < 1 || item_bytes > 16) {
+        throw std::invalid_argument("there is no such tensor to check");
+    }
+    const py::gil_scoped_release release;
+    return tensor_checksum(fd, offset, n, item_bytes);
+}
+
 }  // namespace
 
 void bind_merge(py::module_ &m) {
@@ -191,6 +202,12 @@ void bind_merge(py::module_ &m) {
           "Merge one tensor from open files into an open file; returns what was done.");
     m.def("measure_tensor", &measure_py, py::arg("sources").noconvert(), py::arg("n"), py::kw_only(), py::arg("threads") = 1,
           "Per target the sums of delta² and base·delta, and that of base².");
+    m.def("tensor_checksum", &checksum_py, py::arg("fd"), py::arg("offset"), py::arg("n"), py::arg("item_bytes"),
+          "XXH64 of the XXH64s of a tensor's chunks of 16,384 items.");
+    m.def("xxh64", [](const py::bytes &data) {
+        const auto view = static_cast<std::string_view>(data);
+        return xxh64(view.data(), view.size());
+    }, py::arg("data"), "XXH64 with seed 0.");
 }
 
 }  // namespace fusechat

@@ -64,7 +64,7 @@ FUSECHAT_INLINE void combine_lanes(const Lanes &lanes, Sums *sums) {
     constexpr bool elects = kElect != Elect::none;
     Doubles energy{};
     Longs touched{}, conflicts{};
-    const Longs sign_bit = Longs{} + INT64_MIN, first_lanes = {0, 1, 2, 3, 4, 5, 6, 7};
+    const Longs sign_bit = Longs{} + INT64_MIN, first_lanes = {0, 1, 2, 3};
     const Doubles zero{}, one = zero + 1.0, least = zero + lanes.least_share;
     const Doubles count = zero + static_cast<double>(n_targets), threshold = zero + lanes.threshold;
     const Doubles below = zero + lanes.below;
@@ -200,6 +200,38 @@ void add_energies(Scratch &scratch, int n, const std::vector<double> &shares, st
     }
 }
 
+void merge_lanes(const Rule &rule, const Selection *selection, std::int64_t begin, int n, Scratch &scratch, bool measured,
+                 unsigned char *out, Outcome &outcome) {
+    alignas(64) float merged[kTile];
+    const Lanes lanes{
+        .base = scratch.base(),
+        .deltas = scratch.delta(0),
+        .weights = rule.weights.data(),
+        .factors = rule.factors.data(),
+        .n_targets = static_cast<int>(rule.weights.size()),
+        .n = pad(n),
+        .begin = begin,
+        .tie_stop = selection ? selection->tie_stop : 0,
+        .threshold = selection ? selection->threshold : 0,
+        .below = selection ? std::nextafter(selection->threshold, -HUGE_VAL) : 0,
+        .least_share = rule.divide == Divide::clamped ? 1e-6 : -HUGE_VAL,
+        .scale = rule.scale,
+        .write_back = measured,
+        .merged = merged,
+    };
+    Sums sums;
+    if (rule.per_parameter) {
+        combine_by_parameter(lanes, &sums);
+    } else {
+        combine_all(lanes, selection != nullptr, rule.elect, rule.divide != Divide::none, &sums);
+    }
+    if (measured) add_energies(scratch, n, rule.keep_share, outcome.kept_energy);
+    outcome.update_energy += sums.update_energy;
+    outcome.n_touched += sums.n_touched;
+    outcome.n_conflicts += sums.n_conflicts;
+    outcome.n_overflow += narrow(merged, scratch.base(), rule.out_dtype, out, n);
+}
+
 }  // namespace
 
 void Rule::set_factors() {
@@ -223,34 +255,11 @@ void combine_tile(const Rule &rule, const std::vector<Selection> &selections, st
     if (measured) add_energies(scratch, n, {}, outcome.energy);
     if (rule.mask == Mask::each || rule.mask == Mask::random) mask_each(rule, selections, begin, n, scratch);
     const bool select = rule.mask == Mask::shared && !rule.mask_weights_only;
-    alignas(64) float merged[kTile];
-    const Lanes lanes{
-        .base = scratch.base(),
-        .deltas = scratch.delta(0),
-        .weights = rule.weights.data(),
-        .factors = rule.factors.data(),
-        .n_targets = static_cast<int>(rule.weights.size()),
-        .n = pad(n),
-        .begin = begin,
-        .tie_stop = select ? selections[0].tie_stop : 0,
-        .threshold = select ? selections[0].threshold : 0,
-        .below = select ? std::nextafter(selections[0].threshold, -HUGE_VAL) : 0,
-        .least_share = rule.divide == Divide::clamped ? 1e-6 : -HUGE_VAL,
-        .scale = rule.scale,
-        .write_back = measured,
-        .merged = merged,
-    };
-    Sums sums;
-    if (rule.per_parameter) {
-        combine_by_parameter(lanes, &sums);
-    } else {
-        combine_all(lanes, select, rule.elect, rule.divide != Divide::none, &sums);
-    }
-    if (measured) add_energies(scratch, n, rule.keep_share, outcome.kept_energy);
-    outcome.update_energy += sums.update_energy;
-    outcome.n_touched += sums.n_touched;
-    outcome.n_conflicts += sums.n_conflicts;
-    outcome.n_overflow += narrow(merged, scratch.base(), rule.out_dtype, out, n);
+    merge_lanes(rule, select ? &selections[0] : nullptr, begin, n, scratch, measured, out, outcome);
+}
+
+void combine_selected(const Rule &rule, int n, Scratch &scratch, bool measured, unsigned char *out, Outcome &outcome) {
+    merge_lanes(rule, nullptr, 0, n, scratch, measured, out, outcome);
 }
 
 }  // namespace fusechat::merge

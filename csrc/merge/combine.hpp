@@ -32,6 +32,10 @@ struct Rule {
 // Tensors of fewer tiles than this are measured whole.
 constexpr int kMeasuredEvery = 16;
 
+inline bool is_measured(std::int64_t n, std::int64_t begin) {
+    return n < kMeasuredEvery * kTile || begin / kTile % kMeasuredEvery == 0;
+}
+
 // What a merge did, summed over a tensor.
 struct Outcome {
     // Per target Σ delta², and Σ delta² over what reached the sum, on one tile in kMeasuredEvery.
@@ -48,5 +52,8 @@ struct Outcome {
 // are added to the outcome when `measured`.
 void combine_tile(const Rule &rule, const std::vector<Selection> &selections, std::int64_t begin, int n, Scratch &scratch,
                   bool measured, unsigned char *out, Outcome &outcome);
+
+// The same for n elements that were all selected, packed in the scratch. Adds to kept_energy when `measured`.
+void combine_selected(const Rule &rule, int n, Scratch &scratch, bool measured, unsigned char *out, Outcome &outcome);
 
 }  // namespace fusechat::merge

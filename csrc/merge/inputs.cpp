@@ -1,14 +1,10 @@
 #include "merge/inputs.hpp"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <bit>
-#include <cerrno>
 #include <cstring>
-#include <stdexcept>
-#include <string>
 
+#include "merge/files.hpp"
 #include "merge/lanes.hpp"
 
 namespace fusechat::merge {
@@ -68,19 +64,6 @@ FUSECHAT_CLONES bool any_nonfinite(const float *__restrict values, int n) {
 
 bool is_finite(float x) { return (std::bit_cast<std::uint32_t>(x) & 0x7f800000u) != 0x7f800000u; }
 
-void read_exactly(int fd, void *to, std::int64_t size_bytes, std::int64_t offset) {
-    auto *at = static_cast<unsigned char *>(to);
-    while (size_bytes > 0) {
-        const ssize_t got = pread(fd, at, static_cast<std::size_t>(size_bytes), offset);
-        if (got < 0 && errno == EINTR) continue;
-        if (got < 0) throw std::runtime_error(std::string("cannot read an input: ") + std::strerror(errno));
-        if (got == 0) throw std::runtime_error("an input became shorter while it was read");
-        at += got;
-        offset += got;
-        size_bytes -= got;
-    }
-}
-
 // delta += scale · (B A)[begin, begin + n) in row-major order; returns whether any sum is not finite.
 bool add_low_rank(const LowRank &low_rank, std::int64_t begin, float *delta, int n) {
     bool flawed = false;
@@ -104,6 +87,7 @@ Scratch::Scratch(int n_targets)
     : base_(kTile),
       values_(kTile),
       delta_(static_cast<std::size_t>(n_targets) * kTile),
+      packed_(delta_.size()),
       raw_(static_cast<std::size_t>(n_targets + 1) * kChunk * 4),
       out_(static_cast<std::size_t>(kChunk) * 4) {}
 
@@ -136,6 +120,7 @@ void open_tile(const Inputs &inputs, std::int64_t begin, int at, int n, Scratch 
     };
     widen_source(inputs.base, scratch.raw(0), base, n_there(inputs.base));
     std::fill(base + n, base + padded, 0.0f);
+    if (inputs.base.low_rank.rank > 0) add_low_rank(inputs.base.low_rank, begin + at, base, n_there(inputs.base));
     bool flawed = any_nonfinite(base, n);
     for (int j = 0; j < inputs.n_targets(); ++j) {
         const Source &source = inputs.targets[j];

@@ -53,13 +53,15 @@ class Scratch {
     explicit Scratch(int n_targets);
     float *base() { return base_.data(); }
     float *delta(int j) { return delta_.data() + static_cast<std::size_t>(j) * kTile; }
+    float *packed(int j) { return packed_.data() + static_cast<std::size_t>(j) * kTile; }  // delta(j), a few of them
     unsigned char *raw(int source) { return raw_.data() + static_cast<std::size_t>(source) * kChunk * 4; }
     unsigned char *out() { return out_.data(); }
     float *values() { return values_.data(); }
+    std::vector<unsigned char> &carried() { return carried_; }  // a segment's candidates
 
   private:
-    std::vector<float> base_, values_, delta_;
-    std::vector<unsigned char> raw_, out_;
+    std::vector<float> base_, values_, delta_, packed_;
+    std::vector<unsigned char> raw_, out_, carried_;
 };
 
 // Fetches items [begin, begin + n) of every source, n <= kChunk, into the scratch's raw buffers.
@@ -85,29 +87,15 @@ class ScratchPool {
 
 inline std::int64_t n_segments(std::int64_t n) { return (n + kSegment - 1) / kSegment; }
 
-// Calls open(segment) once per segment, then tile(segment_state, begin, n, scratch) for its tiles in order, then
-// after_chunk(begin, n, scratch) when a fetched chunk is finished. Returns what was not finite, per source.
-template <class Tile, class AfterChunk>
-std::vector<NonFinite> for_each_tile(const Inputs &inputs, ScratchPool &pool, int threads, Tile &&tile,
-                                     AfterChunk &&after_chunk) {
+// Calls body(segment, scratch, bad) for every segment; returns what was not finite, per source.
+template <class Body>
+std::vector<NonFinite> for_each_segment(const Inputs &inputs, ScratchPool &pool, int threads, Body &&body) {
     std::vector<NonFinite> all(inputs.targets.size() + 1);
     std::mutex lock;
     parallel_for(n_segments(inputs.n), 1, threads, [&](std::int64_t first, std::int64_t last) {
         auto scratch = pool.take();
         std::vector<NonFinite> bad(all.size());
-        for (std::int64_t segment = first; segment < last; ++segment) {
-            const std::int64_t stop = std::min(inputs.n, (segment + 1) * kSegment);
-            for (std::int64_t begin = segment * kSegment; begin < stop; begin += kChunk) {
-                const int n_chunk = static_cast<int>(std::min<std::int64_t>(kChunk, stop - begin));
-                fetch(inputs, begin, n_chunk, *scratch);
-                for (int at = 0; at < n_chunk; at += kTile) {
-                    const int n = std::min(kTile, n_chunk - at);
-                    open_tile(inputs, begin, at, n, *scratch, bad);
-                    tile(segment, begin + at, n, *scratch);
-                }
-                after_chunk(begin, n_chunk, *scratch);
-            }
-        }
+        for (std::int64_t segment = first; segment < last; ++segment) body(segment, *scratch, bad);
         pool.give(std::move(scratch));
         const std::lock_guard<std::mutex> hold(lock);
         for (std::size_t s = 0; s < all.size(); ++s) {
@@ -116,6 +104,34 @@ std::vector<NonFinite> for_each_tile(const Inputs &inputs, ScratchPool &pool, in
         }
     });
     return all;
+}
+
+// Calls tile(begin, n) for a segment's opened tiles in order, then after_chunk(begin, n) when a fetched chunk is finished.
+template <class Tile, class AfterChunk>
+void for_each_tile_of(const Inputs &inputs, std::int64_t segment, Scratch &scratch, std::vector<NonFinite> &bad,
+                      Tile &&tile, AfterChunk &&after_chunk) {
+    const std::int64_t stop = std::min(inputs.n, (segment + 1) * kSegment);
+    for (std::int64_t begin = segment * kSegment; begin < stop; begin += kChunk) {
+        const int n_chunk = static_cast<int>(std::min<std::int64_t>(kChunk, stop - begin));
+        fetch(inputs, begin, n_chunk, scratch);
+        for (int at = 0; at < n_chunk; at += kTile) {
+            const int n = std::min(kTile, n_chunk - at);
+            open_tile(inputs, begin, at, n, scratch, bad);
+            tile(begin + at, n);
+        }
+        after_chunk(begin, n_chunk);
+    }
+}
+
+// Calls tile(segment, begin, n, scratch) for every tile, in order within a segment; returns what was not finite.
+template <class Tile>
+std::vector<NonFinite> for_each_tile(const Inputs &inputs, ScratchPool &pool, int threads, Tile &&tile) {
+    return for_each_segment(
+        inputs, pool, threads, [&](std::int64_t segment, Scratch &scratch, std::vector<NonFinite> &bad) {
+            for_each_tile_of(
+                inputs, segment, scratch, bad,
+                [&](std::int64_t begin, int n) { tile(segment, begin, n, scratch); }, [](std::int64_t, int) {});
+        });
 }
 
 }  // namespace fusechat::merge

@@ -65,6 +65,76 @@ FUSECHAT_CLONES bool variances_and_energies(const float *deltas, int n_targets, 
     }
 }
 
+using Wides = float __attribute__((vector_size(4 * kPadding)));
+using Words = std::int32_t __attribute__((vector_size(4 * kPadding)));
+
+// Variance keys to fp32's precision; returns how many are exactly zero. A difference of fp32 numbers is zero where they
+// are equal and nowhere else.
+template <int kTargets>
+FUSECHAT_INLINE int near_lanes(const float *deltas, int n_targets, int n, float *keys) {
+    const int width = kTargets > 0 ? kTargets : n_targets;
+    Words zeros{};
+    for (int i = 0; i < n; i += kPadding) {
+        Wides first, sum{}, squares{};
+        load(first, deltas + i);
+        Words moved{};
+        for (int j = 1; j < width; ++j) {
+            Wides difference;
+            load(difference, deltas + static_cast<std::size_t>(j) * kTile + i);
+            difference -= first;
+            sum += difference;
+            squares += difference * difference;
+            moved |= (Words)difference;
+        }
+        store(keys + i, static_cast<float>(width) * squares - sum * sum);
+        zeros -= (moved & INT32_MAX) == 0;  // ±0
+    }
+    int count = 0;
+    for (int lane = 0; lane < kPadding; ++lane) count += zeros[lane];
+    return count;
+}
+
+FUSECHAT_CLONES int near_variances(const float *deltas, int n_targets, int n, float *keys) {
+    switch (n_targets) {
+        case 2: return near_lanes<2>(deltas, 2, n, keys);
+        case 3: return near_lanes<3>(deltas, 3, n, keys);
+        case 4: return near_lanes<4>(deltas, 4, n, keys);
+        case 5: return near_lanes<5>(deltas, 5, n, keys);
+        default: return near_lanes<0>(deltas, n_targets, n, keys);
+    }
+}
+
+// What a key in fp32 is at least where the exact one is `low` or above; -1 where nothing is known of it.
+// With u = 2^-24 and Q = Σ d² over the differences d to the first target, the terms J Q and (Σ d)² <= J Q of a key are
+// off by at most J (J + 4) u Q and 2 J (J + 2) u Q; the key itself is at least Q, for (Σ d)² <= (J - 1) Q.
+float least_near(double low, int n_targets) {
+    const double error = n_targets * (n_targets + 4.0) * 0x1p-22;
+    const double least = low * (1 - error);
+    if (error > 0.1 || least < 0x1p-100) return -1;  // below, squares may vanish
+    return std::nextafter(static_cast<float>(std::min(least, 0x1p127)), 0.0f);
+}
+
+// A sum of squares that overflows may leave infinity or NaN, which is not below anything.
+FUSECHAT_CLONES void flag_near(const float *__restrict keys, int n, float least, std::uint8_t *__restrict flags) {
+    for (int i = 0; i < n; ++i) flags[i] = !(keys[i] < least);
+}
+
+// Writes the indices of the non-zero flags to `at`, ascending; returns how many.
+int indices_of(const std::uint8_t *flags, int padded, std::int32_t *at) {
+    int found = 0;
+    for (int i = 0; i < padded; i += 64) {
+        // The multiplication gathers the low bits of eight bytes: one loop over 64 flags mispredicts once.
+        std::uint64_t mask = 0;
+        for (int group = 0; group < 8 && i + 8 * group < padded; ++group) {
+            std::uint64_t bytes;
+            std::memcpy(&bytes, flags + i + 8 * group, 8);
+            mask |= (bytes * 0x0102040810204080u >> 56) << 8 * group;
+        }
+        for (; mask != 0; mask &= mask - 1) at[found++] = i + std::countr_zero(mask);
+    }
+    return found;
+}
+
 FUSECHAT_CLONES void magnitude_lanes(const float *__restrict delta, int n, float *__restrict keys) {
     for (int i = 0; i < n; ++i) keys[i] = std::fabs(delta[i]);
 }
@@ -126,6 +196,22 @@ void variance_keys(const float *deltas, int n_targets, int n, double high, doubl
     pad_keys(n, keys);
 }
 
+int find_candidates(const float *deltas, int n_targets, int n, double low, std::int32_t *at, std::int64_t &n_nonzero) {
+    alignas(64) float keys[kTile];
+    alignas(64) std::uint8_t flags[kTile];
+    const int padded = pad(n);
+    n_nonzero += padded - near_variances(deltas, n_targets, padded, keys);
+    flag_near(keys, padded, least_near(low, n_targets), flags);
+    int found = indices_of(flags, padded, at);
+    while (found > 0 && at[found - 1] >= n) --found;
+    return found;
+}
+
+void gather(const float *values, const std::int32_t *at, int n, float *packed) {
+    for (int i = 0; i < n; ++i) packed[i] = values[at[i]];
+    std::fill(packed + n, packed + pad(n), 0.0f);
+}
+
 void magnitude_keys(const float *delta, int n, float *keys) {
     magnitude_lanes(delta, n, keys);
     pad_keys(n, keys);
@@ -144,18 +230,7 @@ template <class T>
 int find_inside(const T *keys, int padded, T low, T high, std::int32_t *at) {
     alignas(64) std::uint8_t flags[kTile];
     flag(keys, padded, low, high, flags);
-    int found = 0;
-    for (int i = 0; i < padded; i += 64) {
-        // The multiplication gathers the low bits of eight bytes: one loop over 64 flags mispredicts once.
-        std::uint64_t mask = 0;
-        for (int group = 0; group < 8 && i + 8 * group < padded; ++group) {
-            std::uint64_t bytes;
-            std::memcpy(&bytes, flags + i + 8 * group, 8);
-            mask |= (bytes * 0x0102040810204080u >> 56) << 8 * group;
-        }
-        for (; mask != 0; mask &= mask - 1) at[found++] = i + std::countr_zero(mask);
-    }
-    return found;
+    return indices_of(flags, padded, at);
 }
 template int find_inside(const double *, int, double, double, std::int32_t *);
 template int find_inside(const float *, int, float, float, std::int32_t *);

@@ -9,6 +9,13 @@ namespace fusechat::merge {
 // keys[i] = J Σ delta² − (Σ delta)² = J² · population variance, exactly 0 where all targets agree. deltas: [J][kTile].
 void variance_keys(const float *deltas, int n_targets, int n, double *keys);
 
+// The elements whose variance key may be `low` or above, ascending, to `at`; returns how many. Their keys are computed in
+// fp32 here, and whatever its rounding leaves open counts as one. Adds to `n_nonzero` the elements of non-zero key.
+int find_candidates(const float *deltas, int n_targets, int n, double low, std::int32_t *at, std::int64_t &n_nonzero);
+
+// packed[i] = values[at[i]] for n items, padded with zeros.
+void gather(const float *values, const std::int32_t *at, int n, float *packed);
+
 // keys[i] = |delta[i]|.
 void magnitude_keys(const float *delta, int n, float *keys);
 

@@ -11,7 +11,8 @@
 
 namespace fusechat::merge {
 
-constexpr int kLanes = 8;
+// As wide as AVX2's registers: GCC takes comparisons of wider vectors apart, lane by lane.
+constexpr int kLanes = 4;
 constexpr int kPadding = 2 * kLanes;  // of a tile: whole lanes of fp32, too
 
 using Floats = float __attribute__((vector_size(4 * kLanes)));

@@ -1,28 +1,16 @@
 #include "merge/merge_tensor.hpp"
 
-#include <unistd.h>
+#include <algorithm>
+#include <optional>
 
-#include <cerrno>
-#include <cstring>
-#include <stdexcept>
-#include <string>
-
+#include "merge/carry.hpp"
+#include "merge/checksum.hpp"
+#include "merge/files.hpp"
 #include "merge/keys.hpp"
 #include "merge/lanes.hpp"
 
 namespace fusechat::merge {
 namespace {
-
-void write_exactly(int fd, const unsigned char *from, std::int64_t size_bytes, std::int64_t offset) {
-    while (size_bytes > 0) {
-        const ssize_t put = pwrite(fd, from, static_cast<std::size_t>(size_bytes), offset);
-        if (put < 0 && errno == EINTR) continue;
-        if (put <= 0) throw std::runtime_error(std::string("cannot write the output: ") + std::strerror(errno));
-        from += put;
-        offset += put;
-        size_bytes -= put;
-    }
-}
 
 bool any(const std::vector<NonFinite> &bad) {
     for (const NonFinite &source : bad) {
@@ -44,10 +32,21 @@ std::vector<double> weights_from_energy(const Selection &selection, const Energy
     return weights;
 }
 
-std::vector<Selection> choose(const Task &task, ScratchPool &pool, int threads, std::vector<NonFinite> &bad) {
+// Candidates are carried only to a merge that needs nothing else.
+std::optional<Carry> carry_for(const Task &task) {
+    if (!task.select || task.rule.mask != Mask::shared || task.rule.mask_weights_only) return std::nullopt;
+    const Quota &quota = task.quotas[0];
+    const double share = static_cast<double>(quota.numerator) / static_cast<double>(quota.denominator);
+    Carry carry(task.inputs, {task.out_fd, task.out_offset, task.rule.out_dtype}, share);
+    if (!carry.used()) return std::nullopt;
+    return carry;
+}
+
+std::vector<Selection> choose(const Task &task, ScratchPool &pool, int threads, std::vector<NonFinite> &bad,
+                              Carry *carry) {
     if (task.select) {
         const Key key = task.rule.mask == Mask::shared ? Key::variance : Key::magnitude;
-        return select(task.inputs, pool, key, task.quotas, threads, bad);
+        return select(task.inputs, pool, key, task.quotas, threads, bad, carry);
     }
     if (task.energy_weights.use) return {select_all(task.inputs, pool, threads, bad)};
     return {};
@@ -58,8 +57,12 @@ std::vector<Selection> choose(const Task &task, ScratchPool &pool, int threads, 
 Report merge_tensor(Task task, int threads) {
     ScratchPool pool(task.inputs.n_targets());
     Report report;
-    report.selections = choose(task, pool, threads, report.nonfinite);
-    if (any(report.nonfinite) && !task.allow_nonfinite) return report;
+    std::optional<Carry> carry = carry_for(task);
+    report.selections = choose(task, pool, threads, report.nonfinite, carry ? &*carry : nullptr);
+    if (any(report.nonfinite)) {
+        if (!task.allow_nonfinite) return report;
+        carry.reset();
+    }
     if (task.energy_weights.use) {
         task.rule.weights = weights_from_energy(report.selections[0], task.energy_weights, task.inputs.n);
     }
@@ -70,18 +73,30 @@ Report merge_tensor(Task task, int threads) {
     const std::vector<double> zeros(task.inputs.targets.size(), 0.0);
     for (Outcome &outcome : outcomes) outcome.energy = outcome.kept_energy = zeros;
     report.outcome.energy = report.outcome.kept_energy = zeros;
-    const bool whole = task.inputs.n < kMeasuredEvery * kTile;
-    report.nonfinite = for_each_tile(
-        task.inputs, pool, threads,
-        [&](std::int64_t segment, std::int64_t begin, int n, Scratch &scratch) {
-            unsigned char *out = scratch.out() + begin % kChunk * width;
-            const bool measured = whole || begin / kTile % kMeasuredEvery == 0;
-            combine_tile(task.rule, report.selections, begin, n, scratch, measured, out, outcomes[segment]);
-        },
-        [&](std::int64_t begin, int n, Scratch &scratch) {
-            write_exactly(task.out_fd, scratch.out(), static_cast<std::int64_t>(n) * width,
-                          task.out_offset + begin * width);
+    std::vector<std::uint64_t> checksums(static_cast<std::size_t>((task.inputs.n + kChunk - 1) / kChunk));
+    report.nonfinite = for_each_segment(
+        task.inputs, pool, threads, [&](std::int64_t segment, Scratch &scratch, std::vector<NonFinite> &bad) {
+            Outcome &outcome = outcomes[static_cast<std::size_t>(segment)];
+            auto write = [&](std::int64_t begin, int n) {
+                const std::int64_t size_bytes = static_cast<std::int64_t>(n) * width;
+                write_exactly(task.out_fd, scratch.out(), size_bytes, task.out_offset + begin * width);
+                checksums[static_cast<std::size_t>(begin / kChunk)] =
+                    xxh64(scratch.out(), static_cast<std::size_t>(size_bytes));
+            };
+            if (carry && carry->holds(segment)) {
+                carry->merge(segment, task.rule, report.selections[0], scratch, outcome, write);
+                return;
+            }
+            for_each_tile_of(
+                task.inputs, segment, scratch, bad,
+                [&](std::int64_t begin, int n) {
+                    unsigned char *out = scratch.out() + begin % kChunk * width;
+                    combine_tile(task.rule, report.selections, begin, n, scratch,
+                                 is_measured(task.inputs.n, begin), out, outcome);
+                },
+                write);
         });
+    report.checksum = tensor_checksum(checksums);
     for (const Outcome &outcome : outcomes) report.outcome.add(outcome);
     report.written = task.allow_nonfinite || !any(report.nonfinite);
     return report;
@@ -104,8 +119,7 @@ Moments measure(const Inputs &inputs, int threads) {
                 sums.energy[j] += energy(scratch.delta(j), padded);
                 sums.dot[j] += dot(scratch.base(), scratch.delta(j), padded);
             }
-        },
-        [](std::int64_t, int, Scratch &) {});
+        });
     all.energy.assign(width, 0.0);
     all.dot.assign(width, 0.0);
     for (const Moments &sums : segments) {

@@ -33,6 +33,7 @@ struct Report {
     std::vector<Selection> selections;
     std::vector<double> weights;
     Outcome outcome;
+    std::uint64_t checksum = 0;        // of the merged tensor's bytes
 };
 
 // Runs the passes and writes the merged tensor at out_offset. Throws std::runtime_error when reading or writing fails.

@@ -6,6 +6,7 @@
 #include <functional>
 #include <utility>
 
+#include "merge/carry.hpp"
 #include "merge/keys.hpp"
 #include "merge/lanes.hpp"
 
@@ -34,8 +35,8 @@ void improve(std::uint64_t &best, std::uint64_t value, Better better) {
 
 }  // namespace
 
-Search::Search(Inputs own, Key key, const Quota &quota, std::int64_t list_bytes)
-    : own_(std::move(own)), key_(key), quota_(quota), width_(key == Key::variance ? own_.n_targets() : 0) {
+Search::Search(Inputs own, Key key, const Quota &quota, std::int64_t list_bytes, Carry *carry)
+    : own_(std::move(own)), key_(key), quota_(quota), width_(key == Key::variance ? own_.n_targets() : 0), carry_(carry) {
     limit_ = list_bytes / static_cast<std::int64_t>(sizeof(Kept) + sizeof(float) * width_);
 }
 
@@ -90,21 +91,35 @@ void Search::tally(std::int64_t segment, std::int64_t begin, int n, Scratch &scr
     into.above.resize(width_, 0.0);
     into.inside.resize(width_, 0.0);
     if (key_ == Key::variance) {
-        alignas(64) double keys[kTile];
-        variance_keys(scratch.delta(slot), width_, n, bracket_.high_key(), keys, into.above.data());
-        tally_keys(into, begin, n, keys, bracket_.low_key(), bracket_.high_key(), scratch);
+        tally_variances(into, begin, n, scratch);
     } else {
         alignas(64) float keys[kTile];
         magnitude_keys(scratch.delta(slot), n, keys);
-        tally_keys(into, begin, n, keys, ceiled(bracket_.low_key()), ceiled(bracket_.high_key()), scratch);
+        const float low = ceiled(bracket_.low_key()), high = ceiled(bracket_.high_key());
+        const KeyCounts counts = count_keys(keys, pad(n), low, high);
+        into.n_nonzero += counts.nonzero;
+        tally_keys(into, begin, n, nullptr, keys, low, high, counts, scratch);
     }
 }
 
+// Most keys lie below the bracket, which fp32 can tell: the exact ones are computed for the others.
+void Search::tally_variances(Segment &into, std::int64_t begin, int n, Scratch &scratch) {
+    std::array<std::int32_t, kTile> at;
+    const int found = find_candidates(scratch.delta(0), width_, n, bracket_.low_key(), at.data(), into.n_nonzero);
+    if (carry_) carry_->take(begin, n, at.data(), found, is_measured(own_.n, begin), scratch);
+    if (found == 0) return;
+    for (int c = 0; c < width_; ++c) gather(scratch.delta(c), at.data(), found, scratch.packed(c));
+    alignas(64) double keys[kTile];
+    variance_keys(scratch.packed(0), width_, found, bracket_.high_key(), keys, into.above.data());
+    const KeyCounts counts = count_keys(keys, pad(found), bracket_.low_key(), bracket_.high_key());
+    tally_keys(into, begin, found, at.data(), keys, bracket_.low_key(), bracket_.high_key(), counts, scratch);
+}
+
+// `places`: where the keys' elements stand in the tile, in order where null.
 template <class T>
-void Search::tally_keys(Segment &into, std::int64_t begin, int n, const T *keys, T low, T high, Scratch &scratch) {
-    const KeyCounts counts = count_keys(keys, pad(n), low, high);
+void Search::tally_keys(Segment &into, std::int64_t begin, int n, const std::int32_t *places, const T *keys, T low,
+                        T high, const KeyCounts &counts, Scratch &scratch) {
     into.n_above += counts.above;
-    into.n_nonzero += counts.nonzero;
     if (counts.inside == 0) return;
     into.n_inside += counts.inside;
     const bool keep = (n_inside_ += counts.inside) <= limit_;
@@ -113,12 +128,12 @@ void Search::tally_keys(Segment &into, std::int64_t begin, int n, const T *keys,
     const int found = find_inside(keys, pad(n), low, high, at.data());
     for (int i = 0; i < found; ++i) {
         for (int c = 0; c < width_; ++c) {
-            const float delta = scratch.delta(c)[at[i]];
+            const float delta = scratch.packed(c)[at[i]];
             into.inside[c] += static_cast<double>(delta) * delta;
             if (keep) into.payload.push_back(delta);
         }
         if (keep) {
-            into.kept.push_back({begin + at[i], keys[at[i]]});
+            into.kept.push_back({begin + (places ? places[at[i]] : at[i]), keys[at[i]]});
         } else {
             add_to_histogram(keys[at[i]]);
         }

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "merge/inputs.hpp"
+#include "merge/keys.hpp"
 #include "merge/select.hpp"
 
 namespace fusechat::merge {
@@ -26,8 +27,8 @@ struct Bracket {
 class Search {
   public:
     // `own`: the base and the targets whose deltas are ordered, all of them by variance, one by magnitude.
-    // `list_bytes`: what may be kept of a bracket.
-    Search(Inputs own, Key key, const Quota &quota, std::int64_t list_bytes);
+    // `list_bytes`: what may be kept of a bracket. `carry`, if any, takes the candidates of every pass.
+    Search(Inputs own, Key key, const Quota &quota, std::int64_t list_bytes, Carry *carry);
 
     const Inputs &own() const { return own_; }
 
@@ -65,8 +66,10 @@ class Search {
         std::uint64_t count = 0, lowest = UINT64_MAX, highest = 0;
     };
 
+    void tally_variances(Segment &into, std::int64_t begin, int n, Scratch &scratch);
     template <class T>
-    void tally_keys(Segment &into, std::int64_t begin, int n, const T *keys, T low, T high, Scratch &scratch);
+    void tally_keys(Segment &into, std::int64_t begin, int n, const std::int32_t *places, const T *keys, T low, T high,
+                    const KeyCounts &counts, Scratch &scratch);
     void open_histogram();
     void add_to_histogram(double key);
     Bracket narrowed(std::int64_t k) const;
@@ -80,6 +83,7 @@ class Search {
     Quota quota_;
     int width_;  // the targets whose energies are summed
     std::int64_t limit_;
+    Carry *carry_;
     Bracket bracket_;
     Selection found_;
 

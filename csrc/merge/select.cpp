@@ -51,13 +51,13 @@ std::int64_t Quota::resolve(std::int64_t n_nonzero) const {
 }
 
 std::vector<Selection> select(const Inputs &inputs, ScratchPool &pool, Key key, const std::vector<Quota> &quotas,
-                              int threads, std::vector<NonFinite> &bad) {
+                              int threads, std::vector<NonFinite> &bad, Carry *carry) {
     const std::int64_t list_bytes = std::max(kListBytes / static_cast<std::int64_t>(quotas.size()), kLeastListBytes);
     std::deque<Search> searches;
     for (std::size_t s = 0; s < quotas.size(); ++s) {
         Inputs own = inputs;
         if (key == Key::magnitude) own.targets = {inputs.targets[s]};
-        searches.emplace_back(std::move(own), key, quotas[s], list_bytes);
+        searches.emplace_back(std::move(own), key, quotas[s], list_bytes, carry);
     }
     bracket_by_sample(inputs, searches, pool);
     std::vector<Search *> open;
@@ -71,8 +71,7 @@ std::vector<Selection> select(const Inputs &inputs, ScratchPool &pool, Key key, 
                 for (std::size_t s = 0; s < open.size(); ++s) {
                     open[s]->tally(segment, begin, n, scratch, static_cast<int>(s));
                 }
-            },
-            [](std::int64_t, int, Scratch &) {});
+            });
         if (first) bad = found;
         std::erase_if(open, [&](Search *search) { return search->end_pass(pool); });
         // A further pass reads only the targets whose bracket was missed.
@@ -95,8 +94,7 @@ Selection select_all(const Inputs &inputs, ScratchPool &pool, int threads, std::
             auto &sums = segments[static_cast<std::size_t>(segment)];
             sums.resize(width, 0.0);
             for (int j = 0; j < width; ++j) sums[j] += energy(scratch.delta(j), pad(n));
-        },
-        [](std::int64_t, int, Scratch &) {});
+        });
     Selection selection;
     selection.k = inputs.n;
     selection.threshold = -1;

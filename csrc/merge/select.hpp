@@ -12,6 +12,8 @@
 
 namespace fusechat::merge {
 
+class Carry;
+
 // What orders the elements: the population variance of the targets' deltas, or a single target's |delta|.
 enum class Key { variance, magnitude };
 
@@ -34,9 +36,10 @@ struct Selection {
 };
 
 // Selects once by variance, for which there is one quota, or by magnitude for every target, for which there is a quota
-// each; targets share the passes. Sets `bad` to what is not finite.
+// each; targets share the passes. Sets `bad` to what is not finite. By variance, the candidates are left in `carry` unless
+// it is null.
 std::vector<Selection> select(const Inputs &inputs, ScratchPool &pool, Key key, const std::vector<Quota> &quotas,
-                              int threads, std::vector<NonFinite> &bad);
+                              int threads, std::vector<NonFinite> &bad, Carry *carry);
 
 // The sums of delta² alone, as a Selection of everything.
 Selection select_all(const Inputs &inputs, ScratchPool &pool, int threads, std::vector<NonFinite> &bad);

@@ -17,14 +17,19 @@ class Device(StrEnum):
 
 
 def bench(
-    names: Annotated[list[str], typer.Argument(help="align, loss, merge or all")],
+    names: Annotated[
+        list[str], typer.Argument(help="align, extract, linear-loss, loss, merge, plan, store, train; all")
+    ],
     device: Annotated[Device, typer.Option(help="where to measure")] = Device.cpu,
     size: Annotated[str, typer.Option(help="small (seconds), paper (what is claimed), or NAME=VALUE,…")] = "paper",
     against: Annotated[
         list[str] | None, typer.Option(help="PEER or PEER=PYTHON, a virtual environment that has it; repeatable")
     ] = None,
     json: Annotated[Path | None, typer.Option(help="write claims, machine and ceilings there")] = None,
-    compare: Annotated[Path | None, typer.Option(help="an older result; exit 1 where a ratio got worse")] = None,
+    compare: Annotated[
+        Path | None,
+        typer.Option(help="an older result, or a folder of one for each instruction set; exit 1 if worse"),
+    ] = None,
     tolerance: Annotated[float, typer.Option(min=0, help="how much worse --compare allows; 0.3 is 30 %")] = 0.3,
     check: Annotated[bool, typer.Option(help="exit 1 when a claim falls short")] = False,
     plot: Annotated[Path | None, typer.Option(help="write the roofline there, as .png and .svg")] = None,
@@ -32,21 +37,13 @@ def bench(
     """Measure throughput and memory: equality first, then interleaved pairs, against peers and ceilings."""
     import json as js
 
-    from fusechat.bench.compare import worse
+    from fusechat.bench.compare import read_old, worse
+    from fusechat.bench.machine import instruction_set
     from fusechat.bench.roofline import plot_roofline
     from fusechat.bench.suite import run_benchmarks
-    from fusechat.errors import DataError
 
-    old = None
-    if compare is not None:
-        try:
-            old = js.loads(compare.read_text())
-        except (OSError, ValueError) as error:
-            raise DataError(f"--compare {compare}: not a benchmark's result ({error})") from error
-    arguments = ["--size", size]
-    for peer in against or []:
-        arguments += ["--against", peer]
-    result = run_benchmarks(names, device.value, arguments)
+    old = None if compare is None else read_old(compare, instruction_set())
+    result = run_benchmarks(names, device.value, size, against or [])
     if json is not None:
         json.write_text(js.dumps(result, indent=2, ensure_ascii=False) + "\n")
     if plot is not None:

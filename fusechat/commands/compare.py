@@ -39,6 +39,8 @@ def compare(
         table.add_row(*map(escape, [name, *cells, aligned, duration(run["seconds"])]))
     console.print("[bold]held-out bits per byte[/bold] of the merged model, lower is better")
     console.print(table)
+    for sentence in compared["conclusions"]:
+        console.print(escape(sentence), highlight=False)
     for warning in compared["warnings"]:
         console.print(escape(warning), style="yellow")
     settings = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))

@@ -15,6 +15,8 @@ def demo(
 ) -> None:
     """Fuse three small chat models made on the spot, and check that the fusion did what it should."""
     from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
 
     from fusechat.artifact import write_json
     from fusechat.commands.progress import terminal_reporter
@@ -33,13 +35,23 @@ def demo(
         console.print(
             f"{verdict}  {check.claim}: {check.value:+.3f} \\[{check.low:+.3f}, {check.high:+.3f}]", highlight=False
         )
-    console.print(f"\n[bold]{outcome.prompt}[/bold]", highlight=False)
+    console.print(f"\n[bold]{escape(outcome.prompt)}[/bold]", highlight=False)
+    answers = Table.grid(padding=(0, 2))
     for name, text in outcome.answers.items():
-        console.print(f"  {name:<7} {text}", highlight=False, markup=False)
-    settings = out / "demo.yaml"
-    console.print(f"\nλ, τ, steps and the SCE variant, with their reasons: {settings}", highlight=False)
-    console.print(f"everything is in {out}; the fused model is {out / 'run' / 'merged'}", highlight=False)
-    console.print(f"what came out, to look at: {out / 'run' / 'report.html'}", highlight=False)
+        answers.add_row(f"  {name}", escape(text))
+    console.print(answers, highlight=False)
+    places = Table.grid(padding=(0, 2))
+    places.add_column()
+    places.add_column(overflow="fold")
+    for what, place in (
+        ("what came out, to look at", out / "run" / "report.html"),
+        ("the fused model", out / "run" / "merged"),
+        ("settings, with their reasons", out / "demo.yaml"),
+        ("everything", out),
+    ):
+        places.add_row(what, escape(str(place)))
+    console.print()
+    console.print(places, highlight=False)
     if not all(check.holds for check in outcome.checks):
         console.print("[red]the fusion did not do what it should: see the checks above[/red]")
         raise typer.Exit(1)

@@ -5,87 +5,100 @@ fusechat merge CONFIG.yml OUT --sweep --data FILE
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-import typer
+from typing import Any
 
 
-def merge(
-    config: Annotated[Path | None, typer.Argument(help="the merge in mergekit's YAML form", show_default=False)] = None,
-    out: Annotated[Path | None, typer.Argument(help="directory of the merged model", show_default=False)] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="threads; all allowed cores when absent")] = None,
-    max_memory: Annotated[str | None, typer.Option(help="memory of the whole process, such as 100MB")] = None,
-    dry_run: Annotated[bool, typer.Option(help="check everything and print what the merge would need")] = False,
-    resume: Annotated[bool, typer.Option(help="go on with a merge that was interrupted")] = False,
-    allow_nonfinite: Annotated[bool, typer.Option(help="keep the base's value where an input is NaN")] = False,
-    shard_size: Annotated[str, typer.Option(help="largest size of one output file")] = "5GB",
-    report: Annotated[bool, typer.Option(help="print the numbers of every tensor")] = False,
-    ray: Annotated[str | None, typer.Option(help="address of a Ray cluster, or local: shards as tasks")] = None,
-    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="cuda: sce in blocks on a GPU")] = "cpu",
-    sweep: Annotated[bool, typer.Option("--sweep", help="try the merges under `sweep`, keep the best")] = False,
-    data: Annotated[
-        str | None, typer.Option(help="--sweep: validation dialogues, neither trained nor tested on")
-    ] = None,
-    separator: Annotated[
-        list[str] | None, typer.Option(help="--sweep: what separates documents in a text file")
-    ] = None,
-    max_bytes: Annotated[
-        int | None, typer.Option(help="--sweep: cut running text into pieces of so many bytes")
-    ] = None,
-    keep_all: Annotated[bool, typer.Option("--keep-all", help="--sweep: keep the other merges in OUT.sweep")] = False,
-    verify: Annotated[Path | None, typer.Option(help="check a merged model against its checksums")] = None,
-) -> None:
-    """Merge models into one, tensor by tensor, in constant memory."""
+def parser() -> argparse.ArgumentParser:
+    """Return what the command understands, by argparse: larger libraries take longer to load than a small merge."""
+    options = argparse.ArgumentParser(
+        prog="fusechat merge",
+        allow_abbrev=False,
+        description="Merge models into one, tensor by tensor, in constant memory.",
+    )
+    add = options.add_argument
+    add("config", type=Path, nargs="?", metavar="CONFIG", help="the merge in mergekit's YAML form")
+    add("out", type=Path, nargs="?", metavar="OUT", help="directory of the merged model")
+    add("--threads", type=_at_least_one, metavar="N", help="threads; all allowed cores when absent")
+    add("--max-memory", metavar="SIZE", help="memory of the whole process, such as 100MB")
+    add("--dry-run", action="store_true", help="check everything and print what the merge would need")
+    add("--resume", action="store_true", help="go on with a merge that was interrupted")
+    add("--allow-nonfinite", action="store_true", help="keep the base's value where an input is NaN")
+    add("--shard-size", metavar="SIZE", default="5GB", help="largest size of one output file (5GB)")
+    add("--report", action="store_true", help="print the numbers of every tensor")
+    add("--ray", metavar="ADDRESS", help="address of a Ray cluster, or local: shards as tasks")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: sce in blocks on a GPU")
+    add("--sweep", action="store_true", help="try the merges under `sweep`, keep the best")
+    add("--data", metavar="FILE", help="--sweep: validation dialogues, neither trained nor tested on")
+    add("--separator", action="append", metavar="TEXT", help="--sweep: what separates documents in a text file")
+    add("--max-bytes", type=int, metavar="N", help="--sweep: cut running text into pieces of so many bytes")
+    add("--keep-all", action="store_true", help="--sweep: keep the other merges in OUT.sweep")
+    add("--verify", type=Path, metavar="OUT", help="check a merged model against its checksums")
+    return options
+
+
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return number
+
+
+def merge(arguments: Sequence[str]) -> None:
+    """Run the command with its arguments."""
     from fusechat.errors import ConfigError
     from fusechat.merge.size import parse_size
 
-    if verify is not None:
-        from fusechat.merge.verify import verify as verify_merge
+    given = parser().parse_args(arguments)
+    if given.verify is not None:
+        from fusechat.merge.verify import verify
 
-        count = verify_merge(verify)
-        typer.echo(f"{verify}: {count} files match their checksums")
+        count = verify(given.verify)
+        print(f"{given.verify}: {count} files match their checksums")
         return
-    if config is None or out is None:
+    if given.config is None or given.out is None:
         raise ConfigError("fusechat merge needs CONFIG.yml and OUT, or --verify OUT")
     from fusechat.merge import merge as merge_models
     from fusechat.merge.report import needs, tensor_table
 
     options: dict[str, Any] = {
-        "threads": threads,
-        "max_memory_bytes": None if max_memory is None else parse_size(max_memory),
-        "resume": resume,
-        "allow_nonfinite": allow_nonfinite,
-        "max_shard_bytes": parse_size(shard_size),
-        "ray": ray,
-        "device": device,
+        "threads": given.threads,
+        "max_memory_bytes": None if given.max_memory is None else parse_size(given.max_memory),
+        "resume": given.resume,
+        "allow_nonfinite": given.allow_nonfinite,
+        "max_shard_bytes": parse_size(given.shard_size),
+        "ray": given.ray,
+        "device": given.device,
     }
-    if sweep:
-        if data is None:
+    if given.sweep:
+        if given.data is None:
             raise ConfigError("--sweep needs --data FILE: dialogues that were neither trained nor will be tested on")
-        _sweep(config, out, data, separator, max_bytes, options | {"keep_all": keep_all})
+        options["keep_all"] = given.keep_all
+        _sweep(given.config, given.out, given.data, given.separator, given.max_bytes, options)
         return
 
     def run(progress: Any) -> dict[str, Any]:
-        return merge_models(config, out, dry_run=dry_run, progress=progress, **options)
+        return merge_models(given.config, given.out, dry_run=given.dry_run, progress=progress, **options)
 
-    if dry_run:
-        typer.echo(needs(run(None), out))
+    if given.dry_run:
+        print(needs(run(None), given.out))
         return
     if sys.stderr.isatty():
         from fusechat.commands.progress import terminal_reporter
 
         with terminal_reporter() as reporter:
             provenance = run(reporter.stage("merge", "bytes"))
-            reporter.done("merge", f"{provenance['n_tensors']} tensors in {out}")
+            reporter.done("merge", f"{provenance['n_tensors']} tensors in {given.out}")
     else:  # without a bar to draw, a small merge need not pay for the library that draws it
         provenance = run(None)
-        typer.echo(f"{provenance['n_tensors']} tensors in {out}", err=True)
+        print(f"{provenance['n_tensors']} tensors in {given.out}", file=sys.stderr)
     for warning in provenance["warnings"]:
-        typer.echo(f"warning: {warning}", err=True)
-    if report:
-        typer.echo(tensor_table(out))
+        print(f"warning: {warning}", file=sys.stderr)
+    if given.report:
+        print(tensor_table(given.out))
 
 
 def _sweep(

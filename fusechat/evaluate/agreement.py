@@ -196,7 +196,7 @@ def agreement(
         measured = np.flatnonzero(np.all([sums[name][source]["rows"] > 0 for name in models], axis=0))
         if not len(measured):
             raise DataError(f"no dialogue has rows that every model shares with {source}: use shorter dialogues")
-        groups = category_groups(measured, dialogues)
+        groups = category_groups(measured, [dialogue.category for dialogue in dialogues])
         tables = {
             key: comparison_table(
                 {

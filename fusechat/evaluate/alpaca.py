@@ -172,8 +172,9 @@ def quietly() -> Iterator[None]:
 def package() -> Any:
     """Return the module alpaca_eval; raises FusechatError when it is not installed."""
     try:
-        import alpaca_eval
-        import alpaca_eval.metrics.glm_winrate
+        with quietly():
+            import alpaca_eval
+            import alpaca_eval.metrics.glm_winrate
     except ImportError as error:
         raise FusechatError(
             f"AlpacaEval needs the package alpaca_eval ({error}): pip install 'fusechat[alpaca]'"

@@ -18,7 +18,7 @@ PERMUTATIONS = 10_000
 _CHUNK_CELLS = 4_000_000
 
 SIGNIFICANCE = {
-    "test": f"paired: {PERMUTATIONS} random swaps of the two models within units, two-sided",
+    "test": f"{PERMUTATIONS:,} random swaps of the two models within units, paired and two-sided",
     "adjustment": "Holm: 'overall' over models, the other groups over models and groups together",
 }
 

@@ -18,13 +18,14 @@ from fusechat.bytetable import ByteTable
 from fusechat.checkpoint import resolve_model
 from fusechat.encode import encode_all
 from fusechat.errors import DataError
-from fusechat.evaluate.bootstrap import SIGNIFICANCE, Ratio, comparison_table
+from fusechat.evaluate.bootstrap import SIGNIFICANCE, Ratio, compare, comparison_table, holm
 from fusechat.extract.hf import score_rows
 from fusechat.model import check_head, context_tokens, embedding_rows, load_model
 from fusechat.records import Dialogue
 from fusechat.template import load_template
 from fusechat.tokenizer import load_tokenizer
 
+SCORES_FORMAT = "fusechat.scores"
 NATS_PER_BIT = float(np.log(2.0))
 
 
@@ -35,6 +36,16 @@ class Scores:
 
     nll: npt.NDArray[np.float64]
     content_bytes: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, nll: Sequence[float | None], content_bytes: Sequence[int]) -> Scores:
+        """Return scores from JSON values, where null is NaN."""
+        return cls(nll=np.array(nll, np.float64), content_bytes=np.array(content_bytes, np.int64))
+
+    @property
+    def nll_json(self) -> list[float | None]:
+        """The nats as JSON values."""
+        return [None if np.isnan(x) else float(x) for x in self.nll]
 
 
 def score_dialogues(
@@ -86,15 +97,13 @@ def common_dialogues(scores: Mapping[str, Scores]) -> npt.NDArray[np.int64]:
     return np.flatnonzero(known)
 
 
-def category_groups(members: npt.NDArray[np.int64], dialogues: Sequence[Dialogue]) -> dict[str, npt.NDArray[np.int64]]:
-    """Return the dialogues `members` as the group "overall", and again by category; raises DataError when a category
-    is itself named so."""
-    categories = sorted({dialogues[i].category for i in members} - {""})
-    if "overall" in categories:
+def category_groups(members: npt.NDArray[np.int64], categories: Sequence[str]) -> dict[str, npt.NDArray[np.int64]]:
+    """Return the dialogues `members` as the group "overall", and again by category (of all dialogues, "" for none);
+    raises DataError when a category is itself named "overall"."""
+    names = sorted({categories[i] for i in members} - {""})
+    if "overall" in names:
         raise DataError("a category of the dialogues is named 'overall', the name of the whole: rename it")
-    return {"overall": members} | {
-        category: np.array([i for i in members if dialogues[i].category == category]) for category in categories
-    }
+    return {"overall": members} | {name: np.array([i for i in members if categories[i] == name]) for name in names}
 
 
 def results_table(
@@ -108,7 +117,7 @@ def results_table(
 ) -> dict[str, Any]:
     """Return bits per byte overall and by category, and the paired differences to `against`, as JSON values."""
     common = common_dialogues(scores)
-    groups = category_groups(common, dialogues)
+    groups = category_groups(common, [dialogue.category for dialogue in dialogues])
     compared = comparison_table(
         {
             group: {name: bits_per_byte(one).of(members) for name, one in scores.items()}
@@ -133,6 +142,36 @@ def results_table(
             for name, members in groups.items()
         },
     }
+
+
+def paired_differences(
+    scores: Mapping[str, Scores],
+    *,
+    of: str,
+    to: Sequence[str],
+    samples: int,
+    confidence: float,
+    seed: int,
+) -> dict[str, Any]:
+    """Return the difference in bits per byte of one model to each of several others, as JSON values.
+
+    Dialogues are those every model in `scores` was scored on; `p_holm` counts the differences asked for.
+    """
+    common = common_dialogues(scores)
+    compared = compare(
+        {name: bits_per_byte(scores[name]).of(common) for name in (of, *to)},
+        against=of, samples=samples, confidence=confidence, seed=seed,
+    )  # fmt: skip
+    p_holm = dict(zip(to, holm([compared[name].p for name in to]), strict=True))
+    found = {}
+    for name in to:
+        there = compared[name].difference  # the other's to ours
+        found[name] = {
+            "difference": [-there.value, -there.high, -there.low],
+            "p": compared[name].p,
+            "p_holm": p_holm[name],
+        }
+    return found
 
 
 def score_models(

@@ -211,7 +211,9 @@ def for_each(
                 failures.append(str(error))
             if len(failures) > TOLERATED_FAILURES:
                 stop.set()
-                raise EndpointError(f"{len(failures)} requests failed, the last with: {error}") from error
+                raise EndpointError(
+                    f"{len(failures)} requests failed, the last with: {error}; replies had so far are kept"
+                ) from error
         except BaseException:
             stop.set()
             raise

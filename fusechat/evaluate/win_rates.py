@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fusechat.artifact import Json
 from fusechat.errors import DataError, FormatError
 from fusechat.evaluate.alpaca import package, positions, preference, quietly
 from fusechat.evaluate.bootstrap import SIGNIFICANCE, Ratio, comparison_table
+from fusechat.evaluate.jackknife import N_GROUPS, Refitted, jackknife_table, without_groups
 
 
 def win_rates(
@@ -24,30 +28,73 @@ def win_rates(
     samples: int = 2000,
     confidence: float = 0.95,
     seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Return win rates in percent, length-controlled ones when `gamed` names df_gamed.csv, as JSON values.
 
-    Figures are the package's; the intervals and the paired differences of win rates are bootstraps over instructions,
-    and the interval of a length-controlled rate is ±1.96 of the package's standard errors. Raises DataError for
-    annotations against another reference.
+    Figures are the package's. Intervals and paired differences of win rates are bootstraps over instructions; those of
+    length-controlled rates are jackknives, for which the package's model is fitted again without each group of
+    instructions (its own `lc_standard_error` takes the fit as known). `progress(fits_done, all_fits)`. Raises DataError
+    for annotations against another reference.
     """
     alpaca_eval = package()
     against = next(iter(annotations)) if against is None else against
-    models, ratios = {}, {}
+    models, ratios, frames = {}, {}, {}
     for name, rows in annotations.items():
         order = positions(rows, reference, name)
         if any(row["output_1"] != reference[n]["output"] for row, n in zip(rows, order, strict=True)):
             raise DataError(f"the annotations of {name} compare with other outputs than the reference's")
-        models[name] = _metrics(alpaca_eval, rows, order, gamed, n_official=len(reference))
+        frames[name] = _frame(rows, order)
+        with quietly():
+            found = alpaca_eval.metrics.get_winrate(frames[name])
+        models[name] = {
+            **_plain(found),
+            "unparsable": int(sum(preference(row) is None for row in rows)),
+            "avg_length": int(frames[name]["output_2"].str.len().mean()),
+        }
         ratios[name] = _ratio(rows, order)
     table = comparison_table(
         {"overall": ratios}, value_name="win_rate", against=against, samples=samples, confidence=confidence, seed=seed
     )["overall"]
-    return {
-        "n_instructions": len(reference),
-        "significance": SIGNIFICANCE,
-        "models": {name: {**models[name], "interval": table[name]} for name in models},
+    models = {name: {**models[name], "interval": table[name]} for name in models}
+    if gamed is not None:
+        with _local_file(alpaca_eval, gamed, len(reference)):
+            controlled = _length_controlled(alpaca_eval, frames, against, confidence, seed, progress)
+        models = {name: models[name] | controlled[name] for name in models}
+    return {"n_instructions": len(reference), "significance": SIGNIFICANCE, "models": models}
+
+
+def _length_controlled(
+    alpaca_eval: Any,
+    frames: Mapping[str, Any],
+    against: str,
+    confidence: float,
+    seed: int,
+    progress: Callable[[int, int], None] | None,
+) -> dict[str, dict[str, Any]]:
+    """Return by model the package's length-controlled figures and `length_controlled_interval`."""
+    fits = itertools.count(1)
+
+    def fitted(frame: Any) -> dict[str, Any]:
+        with quietly():
+            found = alpaca_eval.metrics.get_length_controlled_winrate(frame.copy(), save_weights_dir=None)
+        if progress is not None:
+            progress(next(fits), len(frames) * (N_GROUPS + 1))
+        return _plain(found)
+
+    def rate_without(frame: Any, instructions: npt.NDArray[np.int64]) -> float:
+        return float(fitted(frame.iloc[instructions])["length_controlled_winrate"])
+
+    whole = {name: fitted(frame) for name, frame in frames.items()}
+    refitted = {
+        name: Refitted(
+            whole=whole[name]["length_controlled_winrate"],
+            without=without_groups(functools.partial(rate_without, frame), len(frame), seed=seed),
+        )
+        for name, frame in frames.items()
     }
+    table = jackknife_table(refitted, value_name="length_controlled_winrate", against=against, confidence=confidence)
+    return {name: {**whole[name], "length_controlled_interval": table[name]} for name in frames}
 
 
 def _ratio(rows: Sequence[Json], order: Sequence[int]) -> Ratio:
@@ -59,26 +106,18 @@ def _ratio(rows: Sequence[Json], order: Sequence[int]) -> Ratio:
     return Ratio(numerator=won, denominator=judged)
 
 
-def _metrics(
-    alpaca_eval: Any, rows: Sequence[Json], order: Sequence[int], gamed: Path | None, *, n_official: int
-) -> dict[str, Any]:
+def _frame(rows: Sequence[Json], order: Sequence[int]) -> Any:
+    """Return annotations as the package's table, in the order and with the numbers of the official list."""
     import pandas as pd
 
     frame = pd.DataFrame(list(rows), index=order).sort_index()
     frame["preference"] = frame["preference"].astype(float)
-    unparsable = int(sum(preference(row) is None for row in rows))
-    with quietly():
-        if gamed is None:
-            found = alpaca_eval.metrics.get_winrate(frame)
-        else:
-            with _local_file(alpaca_eval, gamed, n_official):
-                found = alpaca_eval.metrics.get_length_controlled_winrate(frame, save_weights_dir=None)
+    return frame
+
+
+def _plain(found: Mapping[str, Any]) -> dict[str, Any]:
     counts = ("n_wins", "n_wins_base", "n_draws", "n_total")
-    return {
-        **{key: int(value) if key in counts else float(value) for key, value in found.items()},
-        "unparsable": unparsable,
-        "avg_length": int(frame["output_2"].str.len().mean()),
-    }
+    return {key: int(value) if key in counts else float(value) for key, value in found.items()}
 
 
 @contextlib.contextmanager

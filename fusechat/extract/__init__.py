@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fusechat.artifact import Json, ShardedWriter, read_manifest, sha256_file, sha256_json
+from fusechat.artifact import Json, ShardedWriter, sha256_file, sha256_json
 from fusechat.bytetable import ByteTable
 from fusechat.callable_module import make_callable
 from fusechat.checkpoint import checkpoint_sha256, resolve_model
@@ -30,7 +30,7 @@ from fusechat.extract.facts import ModelFacts, model_facts
 from fusechat.extract.probe import PROBE_TOKENS
 from fusechat.extract.task import Shard, Task
 from fusechat.records import Dialogue
-from fusechat.store import TOPK_FORMAT, id_dtype
+from fusechat.store import TOPK_FORMAT, TOPK_VERSION, id_dtype, store_manifest
 from fusechat.template import Template, load_template
 from fusechat.tokenizer import load_tokenizer
 
@@ -85,7 +85,7 @@ def extract(
     )
     request = {
         "format": TOPK_FORMAT,
-        "version": 1,
+        "version": TOPK_VERSION,
         "model_sha256": _model_sha256(task),
         "tokenizer_sha256": table.sha256,
         "template_sha256": template.sha256,
@@ -104,7 +104,7 @@ def extract(
     }
     with ShardedWriter(task.out, request) as writer:
         if writer.complete:
-            return read_manifest(task.out, TOPK_FORMAT)
+            return store_manifest(task.out, TOPK_FORMAT)
         writer.begin()
         empty = _make_missing(task, dialogues, writer, progress)
         return _finish(task, writer, empty)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from fusechat.artifact import Json
 from fusechat.errors import ConfigError, DataError, FusechatError
 from fusechat.extract.budget import GPU_MEMORY_UTILIZATION, max_batched_tokens
 from fusechat.extract.fast_driver import kept_tensors
+from fusechat.extract.flat_lists import extended_lists
 from fusechat.extract.scores import Advance, RowScores, Scorer, rows_of_prompt
 from fusechat.extract.task import Task
 from fusechat.records import Encoded
@@ -43,7 +44,7 @@ def open_vllm(task: Task) -> Iterator[Scorer]:
     to_arrays = tensor_arrays if task.config.fast_driver else flat_arrays
     # A context as long as the model's own still needs max_model_len one longer; no token is computed at that place.
     os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
-    with kept_tensors() if task.config.fast_driver else nullcontext():
+    with kept_tensors() if task.config.fast_driver else extended_lists():
         engine = _engine(vllm, task)
         yield Scorer(
             score=lambda encoded, _, advance: score_prompts(engine, sampling, encoded, to_arrays, advance),

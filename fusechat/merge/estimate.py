@@ -12,11 +12,13 @@ from fusechat.merge.inputs import TensorPlan
 from fusechat.merge.layout import Shard
 from fusechat.merge.tensor import Job, merge_one
 
-# csrc/merge: one chunk of 16,384 items of every source at four bytes, one tile of every delta, per thread; and what
+# csrc/merge: one chunk of 16,384 items of every source at four bytes, two tiles of every delta, and a segment of 65,536
+# items of what waits in the output's place, per thread; and what
 # selection keeps: a sample of at most 2^18 keys, lists of 3 MiB (or 2^18 bytes a target, if that is more), which double
 # as they grow, their keys, and a target's histograms of 2^14 bins.
 _CHUNK_BYTES = 16384 * 4
 _TILE_BYTES = 512 * 4
+_SEGMENT_BYTES = 65536 * 4
 _SAMPLE_BYTES = 8 << 18
 _LIST_BYTES = (6 << 20) + (1 << 20)
 _TARGET_BYTES = 1 << 18
@@ -26,7 +28,7 @@ _TIMED_ITEMS = 1 << 20
 
 def engine_bytes(n_targets: int, threads: int) -> int:
     """Return an upper bound of what the engine allocates; it does not depend on the size of any tensor."""
-    per_thread = (n_targets + 1) * (_CHUNK_BYTES + _TILE_BYTES) + _CHUNK_BYTES + _TILE_BYTES
+    per_thread = (n_targets + 1) * (_CHUNK_BYTES + 2 * _TILE_BYTES) + _CHUNK_BYTES + _TILE_BYTES + _SEGMENT_BYTES
     lists = max(_LIST_BYTES, n_targets * _TARGET_BYTES)
     return threads * per_thread + _SAMPLE_BYTES + lists + n_targets * _HISTOGRAM_BYTES
 
@@ -74,7 +76,7 @@ def _seconds_per_element(job: Job, plans: Sequence[TensorPlan]) -> float:
         return 0.0
     within = [plan for plan in floats if plan.n <= _TIMED_ITEMS]
     chosen = max(within or [min(floats, key=lambda plan: plan.n)], key=lambda plan: plan.n)
-    sink = os.open(os.devnull, os.O_WRONLY)
+    sink = os.memfd_create("dry run")
     try:
         started = time.perf_counter()
         merge_one(job, chosen, sink, 0)

@@ -6,7 +6,6 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import Any
 
 from fusechat.errors import ConfigError
@@ -119,6 +118,8 @@ def random_key(seed: int, model: int, tensor: str) -> int:
 
 
 def _sce(values: TensorValues) -> Options:
+    from fractions import Fraction  # only here: it loads `decimal`
+
     variant = values.shared["variant"]
     share = Fraction(repr(float(values.shared["select_topk"])))
     options: Options = {

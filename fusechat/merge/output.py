@@ -9,7 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fusechat import __version__
-from fusechat.artifact import PARTIAL_SUFFIX, REQUEST, Json, differences, read_json, sha256_file, write_json
+from fusechat.artifact import (
+    PARTIAL_SUFFIX,
+    REQUEST,
+    Json,
+    differences,
+    read_json,
+    sha256_bytes,
+    sha256_file,
+    write_json,
+)
 from fusechat.errors import FusechatError, MismatchError
 from fusechat.merge.layout import Shard, index_json
 
@@ -38,6 +47,13 @@ def existing(out: Path, request: Json) -> Json | None:
         what = "; ".join(differences(request, provenance.get("request") or {}))
         raise MismatchError(f"{out} was merged from other inputs ({what}): remove it or choose another place")
     return provenance
+
+
+def header_sha256(path: Path) -> str:
+    """Return the SHA-256 of a safetensors file's header, its length included."""
+    with path.open("rb") as file:
+        length = file.read(8)
+        return sha256_bytes(length + file.read(int.from_bytes(length, "little")))
 
 
 def open_shard(directory: Path, shard: Shard) -> tuple[int, bool]:
@@ -133,7 +149,11 @@ class Workplace:
         for path in sorted(directory.iterdir()):
             # A kill while the provenance was written leaves its temporary file.
             if path.name not in (REQUEST, JOURNAL, PROVENANCE, PROVENANCE + PARTIAL_SUFFIX):
-                files.append({"file": path.name, "size_bytes": path.stat().st_size, "sha256": sha256_file(path)})
+                note = {"file": path.name, "size_bytes": path.stat().st_size}
+                if path.suffix == ".safetensors":  # its tensors' checksums stand in the statistics
+                    files.append(note | {"header_sha256": header_sha256(path)})
+                else:
+                    files.append(note | {"sha256": sha256_file(path)})
         provenance: Json = {
             "format": FORMAT, "version": 1, "fusechat_version": __version__, **facts, "files": files,
             "request": self.request,

@@ -188,7 +188,7 @@ class Work:
                 "request": self.request,
                 "bits_per_byte": float(nll.sum() / NATS_PER_BIT / size.sum()),
                 "surviving_share": provenance.get("surviving_share"),
-                "nll": [None if np.isnan(x) else float(x) for x in scores.nll],
+                "nll": scores.nll_json,
                 "content_bytes": scores.content_bytes.tolist(),
             }
             write_json(note, facts)
@@ -200,14 +200,9 @@ class Work:
 
     def table(self, validation: Sequence[Dialogue], samples: int, confidence: float, seed: int) -> Json:
         """Return every candidate's bits per byte and paired difference to the best, with bootstrap intervals."""
-        import numpy as np
-
         from fusechat.evaluate.bpb import Scores, results_table
 
-        scores = {
-            name: Scores(nll=np.array(facts["nll"], np.float64), content_bytes=np.array(facts["content_bytes"]))
-            for name, (_, facts) in self.tried.items()
-        }
+        scores = {name: Scores.of(facts["nll"], facts["content_bytes"]) for name, (_, facts) in self.tried.items()}
         best = self.best.name
         results = results_table(scores, validation, against=best, samples=samples, confidence=confidence, seed=seed)
         found = results["groups"]["overall"]["models"]

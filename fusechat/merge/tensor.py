@@ -46,18 +46,21 @@ def _handles(job: Job) -> Handles:
 
 
 def merge_one(job: Job, plan: TensorPlan, out_fd: int, out_offset: int) -> Json:
-    """Merge one tensor into `out_fd` at `out_offset` and return its statistics.
+    """Merge one tensor into `out_fd` at `out_offset` and return its statistics and its checksum, `xxh64`.
 
     Raises DataError for NaN or infinity (naming file, tensor and element), for values the output's dtype cannot hold,
     and for integer tensors that differ.
     """
     if plan.copy:
-        return _copy(job, plan, out_fd, out_offset)
-    stats = _merge_rows(job, plan, out_fd, out_offset)
+        stats, checksum = _copy(job, plan, out_fd, out_offset), None
+    else:
+        stats, checksum = _merge_rows(job, plan, out_fd, out_offset)
     item = ITEM_BYTES[plan.dtype]
     for extra in plan.extras:
         _merge_extra(job, plan, extra, out_fd, out_offset + extra.begin * item)
-    return stats
+    if checksum is None or plan.extras:
+        checksum = _native.tensor_checksum(out_fd, out_offset, math.prod(plan.shape), item)
+    return stats | {"xxh64": f"{checksum:016x}"}
 
 
 def sources(job: Job, plan: TensorPlan, *, with_base: bool) -> list[tuple[Any, ...]]:
@@ -69,7 +72,7 @@ def sources(job: Job, plan: TensorPlan, *, with_base: bool) -> list[tuple[Any, .
     return found
 
 
-def _merge_rows(job: Job, plan: TensorPlan, out_fd: int, out_offset: int) -> Json:
+def _merge_rows(job: Job, plan: TensorPlan, out_fd: int, out_offset: int) -> tuple[Json, int | None]:
     config = job.config
     values = config.values_for(plan.name, plan.n, job.n_layers)
     options = config.method.options(values)
@@ -87,7 +90,7 @@ def _merge_rows(job: Job, plan: TensorPlan, out_fd: int, out_offset: int) -> Jso
     if report["n_overflow"]:
         count = report["n_overflow"]
         raise DataError(f"tensor {plan.name}: {count} merged values exceed {plan.dtype}: set out_dtype: float32")
-    return _statistics(job, plan, report)
+    return _statistics(job, plan, report), report.get("checksum")
 
 
 def _engine(job: Job) -> Callable[..., Json]:

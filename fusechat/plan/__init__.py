@@ -107,7 +107,8 @@ def plan(
         rows.append(plan_extraction(name, shape, found, settings, hardware, base["extract"]))
     for name in names:
         shape, found = models[name]
-        rows.append(plan_alignment(name, pivot, shape, found, config.extract.top_k, hardware, base["align"]))
+        top_k = (own[name] or config.extract).top_k
+        rows.append(plan_alignment(name, pivot, shape, found, top_k, config.align, hardware, base["align"]))
     strategies: dict[str, int] = {}
     trained = (names if config.train.mode == "pairwise" else [MULTI]) + [SFT] * config.train.sft_control
     for name in trained:
@@ -116,7 +117,7 @@ def plan(
         strategies = dict(table)
     rows.append(plan_merge(pivot, len(names), threads, hardware, base["merge"], config.merge.method))
     if workload.n_held_out:
-        scored = dict(models)
+        scored = dict(models) if config.eval.sources else {"pivot": models["pivot"]}
         scored |= {f"target {name}": models["pivot"] for name in trained}
         scored |= {"merged": models["pivot"]}
         rows.append(plan_evaluation(scored, workload.n_held_out, config.extract, hardware, base["extract"]))

@@ -25,15 +25,17 @@ from fusechat.store import id_dtype
 # of the same size: such buffers take their room twice (measured, docs/plan.md).
 HEAP_BLOCK_BYTES = 32 << 20
 HEAD_CHUNK_BYTES = 64 << 20  # fusechat.topk's own budget
-_TOKEN_BYTES = 4 + 1 + 4 + 4  # input_ids, loss_mask, turn, byte_end
+_TOKEN_BYTES = 4 + 1 + 4 + 4  # in memory: input_ids, loss_mask, turn, byte_end
+_DIALOGUE_BYTES = 64  # index, offsets of four axes, two turns
 _CUDA_BYTES = 1_000_000_000  # context and libraries
 _SERVER_TOKENS_PER_S = 7000.0  # one API process makes JSON of 750 bytes a token (docs/extraction.md)
 
 
 def store_bytes(lengths: Lengths, vocab: int, top_k: int) -> int:
-    """Return the size of a TopKStore (fusechat.store), or of an AlignedStore's rows."""
-    row_bytes = top_k * (id_dtype(vocab).itemsize + 2) + 4
-    return int(lengths.tokens * _TOKEN_BYTES + lengths.rows * row_bytes + lengths.n_dialogues * 24)
+    """Return the size of a TopKStore: packed tokens (fusechat/packing.py), k entries and the gold one a row."""
+    id_bytes = id_dtype(vocab).itemsize
+    row_bytes = top_k * (id_bytes + 2) + 4 + 1
+    return int(lengths.tokens * id_bytes + lengths.rows * row_bytes + lengths.n_dialogues * _DIALOGUE_BYTES)
 
 
 def plan_extraction(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fusechat.config import ExtractConfig
-from fusechat.plan.extraction import hf_parts, on_device, store_bytes
+from fusechat.config import AlignConfig, ExtractConfig
+from fusechat.plan.extraction import hf_parts, on_device
 from fusechat.plan.hardware import Hardware
 from fusechat.plan.model_shape import ModelShape, count_parameters, forward_flops, stored_bytes
 from fusechat.plan.process import GPU_PROCESS_BYTES
 from fusechat.plan.stage import StagePlan
 from fusechat.plan.workload import Lengths
+from fusechat.store import id_dtype
 
 # One thread of a 2-core Xeon (bench/results): `align, bytes, store to store`, and `sce` with five targets.
 ALIGN_TOKENS_PER_S = 2.2e6
@@ -18,12 +19,24 @@ ALIGN_FIXED_S = 4.4
 MERGE_S_PER_SOURCE_ELEMENT = 2.6e-9
 _ALIGN_BYTES_PER_TOKEN = 5.0
 _ALIGN_TABLE_BYTES = 1200  # per entry of the two vocabularies: byte strings, maps, statistics
+_DIALOGUE_BYTES = 40  # index, five totals, offsets of two axes
+_FINER_SHARE = 0.1  # rows whose prefix cells are stored, assumed
 
 
 def plan_alignment(
-    name: str, pivot: ModelShape, source: ModelShape, lengths: Lengths, top_k: int, hardware: Hardware, base_bytes: int
+    name: str,
+    pivot: ModelShape,
+    source: ModelShape,
+    lengths: Lengths,
+    top_k: int,
+    config: AlignConfig,
+    hardware: Hardware,
+    base_bytes: int,
 ) -> StagePlan:
     """Return what aligning a source's store takes: it streams shards and holds the two vocabularies."""
+    entry_bytes = id_dtype(pivot.vocab).itemsize + 2
+    cells = _FINER_SHARE * (top_k + 2) * (entry_bytes + 8) if config.granularity == "cells" else 0.0
+    row_bytes = top_k * entry_bytes + 4 + 1 + cells
     return StagePlan(
         stage="align",
         name=name,
@@ -35,7 +48,7 @@ def plan_alignment(
             "shards": int(_ALIGN_BYTES_PER_TOKEN * lengths.tokens),
         },
         host_limit_bytes=hardware.host_memory_bytes,
-        disk_parts={"aligned store": store_bytes(lengths, pivot.vocab, top_k) + int(lengths.rows)},
+        disk_parts={"aligned store": int(lengths.rows * row_bytes + lengths.n_dialogues * _DIALOGUE_BYTES)},
         seconds=ALIGN_FIXED_S + lengths.tokens / ALIGN_TOKENS_PER_S,
     )
 
@@ -78,13 +91,14 @@ def plan_evaluation(
     parts = hf_parts(shape, lengths, config, base_bytes)
     common = {"stage": "evaluate", "name": "all", "parameters": count_parameters(shape), "flops": flops}
     common |= {"seconds": seconds, "settings": {"largest": name}}
+    mend = f"eval.sources: false, since one device does not hold {name}"
     if hardware.on_cpu:
         return StagePlan(
             **common, devices=0, host_parts=parts, host_limit_bytes=hardware.memory_bytes,  # type: ignore[arg-type]
-            changes=("a smaller extract.batch_tokens", f"evaluation apart: `fusechat eval` without {name}"),
+            changes=("a smaller extract.batch_tokens", mend),
         )  # fmt: skip
     return StagePlan(
         **common, devices=1, device_parts=on_device(parts), device_limit_bytes=hardware.memory_bytes,  # type: ignore[arg-type]
         host_parts={"process": GPU_PROCESS_BYTES}, host_limit_bytes=hardware.host_memory_bytes,
-        changes=(f"evaluation apart: `fusechat eval` without {name}, which one device does not hold",),
+        changes=(mend,),
     )  # fmt: skip

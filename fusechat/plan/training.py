@@ -32,7 +32,8 @@ def plan_training(
 ) -> tuple[StagePlan, Mapping[str, int]]:
     """Return what training a target takes, and the bytes a GPU needs under every strategy.
 
-    The plan is of the first strategy that fits, in the order of their communication; the last one where none does.
+    The plan is of the first of ddp, fsdp2 and fsdp2 with offload that fits, the last one where none does; DeepSpeed's
+    are shown beside them.
     """
     padded = 1.0 if config.packing else lengths.padded_share(config.micro_batch_size)
     frozen = config.lora is not None
@@ -44,10 +45,13 @@ def plan_training(
     done = seen * training_flops(shape, lengths.tokens * padded, lengths.typical, lengths.rows, frozen=frozen)
     done *= (4 / 3 if not frozen else 3 / 2) if config.gradient_checkpointing else 1.0
     trained = trained_parameters(shape, config)
-    checkpoints = int(2 * trained * (4 + optimizer_bytes_per_parameter(config.optimizer)))
+    # A new one is written before the oldest goes.
+    n_checkpoints = config.save_total_limit + 1
+    checkpoints = int(n_checkpoints * trained * (4 + optimizer_bytes_per_parameter(config.optimizer)))
     common: dict[str, Any] = {
         "stage": "train", "name": name, "parameters": count_parameters(shape), "flops": flops,
-        "disk_parts": {"target": stored_bytes(shape)}, "temporary_disk_parts": {"two checkpoints": checkpoints},
+        "disk_parts": {"target": stored_bytes(shape)},
+        "temporary_disk_parts": {f"{n_checkpoints} checkpoints": checkpoints},
     }  # fmt: skip
     facts = {
         "steps": steps,
@@ -99,12 +103,13 @@ def _needs(shape: ModelShape, lengths: Lengths, config: TrainConfig, hardware: H
     tokens, mask_tokens = micro_batch(lengths, config)
     gpus = hardware.devices
     possible = [s for s in STRATEGIES if gpus > 1 or not s.optimizer or s.offload]
+    ours = [s for s in possible if not s.deepspeed]
     table = {
         s.name: device_parts(shape, config, s, gpus, tokens, mask_tokens, int(tokens * lengths.row_share))
         for s in possible
     }
     sizes = {name: sum(parts.values()) for name, parts in table.items()}
-    chosen = next((s for s in possible if sizes[s.name] <= hardware.memory_bytes), possible[-1])
+    chosen = next((s for s in ours if sizes[s.name] <= hardware.memory_bytes), ours[-1])
     # Every process reads the whole pivot in float32 before it is divided.
     host = {"processes": process_bytes * gpus, "loading": 4 * count_parameters(shape) * gpus}
     if chosen.offload:

@@ -16,6 +16,8 @@ from fusechat.plan.model_shape import (
 )
 from fusechat.plan.workload import Lengths
 
+# DeepSpeed collects gradients, and updated weights, in a bucket of 5e8 elements each (its defaults).
+_BUCKET_ELEMENTS = 2 * 500_000_000
 _CUDA_BYTES = 1_500_000_000  # context, NCCL's buffers, cuBLAS's workspaces
 _FRAGMENTATION = 0.05  # of what torch's caching allocator hands out
 # Bytes of state a parameter has in an optimizer, by the end of its Trainer name.
@@ -32,14 +34,17 @@ class Strategy:
     optimizer: bool = False
     offload: bool = False
     """Weights, gradients and optimizer state live on the host."""
+    deepspeed: bool = False
+    """Weights and gradients are of the forward pass's dtype; their float32 copies are spread with the optimizer."""
 
 
 STRATEGIES = (
     Strategy(name="ddp"),
-    Strategy(name="zero1", optimizer=True),
-    Strategy(name="zero2", optimizer=True, gradients=True),
     Strategy(name="fsdp2", optimizer=True, gradients=True, weights=True),
     Strategy(name="fsdp2+offload", optimizer=True, gradients=True, weights=True, offload=True),
+    Strategy(name="zero1", optimizer=True, deepspeed=True),
+    Strategy(name="zero2", optimizer=True, gradients=True, deepspeed=True),
+    Strategy(name="zero3", optimizer=True, gradients=True, weights=True, deepspeed=True),
 )
 
 
@@ -101,28 +106,32 @@ def loss_bytes(shape: ModelShape, rows: int, config: TrainConfig, *, item: int, 
 def device_parts(
     shape: ModelShape, config: TrainConfig, strategy: Strategy, gpus: int, tokens: int, mask_tokens: int, rows: int
 ) -> dict[str, int]:
-    """Return what one GPU holds at the peak of a step: float32 master weights, their gradients and Adam's state, what
-    is gathered or cast of them in the forward pass's dtype, activations and the loss."""
+    """Return what one GPU holds at the peak of a step: master weights, their gradients and Adam's state, what is
+    gathered or cast of them in the forward pass's dtype, activations and the loss."""
     n = count_parameters(shape)
     trained = trained_parameters(shape, config)
     item = int(ITEM_BYTES[config.dtype])
     share = {key: gpus if getattr(strategy, key) else 1 for key in ("weights", "gradients", "optimizer")}
+    width, master = (item, 4) if strategy.deepspeed else (4, 0)
     narrow = {"4bit": "int4", "8bit": "int8"}
-    kept = 4 * n if config.quantization is None else stored_bytes(shape, narrow[config.quantization])
-    adapters = 0 if config.lora is None else 4 * trained
+    kept = width * n if config.quantization is None else stored_bytes(shape, narrow[config.quantization])
+    adapters = 0 if config.lora is None else width * trained
+    state = optimizer_bytes_per_parameter(config.optimizer) + master
     parts = {
         "weights": int(kept / share["weights"] + adapters),
-        "gradients": int(4 * trained / share["gradients"]),
-        "optimizer": int(optimizer_bytes_per_parameter(config.optimizer) * trained / share["optimizer"]),
+        "gradients": int(width * trained / share["gradients"]),
+        "optimizer": int(state * trained / share["optimizer"]),
     }
     if strategy.offload:
         parts = dict.fromkeys(parts, 0)
     if strategy.weights:
         # One layer computes while the next one's weights arrive; embedding and head are gathered as a whole.
         gathered = 2 * layer_parameters(shape) + embedding_parameters(shape) * (1 if shape.tied else 2)
-        parts["gathered"] = gathered * item + layer_parameters(shape) * 4
-    elif item == 2:
+        parts["gathered"] = gathered * item + layer_parameters(shape) * width
+    elif item == 2 and not strategy.deepspeed:
         parts["casts"] = n * item  # autocast keeps its copies for the backward pass
+    if strategy.deepspeed:
+        parts["buckets"] = min(_BUCKET_ELEMENTS, 2 * trained) * item
     parts["activations"] = activation_bytes(
         shape, tokens, item=item, checkpointing=config.gradient_checkpointing, mask_tokens=mask_tokens
     )

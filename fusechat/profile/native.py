@@ -25,6 +25,17 @@ class Function:
     library: str
     name: str
 
+    @property
+    def room(self) -> str:
+        """Return whose code it is: the engine's, Python's, the kernel's, libc's or another library's."""
+        if self.library.startswith("["):
+            return "kernel"
+        if self.library.startswith("_native"):
+            return "engine"
+        if "python" in self.library:
+            return "Python"
+        return "libc" if self.library.startswith("libc.so") else "libraries"
+
 
 def perf_missing() -> str | None:
     """Return why there is no perf to ask, in one line; None where there is one."""
@@ -63,15 +74,33 @@ def begin_sampling() -> None:
         answer.readline()
 
 
-def hot_functions(data: Path, limit: int = 12) -> list[Function]:
-    """Return the functions that took most samples of a recording."""
+ROOMS = {
+    "engine": "perf annotate the function: loads, branches, what is not vectorised",
+    "Python": "more dialogues or a larger model first; if it stays: py-spy, a loop to move",
+    "kernel": "first touch of pages, files read and written: fewer and larger buffers",
+    "libc": "copies and allocation: reuse buffers",
+    "libraries": "the shapes they are called with: larger, aligned",
+}
+"""Whose code it is, and what to look at next when most of the time is there."""
+
+
+def by_room(functions: Sequence[Function]) -> dict[str, float]:
+    """Return the share of each room, the largest first."""
+    shares = dict.fromkeys(ROOMS, 0.0)
+    for function in functions:
+        shares[function.room] += function.share
+    return {room: share for room, share in sorted(shares.items(), key=lambda item: -item[1]) if share >= 0.005}
+
+
+def hot_functions(data: Path) -> list[Function]:
+    """Return the functions of a recording, those that took most samples first."""
     report = subprocess.run(
         ["perf", "report", "-i", str(data), "--stdio", "--no-children", "-g", "none", "-F", "overhead,dso,symbol"],
         capture_output=True,
         text=True,
         check=False,
     ).stdout
-    return parse_report(report)[:limit]
+    return parse_report(report)
 
 
 def parse_report(report: str) -> list[Function]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fusechat.artifact import MANIFEST, read_json
 from fusechat.checkpoint import TensorEntry, open_checkpoint, resolve_model
 from fusechat.config import RunConfig, source_name
 from fusechat.dialogue import read_dialogues
@@ -19,8 +21,19 @@ STAGES = ("extract", "align", "train", "merge")
 MERGED_ELEMENTS = 32_000_000
 
 
-def prepare(stage: str, config: RunConfig, folder: Path, dialogues: int) -> Callable[[], Any]:
-    """Do what a stage needs first, under `folder`, and return the call that is to be profiled.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Piece:
+    """What is profiled: `run(out)` does it once into a new place; `reads` are the files it must read."""
+
+    run: Callable[[Path], Any]
+    reads: tuple[Path, ...] = ()
+    amount: int = 0
+    unit: str = ""
+    """What `amount` counts: tokens of the pivot, or elements of the merged model."""
+
+
+def prepare(stage: str, config: RunConfig, folder: Path, dialogues: int) -> Piece:
+    """Do what a stage needs first, under `folder`, imports included, and return what is to be profiled.
 
     The pivot and the first source stand for all. Training is two steps; merging is of the pivot's first tensors, with
     targets of an earlier run where there are some, else with copies of the pivot. Raises ConfigError for another stage.
@@ -30,40 +43,38 @@ def prepare(stage: str, config: RunConfig, folder: Path, dialogues: int) -> Call
         return _merge(config, layout)
     if stage not in STAGES:
         raise ConfigError(f"no stage {stage!r} to profile: there are {', '.join(STAGES)} and kernels")
+    from fusechat.align import align
+    from fusechat.extract import extract
+    from fusechat.train import train
+
     options = {"format": config.data.format, "separator": config.data.separator, "max_bytes": config.data.max_bytes}
     chosen, _ = read_dialogues(config.data.train, limit=dialogues, **options)  # type: ignore[arg-type]
     source = config.sources[0]
     name = source_name(source)
+    stores = layout.store("pivot"), layout.store(name)
 
-    def extract(which: str, model: str) -> Any:
-        from fusechat.extract import extract as run
-
+    def extract_model(which: str, model: str, out: Path) -> Any:
         own = (source.extract if which == name else None) or config.extract
         template = config.pivot if own.template == "pivot" else own.template
-        return run(model, chosen, layout.store(which), own.model_copy(update={"template": template}))
-
-    def align() -> Any:
-        from fusechat.align import align as run
-
-        return run(layout.store("pivot"), layout.store(name), layout.aligned(name), **config.align.model_dump())
-
-    def train() -> Any:
-        from fusechat.train import train as run
-
-        settings = config.train.model_copy(update={"max_steps": 2})
-        return run(config.pivot, layout.store("pivot"), layout.aligned(name), layout.target(name), settings)
+        return extract(model, chosen, out, own.model_copy(update={"template": template}))
 
     if stage == "extract":
-        return lambda: extract("pivot", config.pivot)
-    extract("pivot", config.pivot)
-    extract(name, source.model)
+        return Piece(run=lambda out: extract_model("pivot", config.pivot, out))
+    extract_model("pivot", config.pivot, stores[0])
+    extract_model(name, source.model, stores[1])
     if stage == "align":
-        return align
-    align()
-    return train
+        tokens = sum(shard["n_tokens"] for shard in read_json(stores[0] / MANIFEST)["shards"])
+        return Piece(
+            run=lambda out: align(*stores, out, **config.align.model_dump()), reads=stores, amount=tokens, unit="tokens"
+        )
+    align(*stores, layout.aligned(name), **config.align.model_dump())
+    settings = config.train.model_copy(update={"max_steps": 2})
+    return Piece(run=lambda out: train(config.pivot, stores[0], layout.aligned(name), out, settings))
 
 
-def _merge(config: RunConfig, layout: Layout) -> Callable[[], Any]:
+def _merge(config: RunConfig, layout: Layout) -> Piece:
+    from fusechat.merge import merge
+
     earlier = Layout(out=Path(config.out))
     names = [source_name(source) for source in config.sources]
     pivot = resolve_model(config.pivot)
@@ -74,18 +85,18 @@ def _merge(config: RunConfig, layout: Layout) -> Callable[[], Any]:
             continue
         kept.append(tensor.name)
         elements += tensor.n_elements
-    _write_part(pivot, kept, layout.out / "pivot")
-    for name in names:
+    parts = [layout.out / "pivot", *(layout.target(name) for name in names)]
+    _write_part(pivot, kept, parts[0])
+    for name, part in zip(names, parts[1:]):
         target = earlier.target(name)
-        _write_part(target if (target / "config.json").exists() else pivot, kept, layout.target(name))
-    recipe = merge_recipe(config.model_copy(update={"pivot": str(layout.out / "pivot")}), layout, names)
+        _write_part(target if (target / "config.json").exists() else pivot, kept, part)
+    recipe = merge_recipe(config.model_copy(update={"pivot": str(parts[0])}), layout, names)
+    return Piece(run=lambda out: merge(recipe, out), reads=tuple(parts), amount=elements, unit="elements")
 
-    def merge() -> Any:
-        from fusechat.merge import merge as run
 
-        return run(recipe, layout.merged)
-
-    return merge
+def size_bytes(folder: Path) -> int:
+    """Return the bytes of all files of an artefact."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _write_part(model: Path, names: list[str], out: Path) -> None:

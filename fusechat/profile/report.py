@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from fusechat.artifact import Json
 from fusechat.config import load_config
 from fusechat.errors import ConfigError
-from fusechat.profile.native import Function
+from fusechat.profile.native import ROOMS, Function, by_room
 from fusechat.profile.piece import STAGES
 from fusechat.profile.stage import (
     TORCH_STAGES,
@@ -22,6 +25,8 @@ from fusechat.profile.stage import (
 )
 from fusechat.profile.summary import table
 from fusechat.recipe import recipe_path
+
+FUNCTIONS_SHOWN, FUNCTIONS_SAVED = 12, 100
 
 
 def stage_report(stage: str, config: str, overrides: list[str], out: Path, dialogues: int, console: Console) -> None:
@@ -44,20 +49,47 @@ def stage_report(stage: str, config: str, overrides: list[str], out: Path, dialo
         roofs = ", ".join(f"{name} {value:,.0f}" for name, value in ceilings.items())
         console.print(f"roofs of this run: {roofs}", style="dim", highlight=False)
         facts["operators"] = [asdict(line) for line in lines]
-    functions = profile_native(stage, config, overrides, out, dialogues)
+    functions, done = profile_native(stage, config, overrides, out, dialogues)
+    if stage not in TORCH_STAGES:
+        from fusechat.bench.machine import ceilings as measured_ceilings
+
+        facts |= done | {"ceilings": measured_ceilings()}
+        console.print(what_it_did(stage, done, facts["ceilings"]["copy_gb_s"]), highlight=False)  # type: ignore[index]
     console.print(f"\n[bold]{stage}[/bold], functions of the process (perf)", highlight=False)
     if isinstance(functions, str):
         console.print(functions, style="yellow", highlight=False)
         facts["functions"] = functions
     else:
         console.print(_functions(functions))
-        facts["functions"] = [asdict(function) for function in functions]
+        console.print(_rooms(by_room(functions)))
+        facts["functions"] = [asdict(function) for function in functions[:FUNCTIONS_SAVED]]
+        facts["rooms"] = by_room(functions)
+        data = shlex.quote(str(out / "perf.data"))
+        console.print(
+            f"callers: perf report -i {data}; one function line by line: perf annotate -i {data} NAME",
+            style="dim",
+            highlight=False,
+            soft_wrap=True,
+        )
     if stage in TORCH_STAGES:
         facts["ncu"] = ncu_command(stage, config, overrides, out, dialogues)
         console.print("\nCUDA kernels one by one, where there is a GPU:", highlight=False)
         console.print(str(facts["ncu"]), style="cyan", soft_wrap=True, highlight=False)
     write_summary(out, facts)
     console.print(f"\n{out}: {', '.join(sorted(path.name for path in out.iterdir()))}", highlight=False)
+
+
+def what_it_did(stage: str, done: Json, copy_gb_s: float) -> str:
+    """Say in two lines what one call took and moved, and which share that is of copying memory."""
+    moved = done["read_bytes"] + done["written_bytes"]
+    gb_s = moved / done["seconds"] / 1e9
+    # A copy's rate counts bytes read and bytes written, as `moved` does.
+    return (
+        f"[bold]{stage}[/bold]: {1e3 * done['seconds']:,.1f} ms a call, mean of {done['calls']}; "
+        f"{done['amount'] / done['seconds'] / 1e6:,.3g} M {done['unit']}/s\n"
+        f"{done['read_bytes'] / 1e6:,.1f} MB read, {done['written_bytes'] / 1e6:,.1f} MB written: {gb_s:.3g} GB/s, "
+        f"{gb_s / copy_gb_s:.0%} of copying memory ({copy_gb_s:.1f} GB/s)"
+    )
 
 
 def kernels(arch: str, console: Console) -> None:
@@ -103,8 +135,18 @@ def kernels(arch: str, console: Console) -> None:
 def _functions(functions: list[Function]) -> Table:
     result = Table(box=None, pad_edge=False, padding=(0, 0, 0, 1))
     result.add_column("time", justify="right")
-    result.add_column("library", max_width=24, no_wrap=True, overflow="ellipsis")
-    result.add_column("function", max_width=46, no_wrap=True, overflow="ellipsis")
-    for function in functions:
-        result.add_row(f"{function.share:.1%}", function.library, function.name)
+    result.add_column("library", max_width=22, no_wrap=True, overflow="ellipsis")
+    result.add_column("function", max_width=48, no_wrap=True, overflow="ellipsis")
+    for function in functions[:FUNCTIONS_SHOWN]:
+        result.add_row(f"{function.share:.1%}", escape(function.library), escape(function.name))
+    return result
+
+
+def _rooms(shares: dict[str, float]) -> Table:
+    result = Table(box=None, pad_edge=False, padding=(0, 0, 0, 1))
+    result.add_column("time", justify="right")
+    result.add_column("whose code", no_wrap=True)
+    result.add_column("look at next", style="dim")
+    for room, share in shares.items():
+        result.add_row(f"{share:.1%}", room, ROOMS[room])
     return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -14,12 +15,14 @@ from typing import Any
 
 from fusechat.artifact import Json
 from fusechat.config import RunConfig
+from fusechat.errors import ConfigError, MismatchError
 from fusechat.profile.native import Function, begin_sampling, hot_functions, perf_missing, record
-from fusechat.profile.piece import prepare
+from fusechat.profile.piece import prepare, size_bytes
 from fusechat.profile.summary import Line, summarise
 from fusechat.profile.trace import memory_timeline, read_operators
 
 TORCH_STAGES = ("extract", "train")
+SAMPLED_S = 3.0
 
 
 def profile_torch(stage: str, config: RunConfig, out: Path, dialogues: int) -> tuple[list[Line], Json]:
@@ -35,12 +38,12 @@ def profile_torch(stage: str, config: RunConfig, out: Path, dialogues: int) -> t
     device = "cuda" if torch.cuda.is_available() else "cpu"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
     with tempfile.TemporaryDirectory() as temporary:
-        run = prepare(stage, config, Path(temporary) / "work", dialogues)
+        piece = prepare(stage, config, Path(temporary) / "work", dialogues)
         started = time.perf_counter()
         with profile(activities=activities, record_shapes=True, profile_memory=True) as profiler, record_function(
             f"fusechat {stage}"
         ):  # fmt: skip
-            run()
+            piece.run(Path(temporary) / "out")
         seconds = time.perf_counter() - started
     trace = out / "trace.json"
     profiler.export_chrome_trace(str(trace))
@@ -62,31 +65,58 @@ def profile_torch(stage: str, config: RunConfig, out: Path, dialogues: int) -> t
 
 def profile_native(
     stage: str, config_path: str, overrides: list[str], out: Path, dialogues: int
-) -> list[Function] | str:
-    """Run a piece of a stage in a child under perf; return its hot functions, or why there are none."""
+) -> tuple[list[Function] | str, Json]:
+    """Run a piece of a stage in a child, under perf where there is one; return its hot functions and what it did.
+
+    The functions are a sentence where perf is missing. What it did: `seconds` of one call, how often it was called,
+    the bytes that it must read and write, and its `amount` in `unit`s.
+    """
+    facts_path = out / "piece.json"
+    arguments = ["-m", "fusechat.profile.stage", str(facts_path), stage, str(dialogues), config_path, *overrides]
     reason = perf_missing()
-    if reason is not None:
-        return reason
-    data = out / "perf.data"
-    arguments = ["-m", "fusechat.profile.stage", stage, str(dialogues), config_path, *overrides]
-    if record(arguments, data):
-        return "the stage failed under perf; its own message stands above"
-    return hot_functions(data)
+    if reason is None:
+        failed = record(arguments, out / "perf.data")
+    else:
+        failed = subprocess.run([sys.executable, *arguments], check=False).returncode
+    if failed:
+        raise ConfigError(f"fusechat profile {stage}: the stage failed; its own message stands above")
+    facts: Json = json.loads(facts_path.read_text())
+    facts_path.unlink()
+    return reason if reason is not None else hot_functions(out / "perf.data"), facts
 
 
 def ncu_command(stage: str, config_path: str, overrides: list[str], out: Path, dialogues: int) -> str:
     """Return the command line that profiles the stage's CUDA kernels with Nsight Compute, inside its NVTX range."""
-    inner = [sys.executable, "-m", "fusechat.profile.stage", stage, str(dialogues), config_path, *overrides]
+    inner = [sys.executable, "-m", "fusechat.profile.stage", "-", stage, str(dialogues), config_path, *overrides]
     nvtx = ["--nvtx", "--nvtx-include", f"fusechat {stage}/"]
     return shlex.join(["ncu", *nvtx, "--set", "full", "-o", str(out / "ncu"), *inner])
 
 
-def run_piece(stage: str, config: RunConfig, dialogues: int) -> None:
-    """Run a piece of a stage in an NVTX range, for profilers from outside."""
+def run_piece(stage: str, config: RunConfig, dialogues: int) -> Json:
+    """Run a piece of a stage in an NVTX range, for profilers from outside, and return what it did.
+
+    The stages of compiled code run once unseen and then for some seconds: once alone is all first touch and start.
+    """
     with tempfile.TemporaryDirectory() as temporary:
-        run = prepare(stage, config, Path(temporary) / "work", dialogues)
+        folder = Path(temporary)
+        piece = prepare(stage, config, folder / "work", dialogues)
+        repeated = stage not in TORCH_STAGES
+        if repeated:
+            piece.run(folder / "unseen")
         begin_sampling()
-        in_range(stage, run)
+        started, calls = time.perf_counter(), 0
+        while calls == 0 or (repeated and time.perf_counter() - started < SAMPLED_S):
+            in_range(stage, lambda out=folder / f"out-{calls}": piece.run(out))  # type: ignore[misc]
+            calls += 1
+        seconds = (time.perf_counter() - started) / calls
+        return {
+            "seconds": seconds,
+            "calls": calls,
+            "read_bytes": sum(map(size_bytes, piece.reads)),
+            "written_bytes": size_bytes(folder / "out-0") if piece.reads else 0,
+            "amount": piece.amount,
+            "unit": piece.unit,
+        }
 
 
 def in_range(stage: str, run: Callable[[], Any]) -> None:
@@ -111,8 +141,6 @@ def write_summary(out: Path, facts: Json) -> None:
 
 def fresh_folder(out: Path) -> None:
     """Empty a folder of an earlier profile; raises FusechatError when it holds something else."""
-    from fusechat.errors import MismatchError
-
     ours = {"trace.json", "memory.csv", "summary.json", "perf.data", "perf.data.old", "ncu.ncu-rep"}
     if out.exists():
         foreign = sorted(path.name for path in out.iterdir() if path.name not in ours)
@@ -128,4 +156,6 @@ if __name__ == "__main__":
     from fusechat.config import load_config
     from fusechat.recipe import recipe_path
 
-    run_piece(sys.argv[1], load_config(recipe_path(sys.argv[3]), sys.argv[4:]), int(sys.argv[2]))
+    done = run_piece(sys.argv[2], load_config(recipe_path(sys.argv[4]), sys.argv[5:]), int(sys.argv[3]))
+    if sys.argv[1] != "-":
+        Path(sys.argv[1]).write_text(json.dumps(done))

@@ -22,7 +22,7 @@ _CONFIG: Json = {
     "axis": {
         "labelColor": "var(--muted)", "titleColor": "var(--muted)", "gridColor": "var(--grid)", "domain": False,
         "ticks": False, "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal", "labelPadding": 6,
-        "labelLimit": 120,
+        "labelLimit": 170,
     },
     "legend": {
         "labelColor": "var(--ink)", "titleColor": "var(--muted)", "labelFontSize": 12, "titleFontSize": 12,
@@ -79,11 +79,14 @@ def _shapes(names: list[str]) -> Any:
     return alt.Scale(domain=names, range=[_SHAPES[i % len(_SHAPES)] for i in range(len(names))])
 
 
-def series(field: str, names: list[str]) -> Json:
-    """Return the encoding of a series by colour and shape alike, with one legend where there is more than one."""
+def series(field: str, names: list[str], drawn: list[str] | None = None) -> Json:
+    """Return the encoding of a series by colour and shape alike, with one legend where there is more than one name.
+
+    Of `names`, which set colours and shapes, the legend shows `drawn`, or all.
+    """
     # Two columns of long names are wider than a phone.
     columns = 1 if max(map(len, names)) > 14 else 2
-    legend = alt.Legend(title=None, columns=columns) if len(names) > 1 else None
+    legend = alt.Legend(title=None, columns=columns, values=drawn or names) if len(names) > 1 else None
     return {
         "color": alt.Color(f"{field}:N", scale=_colours(names), legend=legend),
         "shape": alt.Shape(f"{field}:N", scale=_shapes(names), legend=legend),
@@ -95,33 +98,30 @@ def _share_axis(title: str) -> Any:
 
 
 def _outcome(o: Json) -> dict[str, Any]:
-    def row(label: str, difference: list[float | None]) -> Json:
-        value, low, high = difference
-        shown = "" if None in difference else f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
-        good = high is not None and high < 0
-        bad = low is not None and low > 0
-        return {
-            "label": label, "difference": value, "low": low, "high": high, "interval": shown,
-            "verdict": "better" if good else "worse" if bad else "undecided",
-        }  # fmt: skip
-
     overall, *categories = o["groups"]
     models = [m for m in o["models"] if m.startswith("target ") or m == "merged"]
     against = model(o["against"])
-    drawn = {"overall": _forest([row(m, overall["models"][m]["difference"]) for m in models], against)}
+    drawn = {"overall": _forest([_told(m, overall["models"][m]) for m in models], against)}
     if categories:
-        drawn["categories"] = _forest(
-            [row(g["name"], g["models"]["merged"]["difference"]) for g in categories], against
-        )
+        drawn["categories"] = _forest([_told(g["name"], g["models"]["merged"]) for g in categories], against)
     return drawn
+
+
+def _told(label: str, cell: Json) -> Json:
+    value, low, high = cell["difference"]
+    shown = "" if None in (value, low, high) else f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
+    verdict = cell["verdict"]
+    return {"label": label, "difference": value, "low": low, "high": high, "interval": shown, "verdict": verdict}
 
 
 def _forest(rows: list[Json], against: str) -> Any:
     verdicts = alt.Scale(
         domain=["better", "worse", "undecided"], range=["var(--better)", "var(--worse)", "var(--muted)"]
     )
+    lines = max((row["label"].count(", ") + 1 for row in rows), default=1)
+    labels = alt.Axis(labelExpr="split(datum.label, ', ')") if lines > 1 else alt.Axis()
     base = alt.Chart(data(rows)).encode(
-        y=alt.Y("label:N", sort=None, title=None),
+        y=alt.Y("label:N", sort=None, title=None, axis=labels),
         color=alt.Color("verdict:N", scale=verdicts, legend=None),
         tooltip=[alt.Tooltip("label:N", title="model"), alt.Tooltip("interval:N", title="difference"), "verdict:N"],
     )
@@ -141,7 +141,7 @@ def _forest(rows: list[Json], against: str) -> Any:
         zero,
         base.mark_rule(strokeWidth=3, strokeCap="round").encode(x=x, x2="high:Q"),
         base.mark_point(filled=True, size=90, opacity=1).encode(x="difference:Q", shape=shape),
-    ).properties(height=alt.Step(30))
+    ).properties(height=alt.Step(16 + 14 * lines))
 
 
 def differences_axis() -> Any:
@@ -252,7 +252,7 @@ def _training(t: Json) -> dict[str, Any]:
             {"target": model(name), "step": point["step"], "value": point[key], "marked": i % _stride(target) == 0}
             for name, target in t["by_target"].items()
             for i, point in enumerate(target["curve"])
-            if point.get(key) is not None
+            if point.get(key) is not None and _has(target["curve"], key)
         ]
         if not rows:
             continue
@@ -278,6 +278,11 @@ def _training(t: Json) -> dict[str, Any]:
     return drawn
 
 
+def _has(curve: list[Json], key: str) -> bool:
+    """Whether a curve is there to be drawn: the control has no soft term, only zeros."""
+    return key != "soft_loss" or any(point.get(key) for point in curve)
+
+
 def _stride(target: Json) -> int:
     """A mark for about every fifteenth of a curve is enough to tell it from the others."""
     return max(1, len(target["curve"]) // 15)
@@ -285,6 +290,9 @@ def _stride(target: Json) -> int:
 
 def _merge(m: Json) -> dict[str, Any]:
     drawn: dict[str, Any] = {}
+    if m["sweep"] and len(m["sweep"]["merges"]) > 1:
+        others = [_told(one["label"], one) for one in m["sweep"]["merges"][1:]]
+        drawn["sweep"] = _forest(others, "the chosen merge")
     layers = [part["layer"] for part in m["by_layer"]]
     if len(m["targets"]) > 1:
         drawn["eta"] = _heat_map(m, layers)

@@ -16,6 +16,7 @@ from fusechat.layout import Layout
 from fusechat.report.charts import data, differences_axis, finished, printable, series
 from fusechat.report.facts import gather
 from fusechat.report.page import render
+from fusechat.report.paired import conclude_paired, headline, kept_scores, paired_runs
 from fusechat.report.words import listed, model
 
 _LIVES_ELSEWHERE = "out"
@@ -39,11 +40,15 @@ def compare(runs: Sequence[Path]) -> Json:
         for key in keys
         if key != _LIVES_ELSEWHERE and len({repr(flat.get(key)) for flat in settings.values()}) > 1
     }
+    paired = paired_runs({name: kept_scores(folder) for name, folder in zip(facts, folders, strict=True)})
     return {
         "fusechat_version": __version__,
+        "headline": headline(paired),
+        "conclusions": conclude_paired(paired),
         "runs": {name: _line(one) for name, one in facts.items()},
         "settings": differing,
         "warnings": _warnings(facts),
+        "paired": paired,
     }
 
 
@@ -54,7 +59,13 @@ def compare_page(compared: Json) -> str:
     drawn: dict[str, Json] = {}
     if names:
         groups = list(dict.fromkeys(group for name in names for group in shown["runs"][name]["groups"]))
-        drawn["runs"] = finished(_forest(shown, names, groups))
+        of_run = {name: shown["runs"][name]["groups"] for name in names}
+        drawn["runs"] = finished(_forest(of_run, groups, "the control"))
+    if shown["paired"]:
+        against, by_group = shown["paired"]["against"], shown["paired"]["groups"]
+        others = [name for name in next(iter(by_group.values())) if name != against]
+        of_run = {name: {group: by_run[name]["difference"] for group, by_run in by_group.items()} for name in others}
+        drawn["paired"] = finished(_forest(of_run, list(by_group), against, all_names=list(shown["runs"])))
     return render("compare.html.j2", drawn, compared=compared)
 
 
@@ -120,21 +131,24 @@ def _warnings(facts: dict[str, Json]) -> list[str]:
     return found
 
 
-def _forest(compared: Json, names: list[str], groups: list[str]) -> Any:
-    rows = []
+def _forest(
+    of_run: dict[str, dict[str, Any]], groups: list[str], against: str, all_names: list[str] | None = None
+) -> Any:
+    """Draw [value, low, high] by group and run; with `all_names` a run has one colour and shape in every chart."""
+    names, rows = list(of_run), []
     for group in groups:
         for name in names:
-            value, low, high = compared["runs"][name]["groups"].get(group, (None, None, None))
+            value, low, high = of_run[name].get(group, (None, None, None))
             shown = "" if None in (value, low, high) else f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
             rows.append({"group": group, "run": name, "difference": value, "low": low, "high": high, "interval": shown})
-    by_run = series("run", names)
+    by_run = series("run", all_names or names, names)
     base = alt.Chart(data(rows)).encode(
         y=alt.Y("group:N", sort=groups, title=None),
         yOffset=alt.YOffset("run:N", sort=names),
         color=by_run["color"],
         tooltip=["run:N", "group:N", "interval:N"],
     )
-    x = alt.X("low:Q", title="bits per byte against the control", axis=differences_axis())
+    x = alt.X("low:Q", title=f"bits per byte against {against}", axis=differences_axis())
     zero = alt.Chart(data([{"at": 0}])).mark_rule(stroke="var(--ink)").encode(x="at:Q")
     return alt.layer(
         zero,

@@ -45,7 +45,8 @@ def _outcome(o: Json) -> list[str]:
     ]
     p_holm = o["groups"][0]["models"]["merged"]["p_holm"]
     if p_holm is not None:
-        told[0] += f" By a permutation test, adjusted for the number of models, p {probability(p_holm)}."
+        told[0] += f" By a permutation test, adjusted for the number of models, p {probability(p_holm)}"
+        told[0] += "." if o["verdict"] != "undecided" or low <= 0 <= high else ": too few dialogues to tell."
     if o["against"] == "sft":
         told[0] += " SFT saw the same dialogues, in the same order, for as many steps, from the same seed."
     else:
@@ -59,20 +60,31 @@ def _outcome(o: Json) -> list[str]:
             + f". Each interval stands alone: of many, about {percent(1 - o['confidence'])} exclude 0 by chance."
             + _after_adjustment(o)
         )
-    best = o["best_target_bits_per_byte"]
-    merged = o["bits_per_byte"]["merged"]
-    if best is not None and merged is not None:
-        gained = "Merging improved on" if merged < best else "Merging did not improve on"
-        told.append(
-            f"{gained} the best single target, {o['best_target'].removeprefix('target ')}: {number(best)} before, "
-            f"{number(merged)} after (no interval is kept for this pair)."
-        )
+    if o["best_target_bits_per_byte"] is not None and o["bits_per_byte"]["merged"] is not None:
+        told.append(_merged_to_best(o))
     if o["excluded_dialogues"]:
         told.append(
             f"{plural(o['excluded_dialogues'], 'held-out dialogue')} did not fit every model's context and "
             f"{'is' if o['excluded_dialogues'] == 1 else 'are'} left out."
         )
     return told
+
+
+def _merged_to_best(o: Json) -> str:
+    """Say whether merging improved on the best of the targets; the best was picked on the same dialogues."""
+    best, merged = o["best_target_bits_per_byte"], o["bits_per_byte"]["merged"]
+    which = f"the best single target, {o['best_target'].removeprefix('target ')}"
+    levels = f"{number(best)} bits per byte before, {number(merged)} after"
+    pair = o["merged_to_best"]
+    if pair is None or None in pair:
+        gained = "Merging improved on" if merged < best else "Merging did not improve on"
+        return f"{gained} {which}: {levels} (this run kept no interval for the pair)."
+    value, low, high = pair
+    gained = "improved on" if high < 0 else "lost against" if low > 0 else "shows no difference to"
+    return (
+        f"Merging {gained} {which}: {levels}, a difference of {signed(value)}, "
+        f"{percent(o['confidence'])} interval {signed(low)} to {signed(high)}, paired."
+    )
 
 
 def _after_adjustment(o: Json) -> str:
@@ -138,9 +150,9 @@ def _training(t: Json) -> list[str]:
 
 
 def _merge(m: Json) -> list[str]:
-    told = []
+    told = [_chosen(m["sweep"])] if m["sweep"] else []
     weights = m["mean_weight"]
-    if weights and None not in weights and len(weights) == len(m["targets"]):
+    if weights and None not in weights and len(weights) == len(m["targets"]) > 1:
         even = max(weights) - min(weights) < _CLOSE * len(weights) / 2
         shares = ", ".join(f"{name} {number(w, 3)}" for name, w in zip(m["targets"], weights, strict=True))
         told.append(f"{'The targets weigh nearly alike' if even else 'The targets differ in weight'}: {shares}.")
@@ -153,6 +165,21 @@ def _merge(m: Json) -> list[str]:
         )
     told += [f"Warning: {warning}." for warning in m["warnings"]]
     return told or [f"{m['method']} over {plural(m['n_tensors'], 'tensor')}; it keeps no further numbers."]
+
+
+def _chosen(s: Json) -> str:
+    """Say what the merge was chosen from, and how far behind the others were."""
+    best, *others = s["merges"]
+    told = (
+        f"{best['label']} was chosen from {plural(len(s['merges']), 'merge')} by {number(best['bits_per_byte'][0])} "
+        f"bits per byte on {plural(s['n_dialogues'], 'validation dialogue')}, neither trained nor tested on"
+    )
+    as_good = [merge["label"] for merge in others if merge["verdict"] != "worse"]
+    if not others:
+        return told + "."
+    told += f"; {listed(as_good)} cannot be told from it" if as_good else "; every other is worse"
+    last = others[-1]
+    return told + f". The worst, {last['label']}, loses {number(last['difference'][0])}."
 
 
 def _cost(c: Json) -> list[str]:
@@ -168,6 +195,12 @@ def _cost(c: Json) -> list[str]:
         + (f" and {size(c['peak_device_bytes'])} on the device" if c["peak_device_bytes"] else "")
         + f"; {size(c['disk_bytes'])} on disk."
     ]
+    if c["sft_seconds"]:
+        times = number(c["fusion_seconds"] / c["sft_seconds"], 1)
+        told.append(
+            f"Extracting, aligning, training the targets and merging took {duration(c['fusion_seconds'])}, "
+            f"{times} times the {duration(c['sft_seconds'])} of SFT alone."
+        )
     if c["interrupted"]:
         told.append(
             f"{plural(c['interrupted'], 'attempt')} ended before its stage was done: that time is not in the sum."

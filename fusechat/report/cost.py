@@ -9,6 +9,9 @@ from fusechat.errors import FormatError
 from fusechat.layout import Layout
 from fusechat.ledger import read_ledger
 
+_FUSION = ("extract", "align", "train", "merge")
+_SFT = "train sft"
+
 
 def cost(layout: Layout, config: Json) -> Json:
     """Return what each stage took, over all processes that worked on it; raises FormatError when nothing was noted."""
@@ -41,6 +44,10 @@ def cost(layout: Layout, config: Json) -> Json:
     return {
         "stages": listed,
         "seconds": sum(stage["seconds"] for stage in listed),
+        "fusion_seconds": sum(
+            s["seconds"] for s in listed if s["name"].partition(" ")[0] in _FUSION and s["name"] != _SFT
+        ),
+        "sft_seconds": stages.get(_SFT, {}).get("seconds"),
         "cpu_seconds": sum(stage["cpu_seconds"] for stage in listed),
         "peak_memory_bytes": max(filter(None, (s["peak_memory_bytes"] for s in listed)), default=None),
         "peak_device_bytes": max(filter(None, (s["peak_device_bytes"] for s in listed)), default=None),

@@ -1,9 +1,11 @@
-"""What the merge did: each target's weight by layer, sign conflicts, what was selected and kept, and update norms."""
+"""What the merge did: what it was chosen from, each target's weight by layer, sign conflicts, what was selected and
+kept, and update norms."""
 
 from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 from fusechat.artifact import Json, read_json
@@ -11,7 +13,9 @@ from fusechat.checkpoint import open_checkpoint
 from fusechat.errors import FormatError
 from fusechat.layout import Layout
 from fusechat.merge.settings import layer_of
+from fusechat.merge.sweep import TABLE
 from fusechat.report.names import short_name
+from fusechat.report.outcome import verdict
 
 PROVENANCE = "provenance.json"
 STATISTICS = "merge_stats.json"
@@ -51,7 +55,41 @@ def merging(layout: Layout, config: Json) -> Json:
         ],
         "by_kind": [{"kind": kind, **_totals(names, merged, sizes)} for kind, names in by_kind.items()],
         "n_copied": len(statistics) - len(merged),
+        "sweep": _sweep(layout.merged / TABLE),
     }
+
+
+def _sweep(path: Path) -> Json | None:
+    """Return the merges the merged model was chosen from, the best first; None where it was the only one."""
+    if not path.exists():
+        return None
+    table = read_json(path)
+    merges = table["merges"].items()
+    tried = sorted(merges, key=lambda item: (item[0] != table["best"], item[1]["bits_per_byte"][0]))
+    return {
+        "best": table["best"],
+        "n_dialogues": table["n_dialogues"],
+        "merges": [
+            {
+                "name": name,
+                "label": _label(name),
+                "bits_per_byte": found["bits_per_byte"],
+                "difference": found["difference_to_best"],
+                "verdict": verdict(found["difference_to_best"]),
+                "least_surviving": min(found["surviving_share"] or [], default=None),
+            }
+            for name, found in tried
+        ],
+    }
+
+
+def _label(name: str) -> str:
+    """Write a candidate's name (`sce variant=paper select_topk=0.1`) as papers do (sce paper, τ 0.1)."""
+    method, *parameters = name.split(" ")
+    for parameter in parameters:
+        key, _, value = parameter.partition("=")
+        method += f" {value}" if key == "variant" else f", {'τ' if key == 'select_topk' else key} {value}"
+    return method
 
 
 def _kind(tensor: str) -> str:

@@ -25,47 +25,56 @@ def outcome(layout: Layout, config: Json) -> Json:
     targets = {m: groups["overall"]["models"][m]["bits_per_byte"][0] for m in models if m.startswith("target ")}
     best = min((m for m in targets if math.isfinite(targets[m])), key=lambda m: targets[m], default=None)
     control = groups["overall"]["models"][against]["bits_per_byte"][0]
-    categories = {name: verdict(group["models"][_MERGED][key]) for name, group in groups.items() if name != "overall"}
+    confidence = config.get("eval", {}).get("confidence", 0.95)
+    table = [_group(name, group, models, key, confidence) for name, group in groups.items()]
+    categories = {group["name"]: group["models"][_MERGED]["verdict"] for group in table[1:]}
     return {
         "against": against,
-        "verdict": verdict(fused[key]),
+        "verdict": table[0]["models"][_MERGED]["verdict"],
         "difference": fused[key],
         "relative": fused[key][0] / control if control else math.nan,
         "bits_per_byte": {_MERGED: fused["bits_per_byte"][0], against: control},
         "best_target": best,
         "best_target_bits_per_byte": targets.get(best) if best else None,
+        "merged_to_best": results.get("merged_to", {}).get(best, {}).get("difference"),
         "categories": {
             word: [name for name, found in categories.items() if found == word]
             for word in ("better", "worse", "undecided", "unknown")
         },
-        "confidence": config.get("eval", {}).get("confidence", 0.95),
+        "confidence": confidence,
         "bootstrap_samples": config.get("eval", {}).get("bootstrap_samples"),
         "n_dialogues": results["n_dialogues"],
         "excluded_dialogues": results["excluded_dialogues"],
         "content_bytes": groups["overall"]["content_bytes"],
         "significance": results.get("significance"),
         "models": models,
-        "groups": [
-            {
-                "name": name,
-                "n_dialogues": group["n_dialogues"],
-                "models": {
-                    model: {
-                        "bits_per_byte": group["models"][model]["bits_per_byte"],
-                        "difference": group["models"][model][key],
-                        "p_holm": group["models"][model].get("p_holm"),
-                    }
-                    for model in models
-                },
-            }
-            for name, group in groups.items()
-        ],
+        "groups": table,
     }
 
 
-def verdict(difference: Any) -> str:
-    """Say what an interval (value, low, high) of a difference in bits per byte shows; lower is better."""
+def _group(name: str, group: Json, models: list[str], key: str, confidence: float) -> Json:
+    cells = {}
+    for model in models:
+        cell = group["models"][model]
+        # A category's interval stands alone, as the page says; what decides must stand the test as well.
+        p = cell.get("p_holm") if name == "overall" else None
+        cells[model] = {
+            "bits_per_byte": cell["bits_per_byte"],
+            "difference": cell[key],
+            "p_holm": cell.get("p_holm"),
+            "verdict": verdict(cell[key], p, confidence),
+        }
+    return {"name": name, "n_dialogues": group["n_dialogues"], "models": cells}
+
+
+def verdict(difference: Any, p: float | None = None, confidence: float = 0.95) -> str:
+    """Say what an interval (value, low, high) of a difference in bits per byte shows; lower is better.
+
+    With a p-value both must speak: over few dialogues a bootstrap interval is too narrow, a permutation test is not.
+    """
     value, low, high = (math.nan if x is None else float(x) for x in difference)
     if not all(map(math.isfinite, (value, low, high))):
         return "unknown"
+    if p is not None and p >= 1 - confidence:
+        return "undecided"
     return "better" if high < 0 else "worse" if low > 0 else "undecided"

@@ -25,6 +25,7 @@ _FORMATS = (
     "size",
     "duration",
     "plural",
+    "rate",
     "listed",
     "model",
     "probability",

@@ -62,6 +62,15 @@ def duration(seconds: float | None) -> str:
     return f"{whole // 86400} d {whole % 86400 // 3600} h"
 
 
+def rate(per_second: float | None, unit: str) -> str:
+    """Write how many of a unit a second, or where that is less than one, how long each took."""
+    if not per_second:
+        return UNKNOWN
+    if per_second < 1:
+        return f"{duration(1 / per_second)} a {unit.removesuffix('s')}"
+    return f"{short(per_second)} {unit}/s"
+
+
 def probability(p: float) -> str:
     """Write a p-value with its relation."""
     return "< 0.001" if p < 0.001 else f"= {p:.3f}"

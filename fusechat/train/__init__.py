@@ -11,6 +11,7 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
@@ -39,8 +40,12 @@ __all__ = ["train"]
 make_callable(__name__)
 
 PROVENANCE = "provenance.json"
-# They change what is seen of a training and how fast it is, not what comes out.
-_NOT_IN_REQUEST = {"workers", "report_to", "logging_steps"}
+# They change how a training runs and what is seen of it, not what comes out but for the last bits: a run that does not
+# fit, or is watched too seldom, goes on with others.
+_FREE_TO_CHANGE = {
+    "workers", "report_to", "logging_steps", "save_steps", "save_total_limit", "timeout_minutes", "loss_budget_bytes",
+    "micro_batch_size", "gradient_checkpointing", "torch_compile", "attention",
+}  # fmt: skip
 
 
 def train(
@@ -68,7 +73,7 @@ def train(
     """
     config = config or TrainConfig()
     stores = [] if aligned_store is None else [aligned_store] if isinstance(aligned_store, Path) else [*aligned_store]
-    _join_processes()
+    _join_processes(config)
     if dry_run:
         small = {
             "max_steps": 2,
@@ -130,7 +135,7 @@ def _train(
             "aligned_store": str(stores[0]) if len(stores) == 1 else None,
             "sources": [
                 {"name": source.name, "store": str(path), "store_sha256": sha256_file(path / MANIFEST), "share": share}
-                for source, path, share in zip(dataset.sources, stores, dataset.weights[:, 1:].mean(axis=0).tolist())
+                for source, path, share in zip(dataset.sources, stores, dataset.weights[1:].mean(axis=1).tolist())
             ],
             "dataset_fingerprint": store.manifest.get("dataset_fingerprint", ""),
             "n_dialogues": len(dataset),
@@ -166,12 +171,12 @@ def _train(
     return dict(first_does(finish))
 
 
-def _join_processes() -> None:
+def _join_processes(config: TrainConfig) -> None:
     if n_processes() > 1:
         from accelerate import PartialState
         from torch.cuda import is_available
 
-        PartialState(cpu=not is_available())
+        PartialState(cpu=not is_available(), timeout=timedelta(minutes=config.timeout_minutes))
 
 
 def _begin(
@@ -202,7 +207,7 @@ def _begin(
         "pivot_sha256": pivot_sha256,
         "pivot_store_sha256": sha256_file(pivot_store / MANIFEST),
         "source_stores_sha256": [sha256_file(store / MANIFEST) for store in stores],
-        "train": config.model_dump(exclude=_NOT_IN_REQUEST),
+        "train": config.model_dump(),
         "seed": seed,
     }
     if (out / PROVENANCE).exists():
@@ -236,7 +241,9 @@ def _dataset(store: Store, paths: list[Path], config: TrainConfig, limit: int | 
 
 
 def _require_same(place: Path, request: Json, found: Json) -> None:
-    if found != request:
-        flat, old = ({**r, **r["train"]} for r in (request, found))
-        what = "; ".join(d for d in differences(flat, old) if not d.startswith("train:"))
+    flat, old = (
+        {k: v for k, v in {**r, **r["train"]}.items() if k not in _FREE_TO_CHANGE | {"train"}} for r in (request, found)
+    )
+    if flat != old:
+        what = "; ".join(differences(flat, old))
         raise MismatchError(f"{place} was trained from other inputs ({what}): remove it or choose another place")

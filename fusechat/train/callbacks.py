@@ -33,7 +33,12 @@ class MarkComplete(TrainerCallback):  # type: ignore[misc]
         bad = torch.zeros((), device=args.device)
         for parameter in model.parameters():
             if parameter.requires_grad:
-                local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+                # FSDP2's part of it, ZeRO 3's, or all.
+                local = (
+                    parameter.to_local()
+                    if hasattr(parameter, "to_local")
+                    else getattr(parameter, "ds_tensor", parameter)
+                )
                 bad += (~torch.isfinite(local.detach())).any().to(bad.device)
         if dist.is_initialized():
             dist.all_reduce(bad)
@@ -69,6 +74,16 @@ def last_whole_checkpoint(directory: Path, facts: Json, *, remove: bool) -> Path
             "as before, or remove the checkpoint"
         )
     return best[1]
+
+
+def follow_a_moved_folder(checkpoint: Path) -> None:
+    """Let the checkpoint's state name the best one where it lies now: its paths are of where the run began."""
+    place = checkpoint / "trainer_state.json"
+    state = read_json(place)
+    best = state.get("best_model_checkpoint")
+    here = best and str(checkpoint.parent / Path(best).name)
+    if here != best:
+        write_json(place, state | {"best_model_checkpoint": here})
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]

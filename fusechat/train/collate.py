@@ -62,8 +62,8 @@ def _row_columns(examples: Sequence[Example], starts: Array) -> dict[str, Array]
     columns: dict[str, Array] = {
         "rows": np.empty(n_rows, dtype=np.int64),
         "row_labels": np.empty(n_rows, dtype=np.int64),
-        "target_ids": np.full((n_rows, width), -1, dtype=np.int32),
-        "target_logprobs": np.full((n_rows, width), -np.inf, dtype=np.float32),
+        "target_ids": np.empty((n_rows, width), dtype=np.int32),
+        "target_logprobs": np.empty((n_rows, width), dtype=_logprob_dtype(examples)),
         "partition": np.empty(n_rows, dtype=np.bool_),
         "row_weight": np.empty(n_rows, dtype=np.float32),
         "taught": np.empty(n_rows, dtype=np.float32),
@@ -74,19 +74,26 @@ def _row_columns(examples: Sequence[Example], starts: Array) -> dict[str, Array]
     begin = 0
     for start, e in zip(starts.tolist(), examples):
         part, k, targets = slice(begin, begin + len(e.rows)), e.targets.width, e.targets
+        ids, logprobs = columns["target_ids"][part], columns["target_logprobs"][part]
         np.add(e.rows, start, out=columns["rows"][part])
         columns["row_labels"][part] = e.input_ids[e.rows + 1]
-        columns["target_logprobs"][part, :k] = targets.logprobs
-        np.copyto(columns["target_ids"][part, :k], targets.ids, where=targets.logprobs > -np.inf)
+        logprobs[:, :k], logprobs[:, k:], ids[:, :k] = targets.logprobs, -np.inf, targets.ids
         if targets.low is not None and targets.high is not None:
             columns["target_low"][part, :k], columns["target_high"][part, :k] = targets.low, targets.high
         columns["partition"][part] = targets.partition
         columns["row_weight"][part], columns["taught"][part] = e.row_weight, e.taught
         columns["origin"][part] = e.origin
         begin = part.stop
+    # torch converts half precision ten times as fast as NumPy.
+    columns["target_logprobs"] = torch.from_numpy(columns["target_logprobs"]).float().numpy()
+    columns["target_ids"][columns["target_logprobs"] == -np.inf] = -1
     if any(e.chunk is not None for e in examples):
         columns |= _chunk_columns(examples)
     return columns
+
+
+def _logprob_dtype(examples: Sequence[Example]) -> np.dtype[Any]:
+    return np.result_type(*(e.targets.logprobs for e in examples)) if len(examples) else np.dtype(np.float32)
 
 
 def _chunk_columns(examples: Sequence[Example]) -> dict[str, Array]:

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from fusechat.errors import ConfigError, MismatchError
-from fusechat.loss.choice import mix_candidates
 from fusechat.store import Store, row_positions
 from fusechat.train.matched import MatchedSource
-from fusechat.train.select import PIVOT, Selection, dialogue_weights, row_weights
-from fusechat.train.source import Source
-from fusechat.train.targets import Array, Targets
+from fusechat.train.select import PIVOT, Selection, dialogue_weights, first_best, row_weights
+from fusechat.train.source import Record, Source
+from fusechat.train.targets import Array, Targets, joined, mixed, picked
+
+# Which rows stand where (several may share one), their targets, and the columns of their Example.
+Found = tuple[Array | slice, Targets, dict[str, Array]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,16 +75,17 @@ class FusionDataset:
             raise ConfigError(f"source_weights names {', '.join(sorted(unknown))}, which is no source of this target")
         totals = [source.totals() for source in self.sources]
         self.weights = dialogue_weights(self.sources, totals, self.indices, select)
-        self.have = np.array([[i in known for known in totals] for i in self.indices], dtype=np.bool_)
+        self.have = np.array([[i in known for i in self.indices] for known in totals], dtype=np.bool_)
+        self.have = self.have.reshape(len(self.sources), len(self.indices))
 
     @property
     def source_share(self) -> float:
         """Share of dialogues, by weight, whose taught distribution is a source's."""
-        return float(1.0 - self.weights[:, PIVOT].mean()) if len(self.indices) else 0.0
+        return float(1.0 - self.weights[PIVOT].mean()) if len(self.indices) else 0.0
 
     def lengths(self) -> list[int]:
         """Return the number of tokens of every dialogue."""
-        return [len(self.pivot[dialogue]["token.input_ids"]) for dialogue in self.indices]
+        return [self.pivot.n_tokens(dialogue) for dialogue in self.indices]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -96,90 +98,79 @@ class FusionDataset:
         labels = np.where(mask, input_ids, -100)
         labels[:1] = -100  # nothing predicts a dialogue's first token
         rows = row_positions(mask)
-        weights = np.broadcast_to(self.weights[position], (len(rows), 1 + len(self.sources)))
-        if self.select.unit != "sequence" and self.have[position].any():
-            weights = row_weights(self.sources, dialogue, record, self.have[position], self.select)
-        found = self._matched(dialogue, weights) if self.matched else self._candidates(dialogue, record, weights)
-        place, targets, columns = found
+        found = self._matched if self.matched else self._candidates
+        place, targets, columns = found(position, record, len(rows))
         return Example(
             dialogue=dialogue, input_ids=input_ids, labels=labels, rows=rows[place], targets=targets, **columns
         )
 
-    def _candidates(
-        self, dialogue: int, record: dict[str, Array], weights: Array
-    ) -> tuple[Array | slice, Targets, dict[str, Array]]:
+    def _candidates(self, position: int, pivot: Record, n_rows: int) -> Found:
         """Return the rows' targets, and which of them stand where."""
-        n_rows = len(weights)
-        origin = weights.argmax(axis=1)
-        candidates: list[Targets | None] = []
-        for c in range(weights.shape[1]):
-            if not (weights[:, c] > 0).any() or (c == PIVOT and self.when_pivot_wins == "labels"):
-                candidates.append(None)
-            elif c == PIVOT:
-                candidates.append(Targets.by(record["row.ids"], record["row.logprobs"]))
+        have = self.have[:, position]
+        records = [s.read(self.indices[position]) if known else None for s, known in zip(self.sources, have)]
+        if self.select.unit == "sequence" or not have.any():
+            weights = self.weights[:, position, None]
+        else:
+            gold = np.full((1 + len(records), n_rows), np.nan, np.float32)
+            gold[PIVOT] = pivot["row.gold_logprob"]
+            for c, record in enumerate(records, 1):
+                if record is not None:
+                    gold[c] = record["row.gold_logprob"]
+            weights = row_weights(self.sources, gold, pivot, self.select)
+        origin = np.broadcast_to(first_best(weights), n_rows)
+        named, candidates = [], []
+        for c in np.flatnonzero(weights.max(axis=1, initial=0.0)).tolist():
+            if c == PIVOT:
+                if self.when_pivot_wins == "labels":
+                    continue
+                candidates.append(Targets.by(pivot["row.ids"], pivot["row.logprobs"]))
             else:
-                candidates.append(self.sources[c - 1].targets(dialogue, record))
-        named = [c for c, targets in enumerate(candidates) if targets is not None]
+                candidates.append(self.sources[c - 1].targets(records[c - 1], pivot))
+            named.append(c)
         if not named:
             return slice(None), Targets.nothing(n_rows), _columns(np.zeros(n_rows), np.ones(n_rows), origin)
-        if ((weights > 0).sum(axis=1) <= 1).all():
-            targets = self._chosen([c for c in candidates if c is not None], weights[:, named] > 0)
-            taught = targets.present()
-            return slice(None), targets, _columns(taught, np.ones(n_rows), origin)
-        return self._mixed([candidates[c] for c in named], weights[:, named], origin)
+        if ((weights > 0).sum(axis=0) <= 1).all():
+            targets = picked(candidates, np.broadcast_to(first_best(weights[named]), n_rows))
+            targets = targets.without(np.broadcast_to(weights[named].max(axis=0) == 0, n_rows))
+            return slice(None), targets, _columns(targets.present(), np.ones(n_rows), origin)
+        return self._mixed(candidates, np.broadcast_to(weights[named], (len(named), n_rows)), origin)
 
-    def _chosen(self, candidates: Sequence[Targets], where: Array) -> Targets:
-        """Take each row from the one candidate that bool[R, candidates] marks; rows without one are empty."""
-        targets = candidates[0]
-        for candidate, here in zip(candidates[1:], where.T[1:]):
-            targets = targets.replaced(here, candidate)
-            targets.partition[here] = candidate.partition[here]
-        nobody = ~where.any(axis=1)
-        targets.logprobs[nobody], targets.partition[nobody] = -np.inf, False
-        return targets
-
-    def _mixed(
-        self, candidates: Sequence[Targets | None], weights: Array, origin: Array
-    ) -> tuple[Array, Targets, dict[str, Array]]:
+    def _mixed(self, candidates: Sequence[Targets], weights: Array, origin: Array) -> Found:
         """Mix candidates that are distributions over tokens; those that partition the vocabulary get their own rows.
 
         The cross-entropy with a mixture is the mixture of the cross-entropies, so that nothing changes by the split.
         """
-        width = max(t.width for t in candidates if t is not None)
-        every = [t.widened(width) for t in candidates if t is not None]
-        present = np.stack([t.present() for t in every], 1)
-        cells = np.stack([t.partition for t in every], 1) & present
-        weights = np.where(present, weights, 0.0)
-        share = weights.sum(axis=1)
-        plain = np.where(cells, 0.0, weights)
-        plain_share = plain.sum(axis=1)
-        ids, logprobs = mix_candidates(
-            torch.from_numpy(np.stack([t.ids for t in every], 1)).long(),
-            torch.from_numpy(np.stack([t.logprobs for t in every], 1)),
-            torch.from_numpy(plain / np.where(plain_share > 0, plain_share, 1.0)[:, None]).float(),
-            renormalise=self.renormalise,
+        present = np.stack([t.present() for t in candidates])
+        weights = weights * present
+        share = weights.sum(axis=0)
+        cells = np.stack([t.partition for t in candidates]) & (weights > 0)
+        plain = np.where(cells, np.float32(0.0), weights)
+        plain_share = plain.sum(axis=0)
+        mixture = mixed(
+            candidates, plain / np.where(plain_share > 0, plain_share, np.float32(1.0)), renormalise=self.renormalise
         )
-        mixture = Targets.by(ids.numpy(), logprobs.numpy())
+        if not cells.any():
+            return slice(None), mixture, _columns(share, np.ones(len(share)), origin)
         places = [np.flatnonzero((plain_share > 0) | (share == 0))]
         parts = [mixture.taken(places[0])]
-        row_weights = [np.where(share > 0, plain_share, 1.0)[places[0]]]
-        for c, targets in enumerate(every):
-            places.append(np.flatnonzero(cells[:, c] & (weights[:, c] > 0)))
+        parts_share = [np.where(share > 0, plain_share, 1.0)[places[0]]]
+        for targets, own_cells, weight in zip(candidates, cells, weights):
+            places.append(np.flatnonzero(own_cells))
             parts.append(targets.taken(places[-1]))
-            row_weights.append(weights[places[-1], c])
+            parts_share.append(weight[places[-1]])
         place = np.concatenate(places)
         total = np.where(share > 0, share, 1.0)[place]
-        return place, _joined(parts), _columns(share[place], np.concatenate(row_weights) / total, origin[place])
+        return place, joined(parts), _columns(share[place], np.concatenate(parts_share) / total, origin[place])
 
-    def _matched(self, dialogue: int, weights: Array) -> tuple[Array | slice, Targets, dict[str, Array]]:
+    def _matched(self, position: int, pivot: Record, n_rows: int) -> Found:
         """Return what an objective without a vocabulary map needs of the dialogue's best source."""
-        n_rows, best = len(weights), int(weights[0].argmax()) if len(weights) else PIVOT
+        best = int(self.weights[:, position].argmax())
         origin = np.full(n_rows, best)
         if best == PIVOT:
             columns = _columns(np.zeros(n_rows), np.ones(n_rows), origin)
             columns |= {"chunk": np.full(n_rows, -1, np.int64), "chunk_logprob": np.zeros(0, np.float32)}
             return slice(None), Targets.nothing(n_rows), columns
-        found = self.matched[best - 1].at(dialogue)
+        found = self.matched[best - 1].at(self.indices[position])
         taught = found.targets.present() if found.targets.width else found.chunk >= 0
         columns = _columns(taught, np.ones(n_rows), origin)
         return slice(None), found.targets, columns | {"chunk": found.chunk, "chunk_logprob": found.chunk_logprob}
@@ -191,15 +182,6 @@ def _columns(taught: Array, row_weight: Array, origin: Array) -> dict[str, Array
         "row_weight": row_weight.astype(np.float32),
         "origin": origin.astype(np.int64),
     }
-
-
-def _joined(parts: Sequence[Targets]) -> Targets:
-    width = max(t.width for t in parts)
-    every = [t.widened(width) for t in parts]
-    names = ("ids", "logprobs") if all(t.low is None for t in every) else ("ids", "logprobs", "low", "high")
-    columns: dict[str, Any] = {name: np.concatenate([t.columns()[name] for t in every]) for name in names}
-    partition = np.concatenate([t.partition for t in every])
-    return Targets(**{"low": None, "high": None} | columns, partition=partition)
 
 
 def _common_byte_order(sources: Sequence[Source]) -> npt.NDArray[np.int32] | None:

@@ -24,7 +24,7 @@ from fusechat.model import load_model, unwrapped
 from fusechat.processes import n_processes, rank
 from fusechat.tokenizer import load_tokenizer
 from fusechat.train.batches import StepBatches
-from fusechat.train.callbacks import MarkComplete, Watch, last_whole_checkpoint
+from fusechat.train.callbacks import MarkComplete, Watch, follow_a_moved_folder, last_whole_checkpoint
 from fusechat.train.dataset import FusionDataset
 from fusechat.train.forward import LossSettings, install_loss, router_weight
 from fusechat.train.held_out import HeldOut
@@ -83,7 +83,7 @@ def fit(
         packing=config.packing,
         hard_weight_at=hard_weight_schedule(config) if dataset.sources else _always_labels,
         held_out=held_out,
-        meter=Meter(["pivot", *(s.name for s in dataset.sources)], _n_matrix_parameters(model)),
+        meter=Meter(["pivot", *(s.name for s in dataset.sources)], flops_per_token(model)),
         log_file=work / LOG_FILE,
     )
     facts = {"sharding": _sharding(trainer)}
@@ -95,6 +95,9 @@ def fit(
     if rank() == 0:
         history = [] if checkpoint is None else _history(checkpoint)
         rewind_log(work / LOG_FILE, history)
+        if checkpoint is not None:
+            follow_a_moved_folder(checkpoint)
+    trainer.accelerator.wait_for_everyone()
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
@@ -102,6 +105,10 @@ def fit(
     if watch.stopped:
         raise Stopped(f"stopped by SIGTERM after step {trainer.state.global_step} of {trainer.state.max_steps}, saved")
     state = _full_state(trainer)
+    if trainer.is_deepspeed_enabled:
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()  # else every model loaded from here on would be spread, by one process alone
     return Fitted(
         state=state,
         losses=[entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
@@ -116,7 +123,7 @@ def prepare_model(directory: Path, config: TrainConfig) -> Any:
     if config.quantization is None:
         model = load_model(directory, device="cpu").train().float()  # half precision is the Trainer's autocast
     else:
-        model = _quantized(directory, config.quantization)
+        model = _quantized(directory, config.quantization, config.dtype)
     if config.attention is not None:
         model.set_attn_implementation(config.attention)
     if config.gradient_checkpointing:
@@ -128,11 +135,11 @@ def prepare_model(directory: Path, config: TrainConfig) -> Any:
     return model
 
 
-def _quantized(directory: Path, bits: str) -> Any:
-    if not torch.cuda.is_available() or find_spec("bitsandbytes") is None:
+def _quantized(directory: Path, bits: str, dtype: str) -> Any:
+    if find_spec("bitsandbytes") is None:
         raise ConfigError(
-            f"train.quantization: {bits} needs a CUDA device and the package bitsandbytes, and one of them is missing: "
-            "leave it out (train.lora alone works anywhere)"
+            f"train.quantization: {bits} needs the package bitsandbytes: pip install bitsandbytes, or leave it out "
+            "(train.lora alone needs nothing)"
         )
     from peft import prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -142,12 +149,12 @@ def _quantized(directory: Path, bits: str) -> Any:
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_compute_dtype=getattr(torch, dtype),
         )
     else:
         settings = BitsAndBytesConfig(load_in_8bit=True)
-    device = {"": int(os.environ.get("LOCAL_RANK", "0"))}
-    model = AutoModelForCausalLM.from_pretrained(directory, quantization_config=settings, device_map=device)
+    device = int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(directory, quantization_config=settings, device_map={"": device})
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
 
@@ -235,7 +242,8 @@ def training_arguments(
         torch_compile=config.torch_compile,
         save_strategy="steps" if checkpoints else "no",
         save_steps=config.save_steps,
-        save_total_limit=2,
+        save_total_limit=config.save_total_limit,
+        ddp_timeout=round(60 * config.timeout_minutes),
         logging_steps=config.logging_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,
@@ -262,13 +270,16 @@ def _history(checkpoint: Path) -> list[Json]:
     return history
 
 
-def _n_matrix_parameters(model: Any) -> int:
-    """Return the parameters that take two FLOPs a token in a forward pass: all but the input embedding."""
+def flops_per_token(model: Any) -> float:
+    """Return the FLOPs of a training step a token, without attention: two per weight in each of the forward pass, the
+    gradient of the activations and that of the weights, which frozen weights do not have."""
     inner = unwrapped(model)
     embedding = inner.get_input_embeddings().weight
-    total = int(sum(p.numel() for p in inner.parameters()))
     tied = inner.get_output_embeddings().weight is embedding
-    return total if tied else total - int(embedding.numel())
+    total = inner.num_parameters()  # counts quantised weights one by one
+    trained = inner.num_parameters(only_trainable=True)
+    looked_up = 0 if tied else int(embedding.numel())
+    return 4.0 * (total - looked_up) + 2.0 * max(trained - looked_up * embedding.requires_grad, 0)
 
 
 def _full_state(trainer: FusionTrainer) -> dict[str, torch.Tensor] | None:

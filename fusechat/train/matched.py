@@ -91,7 +91,10 @@ def open_matched(directory: Path, pivot: Store, objective: Literal["alm", "uld"]
         source = open_topk(directory)
     else:
         manifest = open_aligned(directory).manifest
-        source = open_topk(Path(manifest["source_store"]))
+        recorded = Path(manifest["source_store"])
+        # Where the folder of a whole run was moved, it lies in it as before (fusechat/layout.py).
+        in_run = directory.resolve().parents[1] / "extract" / directory.name
+        source = open_topk(in_run if in_run.exists() and not recorded.exists() else recorded)
         if sha256_file(source.directory / MANIFEST) != manifest["source_store_sha256"]:
             raise MismatchError(f"{source.directory} is not what {directory} was aligned from: run the alignment again")
     ours, theirs = (store_vocabulary(store.directory, store.manifest).table for store in (pivot, source))

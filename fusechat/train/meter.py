@@ -23,9 +23,9 @@ _PEAK_FLOPS = {
 class Meter:
     """Sums on the device between two logs; reading them is the only wait for it."""
 
-    def __init__(self, candidates: Sequence[str], n_parameters: int) -> None:
+    def __init__(self, candidates: Sequence[str], flops_per_token: float) -> None:
         self.candidates = list(candidates)
-        self.n_parameters = n_parameters
+        self.flops_per_token = flops_per_token
         self.peak_flops = _peak_flops()
         self._begin()
 
@@ -68,6 +68,7 @@ class Meter:
             "hard_weight": hard_weight_at((state.global_step - 1) / max(state.max_steps, 1)),
             "coverage": values["covered"] / rows,
             "tokens_per_second": tokens_per_second,
+            "tokens_per_second_per_device": tokens_per_second / accelerator.num_processes,
             "peak_memory_bytes": _peak_memory_bytes(),
         }
         if "router" in values:
@@ -75,8 +76,7 @@ class Meter:
         if len(self.candidates) > 1:
             logs |= {f"share_{name}": n / rows for name, n in zip(self.candidates, values["won"])}
         if self.peak_flops is not None:
-            flops = 6.0 * self.n_parameters * tokens_per_second
-            logs["mfu"] = flops / (self.peak_flops * accelerator.num_processes)
+            logs["mfu"] = self.flops_per_token * tokens_per_second / (self.peak_flops * accelerator.num_processes)
         return logs
 
 

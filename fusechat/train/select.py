@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Literal
 
 import numpy as np
-import torch
 
-from fusechat.loss.choice import Choice, candidate_weights
 from fusechat.train.source import Source
 from fusechat.train.targets import Array
 
@@ -40,83 +38,82 @@ def dialogue_weights(
     dialogues: Sequence[int],
     how: Selection,
 ) -> Array:
-    """Return each candidate's weight in each dialogue, float32[D, 1 + sources], the pivot first; rows sum to one.
+    """Return each candidate's weight in each dialogue, float32[1 + sources, D], the pivot first; columns sum to one.
 
     `totals` are the sources'. A source that lacks a dialogue has weight 0 there. Compared are the texts that both
     encoded.
     """
-    n, n_candidates = len(dialogues), 1 + len(sources)
-    gain = np.zeros((n, n_candidates))
-    pivot_nll, size = np.zeros(n), np.ones(n)
-    known = np.zeros((n, n_candidates), dtype=np.bool_)
-    known[:, PIVOT] = True
+    shape = 1 + len(sources), len(dialogues)
+    gain, known = np.zeros(shape), np.zeros(shape, dtype=np.bool_)
+    pivot_nll = np.zeros(len(dialogues))
+    known[PIVOT] = True
     for c, known_totals in enumerate(totals, 1):
         for i, dialogue in enumerate(dialogues):
             if dialogue not in known_totals:
                 continue
             nll, own_nll, tokens, own_tokens, n_bytes = known_totals[dialogue]
-            known[i, c] = True
+            known[c, i] = True
             counts = (n_bytes, n_bytes) if how.ce_unit == "byte" else (tokens, own_tokens)
             ce, own_ce = (value / max(count, 1) for value, count in zip((nll, own_nll), counts))
             # Every source is compared with the pivot on what the two have in common, which may differ.
-            gain[i, c] = own_ce - ce
+            gain[c, i] = own_ce - ce
             pivot_nll[i] = own_ce
-    return _weights(-pivot_nll[:, None] + gain, np.arange(n), n, size, known, sources, how)
+    return _weights(np.where(known, gain - pivot_nll, -np.inf), known, sources, how)
 
 
-def row_weights(
-    sources: Sequence[Source], dialogue: int, pivot: dict[str, Array], have: Array, how: Selection
-) -> Array:
-    """Return each candidate's weight at each row of a dialogue, float32[R, 1 + sources], decided by turn or token.
+def row_weights(sources: Sequence[Source], gold: Array, pivot: Mapping[str, Array], how: Selection) -> Array:
+    """Return each candidate's weight at each row of a dialogue, float32[1 + sources, R], decided by turn or token.
 
-    `have` bool[sources] says which sources have the dialogue. Where a source has no probability for a row's token, it
-    neither gains nor loses against the pivot.
+    `gold` float32[1 + sources, R] are the log-probabilities of the rows' tokens, the pivot's first, NaN where a source
+    has none: there it neither gains nor loses against the pivot.
     """
-    mask = pivot["token.loss_mask"]
-    own = pivot["row.gold_logprob"].astype(np.float64)
-    gold = np.stack(
-        [own, *(s.gold_logprob(dialogue) if h else np.full_like(own, np.nan) for s, h in zip(sources, have))], 1
-    )
     known = np.isfinite(gold)
-    predicted = np.flatnonzero(mask[1:]) + 1
+    if how.unit == "token" and how.rule != "avg_ce":  # a row's size divides all its candidates alike
+        return _weights(np.where(known, gold, -np.inf), known, sources, how)
+    predicted = np.flatnonzero(pivot["token.loss_mask"][1:]) + 1
     turn, end = pivot["token.turn"], pivot["token.byte_end"]
-    size = np.ones(len(own))
+    size = np.ones(gold.shape[1])
     if how.ce_unit == "byte":
         begin = np.where(turn[predicted - 1] == turn[predicted], end[predicted - 1], 0)
         size = np.maximum(end[predicted] - begin, 0).astype(np.float64)
-    unit = np.arange(len(own)) if how.unit == "token" else np.unique(turn[predicted], return_inverse=True)[1]
-    if how.unit == "token":
-        size = np.maximum(size, 1)  # a token of no byte, such as the end of a turn, counts as one
-    gold = np.where(known, gold, gold[:, :1])
-    return _weights(gold, unit, int(unit.max(initial=-1)) + 1, size, known, sources, how)
+    if how.unit == "token":  # a token of no byte, such as the end of a turn, counts as one
+        return _weights(np.where(known, gold, -np.inf) / np.maximum(size, 1), known, sources, how)
+    starts = np.flatnonzero(np.diff(turn[predicted], prepend=-1))  # a turn is a run of tokens
+    if not len(starts):
+        return np.zeros(gold.shape, np.float32)
+    total = np.add.reduceat(np.where(known, gold, gold[PIVOT]), starts, axis=1, dtype=np.float64)
+    score = total / np.maximum(np.add.reduceat(size, starts), np.finfo(np.float32).tiny)
+    score[~np.logical_or.reduceat(known, starts, axis=1)] = -np.inf
+    return _weights(np.repeat(score, np.diff(starts, append=len(predicted)), axis=1), known, sources, how)
 
 
-def _weights(
-    gold: Array, unit: Array, n_units: int, size: Array, known: Array, sources: Sequence[Source], how: Selection
-) -> Array:
-    if how.rule in ("source", "weighted"):
-        asked = [0.0] + [1.0] * len(sources)
-        if how.rule == "weighted":
-            asked = [how.weights.get(name, 1.0) for name in ("pivot", *(s.name for s in sources))]
-        weights = np.where(known, np.array(asked), 0.0)
-        if how.rule == "source" and len(sources) > 1:  # the best of them
-            weights = np.zeros_like(weights)
-            best = _compared(np.where(known, gold, -1e9)[:, 1:], unit, n_units, size, "min_ce")
-            weights[:, 1:] = np.where(known[:, 1:], best, 0.0)
+def first_best(score: Array) -> Array:
+    """Return the candidate of the highest score in each column of float[C, N], int64[N]; ties go to the first."""
+    best, top = np.zeros(score.shape[1], np.int64), score[0]
+    for c in range(1, len(score)):
+        best[score[c] > top] = c
+        top = np.maximum(top, score[c])
+    return best
+
+
+def _weights(score: Array, known: Array, sources: Sequence[Source], how: Selection) -> Array:
+    """Return weights float32[C, N] from negative cross-entropies, −inf for candidates that are out.
+
+    `known` bool[C, N] says which can teach; where the best cannot, all is the pivot's.
+    """
+    candidates = np.arange(len(score))[:, None]
+    if how.rule == "min_ce":
+        weights = candidates == first_best(score)
+    elif how.rule == "source":
+        weights = candidates == first_best(score[1:]) + 1
+    elif how.rule == "weighted":
+        asked = [how.weights.get(name, 1.0) for name in ("pivot", *(s.name for s in sources))]
+        weights = np.broadcast_to(np.array(asked)[:, None], score.shape)
     else:
-        weights = _compared(gold, unit, n_units, size, cast("Choice", how.rule))
-        weights = np.where(known, weights, 0.0)
-    total = weights.sum(1, keepdims=True)
-    only_pivot = np.zeros_like(weights)
-    only_pivot[:, PIVOT] = 1.0
-    return np.where(total > 0, weights / np.where(total > 0, total, 1.0), only_pivot).astype(np.float32)
-
-
-def _compared(gold: Array, unit: Array, n_units: int, size: Array, choice: Choice) -> Array:
-    return candidate_weights(
-        torch.from_numpy(np.ascontiguousarray(gold)),
-        torch.from_numpy(unit.astype(np.int64)),
-        choice=choice,
-        n_units=n_units,
-        size=torch.from_numpy(size),
-    ).numpy()
+        weights = np.exp(score - score.max(axis=0))
+    weights = np.where(known, weights, np.float32(0.0))
+    total = weights.sum(axis=0)
+    nobody = total <= 0
+    if nobody.any():
+        weights[PIVOT, nobody] = total[nobody] = 1.0
+    return (weights / total).astype(np.float32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -12,9 +14,9 @@ from fusechat.align import RowKind, read_byte_order
 from fusechat.artifact import MANIFEST, sha256_file
 from fusechat.errors import MismatchError
 from fusechat.store import ALIGNED_FORMAT, TOPK_FORMAT, Store, format_of
-from fusechat.train.targets import Array, Targets
+from fusechat.train.targets import Array, Targets, picked
 
-Record = dict[str, Array]
+Record = Mapping[str, Array]
 TOTALS = ("source_nll", "pivot_nll", "source_tokens", "pivot_tokens", "content_bytes")
 
 
@@ -27,11 +29,11 @@ class Source(Protocol):
     def totals(self) -> dict[int, tuple[float, ...]]:
         """Return, for each dialogue the source has, the values of TOTALS."""
 
-    def gold_logprob(self, dialogue: int) -> Array:
-        """Return the source's log-probability of each pivot row's token, float32[R], NaN where it has none."""
+    def read(self, dialogue: int) -> Record:
+        """Return the dialogue's columns; `row.gold_logprob` is NaN where the source has no probability of the token."""
 
-    def targets(self, dialogue: int, pivot: Record) -> Targets:
-        """Return what the source teaches at each pivot row."""
+    def targets(self, record: Record, pivot: Record) -> Targets:
+        """Return what the source teaches at each pivot row of a dialogue that was read."""
 
 
 def open_source(directory: Path, pivot: Store, name: str) -> Source:
@@ -69,26 +71,23 @@ class AlignedSource:
             found |= dict(zip(shard["dialogue.index"].tolist(), zip(*columns)))
         return {dialogue: values for dialogue, values in found.items() if np.isfinite(values[0])}
 
-    def gold_logprob(self, dialogue: int) -> Array:
-        """Return the source's log-probability of each pivot row's token, float32[R], NaN where it has none."""
-        return self.store[dialogue]["row.gold_logprob"]
+    def read(self, dialogue: int) -> Record:
+        """Return the dialogue's columns."""
+        return self.store[dialogue]
 
-    def targets(self, dialogue: int, pivot: Record) -> Targets:
+    def targets(self, record: Record, pivot: Record) -> Targets:
         """Return the source's rows; where it has none, what `unaligned` asks for (`gold` is in the store already)."""
-        source = self.store[dialogue]
-        kind = source["row.kind"]
-        taught = Targets.by(source["row.ids"], source["row.logprobs"])
+        kind = record["row.kind"]
+        taught = Targets.by(record["row.ids"], record["row.logprobs"])
         if self.unaligned == "pivot":
             # One-hot rows of `tokens: dtw` are of this kind too, and have their entry.
             nothing = (kind == RowKind.NONE) & ~taught.present()
-            taught = taught.replaced(nothing, Targets.by(pivot["row.ids"], pivot["row.logprobs"]))
+            taught = picked([taught, Targets.by(pivot["row.ids"], pivot["row.logprobs"])], nothing.astype(np.int64))
         finer = kind == RowKind.FINER
         if self.byte_order is not None:
-            ranges = {"low": source["cell.low"], "high": source["cell.high"]}
-            cells = Targets.by(source["cell.ids"], source["cell.logprobs"], **ranges)
-            taught = taught.replaced(finer, cells.spread(finer))
-        taught.partition[:] = finer
-        return taught
+            ranges = {"low": record["cell.low"], "high": record["cell.high"]}
+            taught = taught.filled(finer, Targets.by(record["cell.ids"], record["cell.logprobs"], **ranges))
+        return replace(taught, partition=finer)
 
 
 class TwinSource:
@@ -120,14 +119,13 @@ class TwinSource:
                 found[dialogue] = (*nll, len(tokens), len(tokens), _content_bytes(ours))
         return found
 
-    def gold_logprob(self, dialogue: int) -> Array:
-        """Return the source's log-probability of each pivot row's token, float32[R]."""
-        return self.store[dialogue]["row.gold_logprob"]
+    def read(self, dialogue: int) -> Record:
+        """Return the dialogue's columns."""
+        return self.store[dialogue]
 
-    def targets(self, dialogue: int, pivot: Record) -> Targets:
+    def targets(self, record: Record, pivot: Record) -> Targets:
         """Return the source's rows as they are."""
-        source = self.store[dialogue]
-        return Targets.by(source["row.ids"], source["row.logprobs"])
+        return Targets.by(record["row.ids"], record["row.logprobs"])
 
 
 def _content_bytes(record: Record) -> int:

@@ -87,12 +87,22 @@ def _report(
     json_out: Path | None,
 ) -> None:
     from fusechat.artifact import write_json
+    from fusechat.commands.progress import terminal_reporter
     from fusechat.evaluate.alpaca import load_outputs
     from fusechat.evaluate.win_rates import win_rates
 
-    results = win_rates(
-        annotations, reference=load_outputs(reference), gamed=gamed, against=against, confidence=confidence
-    )
+    with terminal_reporter() as reporter:
+        advance = reporter.stage("length control", "fits") if gamed is not None else None
+        results = win_rates(
+            annotations,
+            reference=load_outputs(reference),
+            gamed=gamed,
+            against=against,
+            confidence=confidence,
+            progress=advance,
+        )
+        if gamed is not None:
+            reporter.done("length control", f"{len(annotations)} models")
     if json_out is not None:
         write_json(json_out, results)
     _print(results)
@@ -106,34 +116,41 @@ def _print(results: dict[str, Any]) -> None:
 
     console = Console()
     models = results["models"]
-    controlled = any("length_controlled_winrate" in model for model in models.values())
+    rates = {"win_rate": ("win rate", "interval")}
+    if any("length_controlled_interval" in model for model in models.values()):
+        rates["length_controlled_winrate"] = ("length-controlled", "length_controlled_interval")
     difference = next(k for k in next(iter(models.values()))["interval"] if k.startswith("difference_to_"))
     against = difference.removeprefix("difference_to_")
-    table = Table(pad_edge=False, box=None, padding=(0, 0, 0, 1))
-    table.add_column("", overflow="fold")
-    headings = ["win rate", *(["length-contr."] if controlled else []), "difference", "judged", "chars"]
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
+
+    def table(*headings: str) -> Table:
+        made = Table(pad_edge=False, box=None, padding=(0, 0, 0, 1))
+        made.add_column("", overflow="fold")
+        for heading in headings:
+            made.add_column(heading, justify="right", no_wrap=True)
+        return made
+
+    headings = [heading for heading, _ in rates.values()]
+    levels, differences = table(*headings, "judged", "chars"), table(*headings)
     for name, model in models.items():
-        interval = model["interval"]
-        cells = [with_interval(interval["win_rate"], digits=2)]
-        if controlled:
-            value, error = model["length_controlled_winrate"], model["lc_standard_error"]
-            cells.append(with_interval([value, value - 1.96 * error, value + 1.96 * error], digits=2))
-        paired = with_interval(interval[difference], interval["p_holm"], signed=True, digits=2)
-        cells += ["" if name == against else paired, str(model["n_total"]), str(model["avg_length"])]
-        table.add_row(name, *cells)
+        cells = [with_interval(model[where][key], digits=2) for key, (_, where) in rates.items()]
+        levels.add_row(name, *cells, str(model["n_total"]), str(model["avg_length"]))
+        pairs = [(model[where][difference], model[where]["p_holm"]) for _, where in rates.values()]
+        if name != against:
+            differences.add_row(name, *(with_interval(gap, p, signed=True, digits=2) for gap, p in pairs))
     console.print("[bold]win rate against the reference[/bold], percent")
-    console.print(table)
+    console.print(levels)
     unparsable = sum(model["unparsable"] for model in models.values())
     if unparsable:
         console.print(f"{unparsable} replies without a preference are in no figure", style="yellow")
-    if not controlled:
+    if len(rates) == 1:
         console.print("no length control: give --gamed df_gamed.csv", style="dim")
-    compared = f"\ndifference: of win rates to {against}; *: p < 0.05, paired." if len(models) > 1 else ""
+    if len(models) > 1:
+        console.print(f"\n[bold]difference to {against}[/bold], paired by instruction", highlight=False)
+        console.print(differences)
     console.print(
-        f"{results['n_instructions']} instructions. ±: half the bootstrap interval; of length-controlled rates\n"
-        f"1.96 standard errors.{compared}",
+        f"{results['n_instructions']} instructions. ±: half the interval: of win rates by bootstrap, of\n"
+        "length-controlled rates by jackknife with the length model fitted anew."
+        + ("\n*: p < 0.05, paired, adjusted for the number of models (Holm)." if len(models) > 1 else ""),
         highlight=False,
         style="dim",
     )

@@ -29,6 +29,14 @@ def print_ratings(results: dict[str, Any]) -> None:
         spread = [models[name]["judge_sd"] for name in models]
         table.add_row("judge's own sd", *("–" if s is None else f"{s:.2f} " for s in spread), style="dim")
     console.print(table)
+    if unrated:
+        rated, of = (sum(models[name][key] for name in models) for key in ("rated", "judgments"))
+        console.print(
+            f"{of - rated} of {of} judgments have no rating on the scale and are in no mean; read some of them:\n"
+            "does the judge follow the prompt?",
+            style="yellow",
+            highlight=False,
+        )
     others = [name for name in models if name != against]
     if others:
         console.print(f"\n[bold]difference to {against}[/bold], paired by question", highlight=False)
