@@ -99,7 +99,7 @@ def test_the_linear_form_uses_it():
     """Catches a chunk's buffer whose rows are apart."""
     _, labels, ids, logprobs = make_rows(6, 7, 60, 4)
     hidden, weight = torch.randn(7, 5, requires_grad=True), torch.randn(60, 5)
-    out = linear_sparse_soft_ce(hidden, weight, labels, ids, logprobs, hard_weight=0.5, budget_bytes=3 * 60 * 4)
+    out = linear_sparse_soft_ce(hidden, weight, labels, ids, logprobs, hard_weight=0.5, budget_bytes=3 * 64 * 4)
     logits = (hidden.detach() @ weight.T).double()
     loss, *_ = dense_loss(logits, labels, ids, logprobs, hard_weight=0.5)
     torch.testing.assert_close(out.loss.double(), loss, rtol=1e-5, atol=1e-5)

@@ -9,7 +9,7 @@ from dense_loss import dense_loss, make_rows
 from fusechat.errors import ConfigError
 from fusechat.loss import linear_sparse_soft_ce, ops, sparse_soft_ce
 from fusechat.loss.backend import forward_rows
-from fusechat.loss.plan import plan_chunk_rows
+from fusechat.loss.plan import plan_chunk_rows, row_stride
 
 
 def make_linear(seed: int, n_rows: int, vocabulary: int, width: int, n_entries: int, dtype=torch.float32):
@@ -34,7 +34,7 @@ def test_gradients_match_fp64_through_the_product(chunk_rows, with_bias):
     ours = [t.clone().requires_grad_(True) for t in (hidden, weight, bias)]
     out = linear_sparse_soft_ce(
         ours[0], ours[1], labels, ids, logprobs, bias=ours[2] if with_bias else None,
-        budget_bytes=chunk_rows * 67 * 4, **options,
+        budget_bytes=chunk_rows * row_stride(67) * 4, **options,
     )  # fmt: skip
     (out.loss * 3.0).backward()
     torch.testing.assert_close(out.loss.double(), loss, rtol=1e-5, atol=1e-6)

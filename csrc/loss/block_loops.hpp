@@ -60,11 +60,12 @@ FUSECHAT_INLINE float max_block(const float *z, std::int64_t n) {
 // Σ (z − shift) over what is finite.
 template <int kLanes>
 FUSECHAT_INLINE double sum_block(const float *z, std::int64_t n, float shift) {
-    typename Vectors<kLanes>::Floats sum = {}, v;
+    using Floats = typename Vectors<kLanes>::Floats;
+    Floats sum = {}, v;
     for (std::int64_t i = 0; i < n; i += kLanes) {
         if (i + kLanes <= n) load(v, z + i);
         else load_rest(v, z + i, n - i);
-        sum += v == kMinusInfinity ? sum - sum : v - shift;
+        sum += v == kMinusInfinity ? Floats{} : v - shift;
     }
     return add_lanes(sum);
 }

@@ -9,7 +9,7 @@
 
 namespace fusechat::loss {
 
-// A block of logits stays in the L1 cache from its conversion to its exponentials.
+// It stays in the L1 cache from its conversion to its exponentials, and is half a page off whole pages: see docs/kernels.md.
 constexpr std::int64_t kBlock = 1536;
 
 // How far a logit may lie above the shift before the exponentials so far are rescaled: e^16 leaves fp32 room for sums.
