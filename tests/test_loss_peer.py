@@ -48,7 +48,9 @@ def theirs(given: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPathFact
     source, target = (tmp_path_factory.mktemp("peers") / name for name in ("in.npz", "out.npz"))
     arrays = {name: tensor.numpy() for name, tensor in given.items()}
     np.savez(source, **arrays, jsd=np.array(JSD), softcaps=np.array(SOFTCAPS))
-    subprocess.run([python, here.with_name("peer_losses.py"), source, target], check=True)
+    # As written, not compiled: inductor's backward of cut-cross-entropy's torch form fails on the CPU (torch 2.13).
+    environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}
+    subprocess.run([python, here.with_name("peer_losses.py"), source, target], check=True, env=environment)
     return dict(np.load(target))
 
 

@@ -119,9 +119,10 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 def scale_(gradient: Tensor, factor: Tensor) -> Tensor:
     """Multiply a gradient in place by the upstream gradient; a factor of one costs no pass, and no wait for the
     device."""
-    if factor.device.type == "cpu":
-        return gradient if bool(factor == 1) else gradient.mul_(factor)
-    if backend_for(gradient.device) == "triton" and gradient.ndim == 2 and gradient.stride(1) == 1:
+    if factor.device.type == "cpu" and bool(factor == 1):
+        return gradient
+    on_device = factor.device.type != "cpu" and backend_for(gradient.device) == "triton"
+    if on_device and gradient.ndim == 2 and gradient.stride(1) == 1:
         from fusechat.kernels.scale import scale_rows_
 
         scale_rows_(gradient, factor)
