@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors.numpy import save_file
 
 from fusechat.align import RowKind
@@ -206,8 +207,55 @@ def packing_claims(size: dict[str, int]) -> list[Claim]:
     return [at_least("packed tokens a second", "padded", ratio(samples, "padded", "packed"), 1.1, note=note)]
 
 
-def _example(rng: np.random.Generator, number: int, length: int) -> Example:
-    ids = rng.integers(1, 4096, length)
+def step_claims(rounds: int) -> list[Claim]:
+    """Time a training step of the demo's pivot with the fused loss, with torch's own form and with dense targets."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    batch, length, vocabulary = 16, 96, 768
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary, hidden_size=96, intermediate_size=288, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=4, tie_word_embeddings=True, pad_token_id=0,
+        )
+    )  # fmt: skip
+    install_loss(model, LossSettings(missing="renormalise"), None)
+    rng = np.random.default_rng(0)
+    inputs = collate([_example(rng, i, length, vocabulary) for i in range(batch)], pad_token_id=0)
+    rows, hard_weight = fusion_batch(inputs, 0.5), 0.5
+    tokens = {name: inputs[name] for name in TOKEN_COLUMNS if name in inputs}
+
+    def step(loss: torch.Tensor) -> float:
+        loss.backward()  # type: ignore[no-untyped-call]
+        model.zero_grad()
+        return loss.item()
+
+    def fused(backend: str) -> float:
+        os.environ["FUSECHAT_LOSS"] = backend
+        loss = step(model(**tokens, batch=rows)["loss"])
+        del os.environ["FUSECHAT_LOSS"]
+        return loss / len(rows.labels)
+
+    def dense() -> float:
+        logits = model(**tokens).logits.flatten(0, 1)[rows.rows]
+        target = torch.zeros_like(logits).scatter_add_(1, rows.ids.long(), torch.softmax(rows.logprobs, 1))
+        soft = F.cross_entropy(logits, target)
+        return step(hard_weight * F.cross_entropy(logits, rows.labels) + (1 - hard_weight) * soft)
+
+    calls = {"ours": lambda: fused("native"), "torch": lambda: fused("torch"), "dense": dense}
+    losses = [call() for call in calls.values()]
+    assert max(losses) - min(losses) < 1e-4 * losses[0], losses
+    samples = interleave(calls, rounds)
+    name = f"a training step of the demo's pivot, {len(rows.labels)} rows, V={vocabulary}"
+    note = f"{1e3 * samples['ours'].median_s():.1f} ms"
+    return [
+        at_least(name, "the loss in torch", ratio(samples, "torch", "ours"), None, note=note),
+        at_least(name, "dense targets", ratio(samples, "dense", "ours"), None),
+    ]
+
+
+def _example(rng: np.random.Generator, number: int, length: int, vocabulary: int = 4096) -> Example:
+    ids = rng.integers(1, vocabulary, length)
     rows = np.arange(length // 4, length - 1)
     logprobs = np.log(rng.dirichlet(np.ones(K + 1), len(rows))[:, :K])
     return Example(
@@ -215,7 +263,7 @@ def _example(rng: np.random.Generator, number: int, length: int) -> Example:
         input_ids=ids,
         labels=np.where(np.arange(length) > length // 4, ids, -100),
         rows=rows,
-        targets=Targets.by(rng.integers(0, 4096, (len(rows), K)), logprobs),
+        targets=Targets.by(rng.integers(0, vocabulary, (len(rows), K)), logprobs),
         taught=np.ones(len(rows), np.float32),
         row_weight=np.ones(len(rows), np.float32),
         origin=np.zeros(len(rows), np.int64),
@@ -227,7 +275,7 @@ def main() -> int:
     options = parser(__doc__ or "").parse_args()
     size = sizes(options.size, SMALL, PAPER)
     torch.set_num_threads(1)
-    return report("train", [*data_claims(size), *packing_claims(size)], options)
+    return report("train", [*data_claims(size), *packing_claims(size), *step_claims(size["rounds"])], options)
 
 
 if __name__ == "__main__":

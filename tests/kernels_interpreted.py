@@ -11,6 +11,7 @@ from test_loss import FORMS, assert_elementwise, run_ours
 from test_loss_cells import make_cells
 
 from fusechat.kernels import reference
+from fusechat.kernels.scale import BLOCK, scale_rows_
 from fusechat.kernels.sparse_soft_ce import sparse_soft_ce_rows
 from fusechat.kernels.topk_logprob import topk_logprob_rows
 from fusechat.loss import Cells, linear_sparse_soft_ce
@@ -98,7 +99,7 @@ def test_the_linear_form_uses_it():
     """Catches a chunk's buffer whose rows are apart."""
     _, labels, ids, logprobs = make_rows(6, 7, 60, 4)
     hidden, weight = torch.randn(7, 5, requires_grad=True), torch.randn(60, 5)
-    out = linear_sparse_soft_ce(hidden, weight, labels, ids, logprobs, hard_weight=0.5, budget_bytes=3 * 60 * 4)
+    out = linear_sparse_soft_ce(hidden, weight, labels, ids, logprobs, hard_weight=0.5, budget_bytes=3 * 64 * 4)
     logits = (hidden.detach() @ weight.T).double()
     loss, *_ = dense_loss(logits, labels, ids, logprobs, hard_weight=0.5)
     torch.testing.assert_close(out.loss.double(), loss, rtol=1e-5, atol=1e-5)
@@ -170,3 +171,16 @@ def test_any_shape(seed, vocabulary, n_entries, form):
     out, ours = run_ours(*rows, hard_weight=0.5, **form)
     torch.testing.assert_close(out.loss.double(), loss, rtol=1e-5, atol=1e-5)
     assert_elementwise(ours, gradient, 3 * size)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.25, float("nan")])
+@pytest.mark.parametrize("n_columns", [1, BLOCK - 1, BLOCK + 3])
+def test_gradients_are_scaled_in_place(n_columns, factor):
+    """Catches a remainder or a row of a program's second round left out, and columns behind the row written to."""
+    for dtype in (torch.float32, torch.bfloat16):
+        memory = torch.randn(9, n_columns + 5).to(dtype)
+        before = memory.clone()
+        scale_rows_(memory[:, :n_columns], torch.tensor(factor))
+        expected = (before[:, :n_columns].float() * factor).to(dtype)
+        torch.testing.assert_close(memory[:, :n_columns], expected, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(memory[:, n_columns:], before[:, n_columns:])

@@ -67,3 +67,11 @@ def test_an_odd_vocabulary_keeps_wide_loads(gate):
     assert gate.compile_variant(variant, 90).wide_loads >= 1
     # The gate can fail: rows at odd addresses have no wide load.
     assert gate.compile_variant(variant, 90, aligned=False).wide_loads == 0
+
+
+@pytest.mark.parametrize("target", [80, 90, 100, "gfx942"])
+def test_scaling_keeps_wide_loads(gate, target):
+    """Catches a mask in its main loop."""
+    found = gate.compile_scale("bf16", target)
+    assert found.spills == 0
+    assert found.wide_loads >= 1

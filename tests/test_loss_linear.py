@@ -7,8 +7,9 @@ import torch
 from dense_loss import dense_loss, make_rows
 
 from fusechat.errors import ConfigError
-from fusechat.loss import linear_sparse_soft_ce, sparse_soft_ce
-from fusechat.loss.plan import plan_chunk_rows
+from fusechat.loss import linear_sparse_soft_ce, ops, sparse_soft_ce
+from fusechat.loss.backend import forward_rows
+from fusechat.loss.plan import plan_chunk_rows, row_stride
 
 
 def make_linear(seed: int, n_rows: int, vocabulary: int, width: int, n_entries: int, dtype=torch.float32):
@@ -33,7 +34,7 @@ def test_gradients_match_fp64_through_the_product(chunk_rows, with_bias):
     ours = [t.clone().requires_grad_(True) for t in (hidden, weight, bias)]
     out = linear_sparse_soft_ce(
         ours[0], ours[1], labels, ids, logprobs, bias=ours[2] if with_bias else None,
-        budget_bytes=chunk_rows * 67 * 4, **options,
+        budget_bytes=chunk_rows * row_stride(67) * 4, **options,
     )  # fmt: skip
     (out.loss * 3.0).backward()
     torch.testing.assert_close(out.loss.double(), loss, rtol=1e-5, atol=1e-6)
@@ -66,7 +67,7 @@ def test_bf16_weight_gradient_is_summed_in_fp32():
     for rows in (2, 256):
         leaf = weight.clone().requires_grad_(True)
         linear_sparse_soft_ce(
-            hidden, leaf, labels, ids, logprobs, hard_weight=0.5, budget_bytes=rows * 33 * 2 + 33 * 8 * 4
+            hidden, leaf, labels, ids, logprobs, hard_weight=0.5, budget_bytes=rows * 48 * 2 + 33 * 8 * 4
         ).loss.backward()
         error[rows] = (leaf.grad.double() - exact.grad).norm() / exact.grad.norm()
     assert error[2] < 1.5 * error[256] + 1e-3
@@ -74,13 +75,35 @@ def test_bf16_weight_gradient_is_summed_in_fp32():
 
 def test_the_budget_sets_the_chunk():
     """Catches a budget that is ignored, and one too small that is silently exceeded."""
-    weight = torch.empty(1000, 16, dtype=torch.bfloat16)
+    weight = torch.empty(1000, 16, dtype=torch.bfloat16)  # rows of 1,008 elements
     plan = {"weight_grad": True, "logits_bytes": 2}
-    assert plan_chunk_rows(50, weight, budget_bytes=100_000, **plan) == 50
-    assert plan_chunk_rows(51, weight, budget_bytes=100_000, **plan) == (100_000 - 64_000) // 2000
-    assert plan_chunk_rows(51, weight, budget_bytes=100_000, weight_grad=False, logits_bytes=2) == 50
-    with pytest.raises(ConfigError, match="give at least 66000"):
+    assert plan_chunk_rows(49, weight, budget_bytes=100_000, **plan) == 49
+    assert plan_chunk_rows(50, weight, budget_bytes=100_000, **plan) == (100_000 - 64_000) // 2016
+    assert plan_chunk_rows(50, weight, budget_bytes=100_000, weight_grad=False, logits_bytes=2) == 49
+    with pytest.raises(ConfigError, match="give at least 66016"):
         plan_chunk_rows(51, weight, budget_bytes=60_000, **plan)
+
+
+def test_rows_of_a_chunk_begin_at_aligned_addresses(monkeypatch):
+    """Catches a vocabulary such as 151,665 whose every other row would lose the kernel its 128-bit loads."""
+    seen = []
+
+    def spy(logits, *arguments):
+        seen.append((logits.stride(0), logits.data_ptr() % 16))
+        return forward_rows(logits, *arguments)
+
+    monkeypatch.setattr(ops, "forward_rows", spy)
+    hidden, weight, bias, labels, ids, logprobs = make_linear(4, 9, 41, 6, 3)
+    weight.requires_grad_(True)
+    out = linear_sparse_soft_ce(
+        hidden, weight, labels, ids, logprobs, bias=bias, hard_weight=0.5, budget_bytes=48 * 4 * 4
+    )
+    out.loss.backward()
+    assert seen
+    assert set(seen) == {(48, 0)}
+    exact = weight.detach().clone().requires_grad_(True)
+    sparse_soft_ce(hidden @ exact.T + bias, labels, ids, logprobs, hard_weight=0.5).loss.backward()
+    torch.testing.assert_close(weight.grad, exact.grad, rtol=1e-5, atol=1e-7)
 
 
 def test_wrong_inputs_are_refused():

@@ -39,7 +39,7 @@ bool RangeCells::divide(const Rows &rows, std::int64_t row, Cells &cells) {
         }
         ranges_.push_back({low, high, std::exp(static_cast<double>(rows.logprobs[entry]))});
     }
-    if (!any || ranges_.size() >= kTable) return false;
+    if (!any || ranges_.size() >= kCoefficients) return false;
     cut();
     cells.n_rest = static_cast<std::int64_t>(cell_of_.size());
     for (const Range &range : ranges_) cells.cells.push_back({.p = range.p});

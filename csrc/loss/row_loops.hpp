@@ -1,5 +1,5 @@
-// The loops over a row of logits, each compiled for several instruction sets: one reads the logits and keeps their
-// exponentials, one writes the gradient, one only sums.
+// The loops over a row of float, BFloat16 or Float16 logits, each compiled for several instruction sets: one reads the logits and
+// keeps their exponentials, one writes the gradient, one only sums.
 #pragma once
 
 #include <cstdint>
@@ -9,13 +9,16 @@
 
 namespace fusechat::loss {
 
-// A block of logits stays in the L1 cache from its conversion to its exponentials.
-constexpr std::int64_t kBlock = 2048;
+// It stays in the L1 cache from its conversion to its exponentials, and is half a page off whole pages: see docs/kernels.md.
+constexpr std::int64_t kBlock = 1536;
 
-// Coefficients that a vector register pair holds, and so the most cells whose tokens the loops tell apart.
-constexpr int kTable = 2 * kLanes;
+// How far a logit may lie above the shift before the exponentials so far are rescaled: e^16 leaves fp32 room for sums.
+constexpr float kSlack = 16.0F;
 
-constexpr std::int64_t padded(std::int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+// Coefficients that a pair of the widest vectors holds, and so the most cells whose tokens the loops tell apart.
+constexpr int kCoefficients = 32;
+
+constexpr std::int64_t padded(std::int64_t n) { return (n + kMostLanes - 1) / kMostLanes * kMostLanes; }
 
 struct ScanOptions {
     float softcap;      // 0: none
@@ -31,7 +34,7 @@ struct RowScratch {
           slope(options.softcap != 0.0F ? padded(vocabulary) : 0),
           holes((vocabulary + 63) / 64) {}
 
-    float *e = nullptr;  // the gradient's own memory where that is of fp32, else the caller's
+    float *e = nullptr;  // [n]: the gradient's own memory where that is of fp32, and then maybe the logits', else the caller's
     std::vector<float> e_hard;
     std::vector<float> slope;          // derivative of the softcap
     std::vector<std::uint64_t> holes;  // one bit a token
@@ -47,22 +50,20 @@ struct RowScratch {
 };
 
 // Where `cell_of` is given, the tail is the tokens whose cell is 0; the others' exponentials are kept, and not summed.
-void scan_row(const float *logits, std::int64_t n, const ScanOptions &options, const std::uint8_t *cell_of, RowScratch &row);
-void scan_row(const BFloat16 *logits, std::int64_t n, const ScanOptions &options, const std::uint8_t *cell_of, RowScratch &row);
-void scan_row(const Float16 *logits, std::int64_t n, const ScanOptions &options, const std::uint8_t *cell_of, RowScratch &row);
+template <class T>
+void scan_row(const T *logits, std::int64_t n, const ScanOptions &options, const std::uint8_t *cell_of, RowScratch &row);
 
 // Logits whose maximum is kept for the choice of the k largest.
 constexpr std::int64_t kGroup = 128;
 
 // log Σ exp(z_j), and the maximum of every group of kGroup logits.
-double logsumexp_row(const float *logits, std::int64_t n, float softcap, float *maxima);
-double logsumexp_row(const BFloat16 *logits, std::int64_t n, float softcap, float *maxima);
-double logsumexp_row(const Float16 *logits, std::int64_t n, float softcap, float *maxima);
+template <class T>
+double logsumexp_row(const T *logits, std::int64_t n, float softcap, float *maxima);
 
-// The maximum of n elements, a multiple of kLanes.
+// The maximum of n elements, a multiple of kMostLanes.
 float max_cell(const float *z, std::int64_t n);
 
-// e_j = exp((z_j − shift) · inverse_tau) over n elements, a multiple of kLanes; returns Σ e.
+// e_j = exp((z_j − shift) · inverse_tau) over n elements, a multiple of kMostLanes; returns Σ e.
 double exp_cell(const float *z, std::int64_t n, float shift, float inverse_tau, float *e);
 
 // The logit after the softcap, and the softcap's derivative there.
@@ -70,13 +71,12 @@ float softcap_one(float z, float cap);
 
 // What a row's gradient is made of: (soft[cell] · e + hard · exp(z − shift) + offset) · slope.
 struct DenseGradient {
-    float soft[kTable] = {};  // by cell where the tokens have one, else the first for all
+    float soft[kCoefficients] = {};  // by cell where the tokens have one, else the first for all
     float hard = 0;
     float offset = 0;
 };
 
-void write_row(const RowScratch &row, const DenseGradient &dense, const std::uint8_t *cell_of, std::int64_t n, float *gradient);
-void write_row(const RowScratch &row, const DenseGradient &dense, const std::uint8_t *cell_of, std::int64_t n, BFloat16 *gradient);
-void write_row(const RowScratch &row, const DenseGradient &dense, const std::uint8_t *cell_of, std::int64_t n, Float16 *gradient);
+template <class T>
+void write_row(const RowScratch &row, const DenseGradient &dense, const std::uint8_t *cell_of, std::int64_t n, T *gradient);
 
 }  // namespace fusechat::loss

@@ -1,7 +1,8 @@
-// Sixteen float lanes, their conversions from and to bf16 and fp16, and exp. Results are to tolerance: sums and fused
-// multiply-adds differ between instruction sets in the last bits.
+// Float lanes, their conversions from and to bf16 and fp16, and exp, for vectors of any width. Results are to tolerance: sums and
+// fused multiply-adds differ between instruction sets in the last bits.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -10,11 +11,19 @@
 
 namespace fusechat::loss {
 
-constexpr int kLanes = 16;
+template <int kLanes>
+struct Vectors {
+    // typedef, for GCC drops the attribute of an alias whose width depends on a parameter.
+    typedef float Floats __attribute__((vector_size(4 * kLanes)));
+    typedef std::uint32_t Words __attribute__((vector_size(4 * kLanes)));
+    typedef std::uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+};
 
-using Floats = float __attribute__((vector_size(4 * kLanes)));
-using Words = std::uint32_t __attribute__((vector_size(4 * kLanes)));
-using Halves = std::uint16_t __attribute__((vector_size(2 * kLanes)));
+constexpr int kMostLanes = 16;
+
+// The vectors of as many lanes as F has.
+template <class F>
+using Like = Vectors<sizeof(F) / sizeof(float)>;
 
 struct BFloat16 {
     std::uint16_t bits;
@@ -35,7 +44,7 @@ FUSECHAT_INLINE void store(T *to, const Vector &v) {
     std::memcpy(to, &v, sizeof v);
 }
 
-// The conversions are written once for a lane and for sixteen: F is float or Floats, W the words of the same width.
+// The conversions are written once for a lane and for vectors: F is float or Floats, W the words of the same width.
 
 template <class F, class W>
 FUSECHAT_INLINE void from_float16(F &v, const W &half) {
@@ -46,12 +55,11 @@ FUSECHAT_INLINE void from_float16(F &v, const W &half) {
     v = __builtin_bit_cast(F, bits | (half & 0x8000U) << 16);
 }
 
-// Rounds to nearest, ties to even; NaN stays NaN.
+// Rounds to nearest, ties to even. A NaN must be canonical: rounding may carry others' payload over the exponent.
 template <class F, class W>
 FUSECHAT_INLINE void to_bfloat16(W &half, const F &v) {
     const W bits = __builtin_bit_cast(W, v);
-    const W rounded = (bits + 0x7FFFU + (bits >> 16 & 1U)) >> 16;
-    half = (bits & 0x7FFFFFFFU) > 0x7F800000U ? (bits >> 16 | 0x40U) : rounded;
+    half = (bits + 0x7FFFU + (bits >> 16 & 1U)) >> 16;
 }
 
 template <class F, class W>
@@ -67,33 +75,54 @@ FUSECHAT_INLINE void to_float16(W &half, const F &v) {
     half |= bits >> 16 & 0x8000U;
 }
 
-FUSECHAT_INLINE void widen(Floats &v, const float *from) { load(v, from); }
-
-FUSECHAT_INLINE void widen(Floats &v, const BFloat16 *from) {
-    Halves h;
-    load(h, from);
-    v = __builtin_bit_cast(Floats, __builtin_convertvector(h, Words) << 16);
+template <class F>
+FUSECHAT_INLINE void widen(F &v, const float *from) {
+    load(v, from);
 }
 
-FUSECHAT_INLINE void widen(Floats &v, const Float16 *from) {
-    Halves h;
-    load(h, from);
-    from_float16(v, __builtin_convertvector(h, Words));
+// By a loop, for GCC 12 converts such vectors half by half.
+template <class W>
+FUSECHAT_INLINE void load_halves(W &words, const std::uint16_t *from) {
+    constexpr int kLanes = sizeof(W) / sizeof(std::uint32_t);
+    std::uint32_t lanes[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = from[lane];
+    load(words, lanes);
 }
 
-FUSECHAT_INLINE void narrow(float *to, const Floats &v) { store(to, v); }
+template <class F>
+FUSECHAT_INLINE void widen(F &v, const BFloat16 *from) {
+    typename Like<F>::Words words;
+    load_halves(words, &from->bits);
+    v = __builtin_bit_cast(F, words << 16);
+}
 
-FUSECHAT_INLINE void narrow(BFloat16 *to, const Floats &v) {
-    Words w;
+template <class F>
+FUSECHAT_INLINE void widen(F &v, const Float16 *from) {
+    typename Like<F>::Words words;
+    load_halves(words, &from->bits);
+    from_float16(v, words);
+}
+
+template <class F>
+FUSECHAT_INLINE void narrow(float *to, const F &v) {
+    store(to, v);
+}
+
+template <class F>
+FUSECHAT_INLINE void narrow(BFloat16 *to, const F &v) {
+    typename Like<F>::Words w;
     to_bfloat16(w, v);
-    store(to, __builtin_convertvector(w, Halves));
+    store(to, __builtin_convertvector(w, typename Like<F>::Halves));
 }
 
-FUSECHAT_INLINE void narrow(Float16 *to, const Floats &v) {
-    Words w;
+template <class F>
+FUSECHAT_INLINE void narrow(Float16 *to, const F &v) {
+    typename Like<F>::Words w;
     to_float16(w, v);
-    store(to, __builtin_convertvector(w, Halves));
+    store(to, __builtin_convertvector(w, typename Like<F>::Halves));
 }
+
+inline float canonical(float value) { return std::isnan(value) ? std::numeric_limits<float>::quiet_NaN() : value; }
 
 inline float widen_one(float value) { return value; }
 inline float widen_one(BFloat16 value) {
@@ -108,7 +137,7 @@ inline float widen_one(Float16 value) {
 inline void narrow_one(float &to, float value) { to = value; }
 inline void narrow_one(BFloat16 &to, float value) {
     std::uint32_t w;
-    to_bfloat16(w, value);
+    to_bfloat16(w, canonical(value));
     to.bits = static_cast<std::uint16_t>(w);
 }
 inline void narrow_one(Float16 &to, float value) {
@@ -119,13 +148,14 @@ inline void narrow_one(Float16 &to, float value) {
 
 // exp(x · scale) as 2^n and 2^r − 1, with x · scale · log2 e = n + r and |r| <= ½: the polynomial errs by 1.1e-7. |x · scale| up
 // to 87.
-FUSECHAT_INLINE void exp_parts(const Floats &x, float scale, Floats &power, Floats &rest) {
+template <class F>
+FUSECHAT_INLINE void exp_parts(const F &x, float scale, F &power, F &rest) {
     constexpr float kRound = 12582912.0F + 127.0F;  // 1.5 · 2^23: n and the exponent's bias end in the low bits of the sum
     const float per_two = scale * 1.44269504F;
-    const Floats shifted = x * per_two + kRound;
-    const Floats r = x * per_two - (shifted - kRound);
-    power = __builtin_bit_cast(Floats, __builtin_bit_cast(Words, shifted) << 23);
-    Floats poly = r * 1.32648265e-3F + 9.67151133e-3F;
+    const F shifted = x * per_two + kRound;
+    const F r = x * per_two - (shifted - kRound);
+    power = __builtin_bit_cast(F, __builtin_bit_cast(typename Like<F>::Words, shifted) << 23);
+    F poly = r * 1.32648265e-3F + 9.67151133e-3F;
     poly = poly * r + 5.55073342e-2F;
     poly = poly * r + 2.40222421e-1F;
     poly = poly * r + 6.93146978e-1F;
@@ -134,10 +164,50 @@ FUSECHAT_INLINE void exp_parts(const Floats &x, float scale, Floats &power, Floa
 
 // exp(x · scale) for x <= 0. Below e^−69 = 1e-30 it is 0: gradients made of such numbers are subnormal, at which a CPU's matrix
 // product slows down twentyfold. NaN stays NaN.
-FUSECHAT_INLINE void exp_negative(const Floats &x, float scale, Floats &result) {
-    Floats power, rest;
+template <class F>
+FUSECHAT_INLINE void exp_negative(const F &x, float scale, F &result) {
+    F power, rest;
     exp_parts(x, scale, power, rest);
-    result = x < -69.0F / scale ? Floats{} : power + power * rest;
+    result = x < -69.0F / scale ? F{} : power + power * rest;
+}
+
+// By halves, not lane after lane: the next block waits for it.
+template <class F>
+FUSECHAT_INLINE float max_lanes(const F &v) {
+    constexpr int kLanes = sizeof(F) / sizeof(float);
+    float lanes[kLanes];
+    store(lanes, v);
+    for (int half = kLanes / 2; half > 0; half /= 2) {
+        for (int lane = 0; lane < half; ++lane) {
+            lanes[lane] = lanes[lane] > lanes[lane + half] ? lanes[lane] : lanes[lane + half];
+        }
+    }
+    return lanes[0];
+}
+
+template <class F>
+FUSECHAT_INLINE double add_lanes(const F &v) {
+    constexpr int kLanes = sizeof(F) / sizeof(float);
+    float lanes[kLanes];
+    store(lanes, v);
+    for (int half = kLanes / 2; half > 0; half /= 2) {
+        for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+    }
+    return lanes[0];
+}
+
+// cap · tanh(z / cap) and its derivative, from w = exp(2|z| / cap) − 1 so that no digit cancels: tanh = w / (w + 2).
+template <class F>
+FUSECHAT_INLINE void softcap_lanes(F &z, F &slope, float cap) {
+    F x = z < 0.0F ? -z : z;
+    x *= 2.0F / cap;
+    x = x > 80.0F ? F{} + 80.0F : x;
+    F power, rest;
+    exp_parts(x, 1.0F, power, rest);
+    const F w = (power - 1.0F) + power * rest;
+    const F capped = cap * (w / (w + 2.0F));
+    slope = 4.0F * ((w + 1.0F) / ((w + 2.0F) * (w + 2.0F)));
+    z = z < 0.0F ? -capped : capped;
 }
 
 }  // namespace fusechat::loss

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusechat.loss.backend import forward_rows
+from fusechat.loss.backend import backend_for, forward_rows
 from fusechat.loss.options import LossOptions
-from fusechat.loss.plan import plan_chunk_rows
+from fusechat.loss.plan import plan_chunk_rows, row_stride
 from fusechat.loss.rows import Rows
 
 _ROWS_SCHEMA = (
@@ -71,7 +71,7 @@ def linear_loss(
         n_kept, weight, weight_grad=want_weight, logits_bytes=hidden.element_size(), budget_bytes=budget_bytes
     )
     several = n_kept > chunk_rows
-    buffer = hidden.new_empty(min(chunk_rows, n_kept), vocabulary)
+    buffer = hidden.new_empty(min(chunk_rows, n_kept), row_stride(vocabulary))[:, :vocabulary]
     d_hidden = torch.zeros_like(hidden) if want_hidden else hidden.new_empty(0)
     d_weight = weight.new_empty(0)
     if want_weight:
@@ -117,9 +117,15 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def scale_(gradient: Tensor, factor: Tensor) -> Tensor:
-    """Multiply a gradient in place by the upstream gradient; a factor of one costs no pass where reading it
-    costs no sync."""
+    """Multiply a gradient in place by the upstream gradient; a factor of one costs no pass, and no wait for the
+    device."""
     if factor.device.type == "cpu" and bool(factor == 1):
+        return gradient
+    on_device = factor.device.type != "cpu" and backend_for(gradient.device) == "triton"
+    if on_device and gradient.ndim == 2 and gradient.stride(1) == 1:
+        from fusechat.kernels.scale import scale_rows_
+
+        scale_rows_(gradient, factor)
         return gradient
     return gradient.mul_(factor)
 

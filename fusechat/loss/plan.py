@@ -8,6 +8,13 @@ from torch import Tensor
 from fusechat.errors import ConfigError
 
 _LEAST_DEFAULT_BYTES = 256 << 20
+# Rows begin at multiples of it, whatever the vocabulary: the kernel's 128-bit loads and cuBLAS's fast products need it.
+_ROW_ELEMENTS = 16
+
+
+def row_stride(vocabulary: int) -> int:
+    """Return the elements from one row of a logits buffer to the next."""
+    return -(-vocabulary // _ROW_ELEMENTS) * _ROW_ELEMENTS
 
 
 def plan_chunk_rows(
@@ -20,7 +27,7 @@ def plan_chunk_rows(
         much for dW anyway. Raises ConfigError, naming the least budget that works.
     """
     vocabulary, width = weight.shape
-    row_bytes = vocabulary * logits_bytes
+    row_bytes = row_stride(vocabulary) * logits_bytes
     if budget_bytes is None:
         budget_bytes = max(vocabulary * width * 4, _LEAST_DEFAULT_BYTES) + accumulator_bytes(weight, weight_grad)
     if n_rows * row_bytes <= budget_bytes:

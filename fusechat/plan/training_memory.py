@@ -90,7 +90,7 @@ def loss_bytes(shape: ModelShape, rows: int, config: TrainConfig, *, item: int, 
     """Return what the fusion loss holds: a chunk of logits, dW and its float32 sum, and the gradient of the states."""
     import torch
 
-    from fusechat.loss.plan import accumulator_bytes, plan_chunk_rows
+    from fusechat.loss.plan import accumulator_bytes, plan_chunk_rows, row_stride
 
     dtype = {2: torch.bfloat16, 4: torch.float32}[item]
     weight = torch.empty(shape.vocab, shape.hidden, dtype=dtype, device="meta")
@@ -100,7 +100,7 @@ def loss_bytes(shape: ModelShape, rows: int, config: TrainConfig, *, item: int, 
     several = accumulator_bytes(weight, weight_grad) if rows > chunk else 0
     own = embedding_parameters(shape) * item * weight_grad
     copy = embedding_parameters(shape) * item if item == 2 else 0  # the head in the forward pass's dtype
-    return min(chunk, rows) * shape.vocab * item + several + own + copy + 2 * rows * shape.hidden * item
+    return min(chunk, rows) * row_stride(shape.vocab) * item + several + own + copy + 2 * rows * shape.hidden * item
 
 
 def device_parts(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fusechat.kernels import sce, sparse_soft_ce
+from fusechat.kernels import scale, sce, sparse_soft_ce
 from fusechat.profile.compiled import Resources, compile_kernel, occupancy
 
 NVIDIA = (80, 90, 100)
@@ -76,6 +76,14 @@ def compile_variant(variant: Variant, target: int | str, aligned: bool = True) -
     )
 
 
+def compile_scale(dtype: str, target: int | str) -> Resources:
+    """Compile the scaling of a gradient for one architecture."""
+    signature = {"G": f"*{dtype}", "FACTOR": "*fp32", "stride": "i64", "n_rows": "i32", "n_columns": "i32"}
+    return compile_kernel(
+        scale._scale, signature, {"BLOCK": scale.BLOCK}, target=target, warps=scale.WARPS, aligned=["G", "stride"]
+    )
+
+
 def compile_sce(dtype: str, target: int | str, n_targets: int = 5) -> dict[str, Resources]:
     """Compile the kernels of the merge for one architecture, models in one dtype."""
     pointers = dict.fromkeys(("BASE", "TARGETS"), f"*{dtype}") | {"HISTOGRAM": "*i64", "COUNTS": "*i32", "OUT": "*fp32"}
@@ -116,6 +124,7 @@ def table(target: int | str) -> list[Row]:
         ("sparse_soft_ce", variant.name, *variant.block_and_warps(target), compile_variant(variant, target))
         for variant in VARIANTS
     ]
+    compiled.append(("scale", "bf16", scale.BLOCK, scale.WARPS, compile_scale("bf16", target)))
     compiled += [
         (f"sce {name}", f"{dtype}, five targets", sce.BLOCK, sce.WARPS, found)
         for dtype in ("bf16", "fp32")
