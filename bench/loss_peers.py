@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from fusechat.bench.claims import Claim, absent, at_least
-from fusechat.bench.peers import peer_python, peer_version
+from fusechat.bench.peers import peer_command, peer_python, peer_version
 from fusechat.bench.timing import Samples, ratio
 
 WORKER = Path(__file__).with_name("loss_contender.py")
@@ -108,7 +108,7 @@ class Contender:
 
     def __init__(self, case: str, python: str | None, folder: Path, device: str) -> None:
         """Start it and wait for its gradients; raises RuntimeError with its last words when it fails."""
-        start = [sys.executable, "-m", "fusechat.bench.loss_contender"] if python is None else [python, "-I", WORKER]
+        start = [sys.executable, "-m", "fusechat.bench.loss_contender"] if python is None else [*peer_command(python), WORKER]
         self._case = case
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(

@@ -39,10 +39,15 @@ def peer_python(name: str, against: Sequence[str]) -> str | None:
     return sys.executable if importlib.util.find_spec(MODULES[name]) else None
 
 
+def peer_command(python: str) -> list[str]:
+    """Return how to start a peer's Python: a given one sees nothing of ours, this one keeps the wheels of its PYTHONPATH."""
+    return [python, "-P" if python == sys.executable else "-I"]
+
+
 def peer_version(name: str, python: str) -> str:
     """Return the version of a peer as its Python says it; raises ConfigError where that Python does not have it."""
     ask = f"import importlib.metadata as m; print(m.version({name!r}))"
-    done = subprocess.run([python, "-I", "-c", ask], capture_output=True, text=True, check=False)
+    done = subprocess.run([*peer_command(python), "-c", ask], capture_output=True, text=True, check=False)
     if done.returncode:
         raise ConfigError(f"{python} has no {name}: install it there, or give another Python to --against")
     return done.stdout.strip()
