@@ -311,8 +311,8 @@ def flops_per_token(model: Any) -> float:
     inner = unwrapped(model)
     embedding = inner.get_input_embeddings().weight
     tied = inner.get_output_embeddings().weight is embedding
-    total = inner.num_parameters()  # counts quantised weights one by one
-    trained = inner.num_parameters(only_trainable=True)
+    total = int(inner.num_parameters())  # counts quantised weights one by one
+    trained = int(inner.num_parameters(only_trainable=True))
     looked_up = 0 if tied else int(embedding.numel())
     return 4.0 * (total - looked_up) + 2.0 * max(trained - looked_up * embedding.requires_grad, 0)
 
