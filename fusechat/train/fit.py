@@ -314,7 +314,7 @@ def flops_per_token(model: Any) -> float:
     total = int(inner.num_parameters())  # counts quantised weights one by one
     trained = int(inner.num_parameters(only_trainable=True))
     looked_up = 0 if tied else int(embedding.numel())
-    return 4.0 * (total - looked_up) + 2.0 * max(trained - looked_up * embedding.requires_grad, 0)
+    return 4.0 * (total - looked_up) + 2.0 * max(trained - looked_up * bool(embedding.requires_grad), 0)
 
 
 def _full_state(trainer: FusionTrainer) -> dict[str, torch.Tensor] | None:
