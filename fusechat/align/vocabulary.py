@@ -89,7 +89,8 @@ def vocab_map(
     spell the bytes (no UTF-8, normalised text), the longest pivot token the bytes begin with stands in.
     `mined`: byte twin, else the pivot token at least edit distance. `ms`: byte twin, else the partner it most often
     has in `counts`. `ms-soft`: byte twin, else its four most frequent partners by their shares. Tokens that `counts`
-    has not seen fall back to `prefix`, which is made unless it is given. `ms-upstream`: the research code's map, which needs both spellings.
+    has not seen fall back to `prefix`, which is made unless it is given. `ms-upstream`: the research code's map, which
+    needs both spellings.
     Ends of turns and of sequences map to the pivot's end of turn, other specials to a special of the same spelling.
     With leads, tokens stand for their bytes after `source_lead` was cut and `pivot_lead` put in front: a turn's first
     token may carry a dummy space in one tokenizer and none in the other.
