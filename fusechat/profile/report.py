@@ -27,6 +27,10 @@ from fusechat.profile.summary import table
 from fusechat.recipe import recipe_path
 
 FUNCTIONS_SHOWN, FUNCTIONS_SAVED = 12, 100
+STRIPPED = (
+    "the engine's functions have no names: it is built without symbols. From the sources, for names:\n"
+    "pip install --no-build-isolation --no-deps -e . -C cmake.build-type=RelWithDebInfo"
+)
 
 
 def stage_report(stage: str, config: str, overrides: list[str], out: Path, dialogues: int, console: Console) -> None:
@@ -64,6 +68,8 @@ def stage_report(stage: str, config: str, overrides: list[str], out: Path, dialo
         console.print(_rooms(by_room(functions)))
         facts["functions"] = [asdict(function) for function in functions[:FUNCTIONS_SAVED]]
         facts["rooms"] = by_room(functions)
+        if any(function.room == "engine" and function.name.startswith("0x") for function in functions):
+            console.print(STRIPPED, style="yellow", highlight=False)
         data = shlex.quote(str(out / "perf.data"))
         console.print(
             f"callers: perf report -i {data}; one function line by line: perf annotate -i {data} NAME",
