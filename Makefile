@@ -1,4 +1,4 @@
-# make setup | demo | test | test-slow | test-vllm | lint | wheel | bench | bench-check | docs | readme-table | clean
+# make setup | demo | test | test-slow | test-vllm | lint | wheel | bench | bench-check | bench-baseline | docs | readme-table | clean
 ROOT := $(dir $(abspath $(lastword $(MAKEFILE_LIST))))
 PYTHON ?= python3
 VENV := $(ROOT).venv
@@ -7,7 +7,7 @@ STAMP := $(VENV)/.fusechat-installed
 PIP := PIP_CONSTRAINT=$(ROOT)constraints.txt $(RUN) -m pip --disable-pip-version-check
 SOURCES := $(shell find $(ROOT)csrc -name '*.?pp') $(ROOT)CMakeLists.txt $(ROOT)pyproject.toml $(ROOT)constraints.txt
 
-.PHONY: setup demo test test-slow test-vllm lint wheel bench bench-check docs readme-table clean
+.PHONY: setup demo test test-slow test-vllm lint wheel bench bench-check bench-baseline docs readme-table clean
 
 setup: $(STAMP)
 
@@ -66,6 +66,11 @@ bench: setup
 bench-check: setup
 	cd $(ROOT) && OMP_NUM_THREADS=1 $(RUN) -m fusechat bench loss linear-loss --size small \
 	--compare bench/results/baseline --tolerance 1
+
+# Records what bench-check compares with, for the instruction set of a machine with nothing else to do.
+bench-baseline: setup
+	cd $(ROOT) && OMP_NUM_THREADS=1 $(RUN) -m fusechat bench loss linear-loss --size small \
+	--json bench/results/baseline/$$($(RUN) -c 'from fusechat.bench.machine import instruction_set; print(instruction_set())').json
 
 # The site of docs/ in build/site; a broken link is an error.
 docs: setup

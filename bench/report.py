@@ -103,12 +103,10 @@ def print_table(result: Mapping[str, Any], console: Console) -> None:
             MARKS[claim["verdict"]],
         )
     console.print(table)
-    if result.get("ceilings"):
-        console.print(
-            "[dim]ceilings: "
-            + ", ".join(f"{v:,.{0 if v >= 10 else 1}f} {CEILINGS[k]}" for k, v in result["ceilings"].items())
-            + "[/]"
-        )
+    found = result.get("ceilings", {})
+    if found:
+        figures = (f"{value:,.0f}" if value >= 10 else f"{value:.2g}" for value in found.values())
+        console.print(f"[dim]ceilings: {', '.join(f'{f} {CEILINGS[k]}' for f, k in zip(figures, found))}[/]")
 
 
 def value_of(claim: Mapping[str, Any]) -> str:

@@ -26,7 +26,10 @@ def on_files(files: Files, config: Any) -> Files:
 def config_page() -> str:
     """Return a table a section of the configuration."""
     parts = ["# Configuration\n\nEvery key of the YAML; what is unknown is refused with the nearest known name."]
-    for name, section in inspect.getmembers(config, inspect.isclass):
+    # As the file has them, but the whole before its parts.
+    classes = {name: value for name, value in vars(config).items() if inspect.isclass(value)}
+    for name in dict.fromkeys(("RunConfig", *classes)):
+        section = classes[name]
         if not issubclass(section, BaseModel) or section.__module__ != config.__name__ or name.startswith("_"):
             continue
         rows = [_row(key, field) for key, field in section.model_fields.items()]

@@ -27,6 +27,7 @@ LOCK = "writing.lock"
 PARTIAL_SUFFIX = ".partial"
 _FULL_BYTES = 1 << 20
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_TORCH_NO_ROOM = ("PytorchStreamWriter failed writing", "unexpected pos", "basic_ios::clear: iostream error")
 
 Json = dict[str, Any]
 
@@ -118,6 +119,8 @@ def differences(ours: Json, theirs: Json) -> list[str]:
         return text if len(text) <= 40 else text[:16] + "…" + text[-16:]
 
     keys = sorted(ours.keys() | theirs.keys())
+    if ours.get("format") != theirs.get("format"):
+        keys = ["format"]  # of another kind altogether: the rest says nothing
     return [
         f"{k}: {short(theirs.get(k))} there, {short(ours.get(k))} here" for k in keys if ours.get(k) != theirs.get(k)
     ]
@@ -291,7 +294,7 @@ def _was_cut_off(error: BaseException | None) -> bool:
         text = str(error)
         if getattr(error, "errno", None) in _NO_ROOM or any(f"os error {number})" in text for number in _NO_ROOM):
             return True
-        if "PytorchStreamWriter failed writing" in text:
+        if any(said in text for said in _TORCH_NO_ROOM):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -89,6 +89,11 @@ class ByteTable:
         """Return the bytes of one token; empty for an absent id."""
         return self.data[self.offsets[token_id] : self.offsets[token_id + 1]].tobytes()
 
+    def tokens(self) -> list[bytes]:
+        """Return the bytes of all tokens by id."""
+        data, offsets = self.data.tobytes(), self.offsets.tolist()
+        return [data[begin:end] for begin, end in itertools.pairwise(offsets)]
+
     def role(self, token_id: int) -> Role:
         """Return what one token is for."""
         return Role(int(self.roles[token_id]))

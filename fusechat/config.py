@@ -105,10 +105,10 @@ class AlignConfig(_Section):
 class LoraConfig(_Section):
     """Low-rank adapters instead of full training (peft)."""
 
-    rank: int = Field(16, ge=1)
-    alpha: float = Field(32.0, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: str | list[str] = "all-linear"
+    rank: int = Field(16, ge=1, description="width of the adapters")
+    alpha: float = Field(32.0, gt=0, description="their scale is alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of their inputs")
+    target_modules: str | list[str] = Field("all-linear", description="names of the layers that get one, as in peft")
 
 
 class TrainConfig(_Section):
@@ -132,7 +132,7 @@ class TrainConfig(_Section):
     beta: float = Field(0.5, description="parameter of jsd, skew_kl and alpha")
     temperature: float = Field(1.0, gt=0, description="of the taught distribution")
     student_temperature: float = Field(1.0, gt=0, description="of the target's, in the soft term only")
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the hard target spread over the vocabulary")
     z_loss: float = Field(0.0, ge=0, description="weight of the squared log-sum-exp")
     missing: Literal["renormalise", "tail", "zero", "uniform"] = Field(
         "tail", description="mass outside the stored top-k; `renormalise` is the paper's"
@@ -151,8 +151,8 @@ class TrainConfig(_Section):
     ce_unit: Literal["byte", "token"] = Field(
         "byte", description="unit of the cross-entropies compared; token is the paper's"
     )
-    learning_rate: float = Field(5e-6, gt=0)
-    epochs: float = Field(3.0, gt=0)
+    learning_rate: float = Field(5e-6, gt=0, description="the highest, after warm-up")
+    epochs: float = Field(3.0, gt=0, description="passes over the dialogues")
     max_steps: int = Field(-1, description="stop after so many steps; −1: as many as `epochs` asks for")
     batch_size: int = Field(128, ge=1, description="dialogues per optimiser step, over all devices")
     micro_batch_size: int = Field(4, ge=1, description="dialogues per forward pass and device (packed: on average)")
@@ -160,21 +160,22 @@ class TrainConfig(_Section):
     attention: Literal["eager", "sdpa", "flex_attention", "flash_attention_2"] | None = Field(
         None, description="transformers' implementation; its own choice when absent"
     )
-    warmup_ratio: float = Field(0.03, ge=0, lt=1)
+    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the rate rises")
     lr_scheduler: str = Field("cosine", description="a name transformers' Trainer knows")
+    lr_scheduler_args: dict[str, Any] = Field({}, description="its own, such as {num_decay_steps: 200}")
     optimizer: str = Field("adamw_torch", description="a name transformers' Trainer knows")
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, description="of matrices, not of biases and norms")
+    max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to it; 0: they are not")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="of the forward pass; weights and optimiser are float32"
     )
-    gradient_checkpointing: bool = False
-    torch_compile: bool = False
+    gradient_checkpointing: bool = Field(False, description="compute activations again instead of keeping them")
+    torch_compile: bool = Field(False, description="compile the model; the loss stays an opaque operator")
     router_weight: float | None = Field(None, ge=0, description="of a mixture of experts' router loss; None: its own")
     save_steps: int = Field(500, ge=1, description="optimiser steps between checkpoints and held-out scores")
     save_total_limit: int = Field(2, ge=1, description="checkpoints kept; the best one by held-out score among them")
     final: Literal["last", "best"] = Field("last", description="the step that becomes the target; best: held-out")
-    logging_steps: int = Field(10, ge=1)
+    logging_steps: int = Field(10, ge=1, description="optimiser steps between lines of the log")
     report_to: list[str] = Field([], description="tensorboard, wandb, or others that transformers' Trainer knows")
     workers: int = Field(0, ge=0, description="processes that prepare batches")
     timeout_minutes: float = Field(
@@ -182,7 +183,7 @@ class TrainConfig(_Section):
     )
     loss_budget_bytes: int | None = Field(None, gt=0, description="memory for one chunk of logits")
     sft_control: bool = Field(True, description="also train on the same data, steps, order and seed with λ = 1")
-    lora: LoraConfig | None = None
+    lora: LoraConfig | None = Field(None, description="train low-rank adapters, merged into the target at the end")
     quantization: Literal["4bit", "8bit"] | None = Field(
         None, description="of the frozen weights under lora (QLoRA), by bitsandbytes"
     )
@@ -205,7 +206,7 @@ class TrainConfig(_Section):
 class MergeConfig(_Section):
     """How the targets become one model."""
 
-    method: Literal["sce", "linear"] = "sce"
+    method: Literal["sce", "linear"] = Field("sce", description="any other by `sweep`, or by `fusechat merge`")
     variant: Literal["fuseai", "paper", "mergekit"] = Field("fuseai", description="sce: which of its three readings")
     select_topk: float = Field(0.1, gt=0, le=1, description="sce: τ, the share of elements selected by variance")
     weights: list[float] | None = Field(None, description="linear: one weight per source; equal when absent")
@@ -219,18 +220,18 @@ class EvalConfig(_Section):
     """Held-out bits per byte with bootstrap intervals over dialogues."""
 
     sources: bool = Field(True, description="score the sources too; each must fit one device")
-    bootstrap_samples: int = Field(2000, ge=100)
-    confidence: float = Field(0.95, gt=0, lt=1)
+    bootstrap_samples: int = Field(2000, ge=100, description="resamples of dialogues behind every interval")
+    confidence: float = Field(0.95, gt=0, lt=1, description="of the intervals")
 
 
 class RunConfig(_Section):
     """One whole fusion."""
 
     pivot: str = Field(description="directory or hub id of the pivot")
-    sources: list[SourceConfig] = Field(min_length=1)
-    data: DataConfig
+    sources: list[SourceConfig] = Field(min_length=1, description="a directory or hub id each, or a section of its own")
+    data: DataConfig = Field(description="see its section")
     out: str = Field(description="folder of everything the run makes")
-    seed: int = 0
+    seed: int = Field(0, description="of the split, the order of training, dropout and every random draw")
     extract: ExtractConfig = ExtractConfig()
     align: AlignConfig = AlignConfig()
     train: TrainConfig = TrainConfig()

@@ -300,8 +300,10 @@ def test_choices_and_damage_are_named(tmp_path: Path, stores: tuple[Path, Path])
     """Catches a misspelt choice, an unfinished store, and a truncated shard."""
     with pytest.raises(ConfigError, match=r"align.vocab: 'fuzzy' is not one of exact, "):
         fusechat.align(*stores, tmp_path / "out", vocab="fuzzy")
-    with pytest.raises(ConfigError, match="'cells' needs bytes"):
+    with pytest.raises(ConfigError, match=r"'cells' needs byte offsets.*granularity: first"):
         fusechat.align(*stores, tmp_path / "out", tokens="dtw")
+    with pytest.raises(MismatchError, match=r'inputs \(format: "fusechat.topk" there, "fusechat.aligned" here\)'):
+        fusechat.align(*stores, stores[0])
     with pytest.raises(ConfigError, match="'papre' is not one of paper"):
         fusechat.align(*stores, tmp_path / "out", preset="papre")
     shard = stores[1] / "shard-00001.safetensors"

@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
+from fusechat.bench import loss_peers
 from fusechat.bench.claims import Claim, Work, absent, at_least, at_most
 from fusechat.bench.compare import read_old, worse
+from fusechat.bench.loss_peers import Contender, check_equal
 from fusechat.bench.machine import LEVELS, instruction_set
 from fusechat.bench.peers import check_against, peer_python, peer_version
 from fusechat.bench.report import print_table, sizes
@@ -135,6 +138,35 @@ def test_a_peer_that_is_none_is_refused_before_anything_is_measured(entry: str, 
     check_against(["mergekit", f"liger-kernel={sys.executable}"])
     with pytest.raises(ConfigError, match=message):
         check_against([entry])
+
+
+def test_a_peer_that_computes_something_else_is_told_by_what_differs(tmp_path: Path) -> None:
+    """Catches a race against a peer whose gradient is of another loss."""
+    values = {"loss": torch.tensor(2.0), "0": torch.tensor([1.0, -4.0])}
+    torch.save(values, tmp_path / "ours.pt")
+    torch.save(values | {"0": torch.tensor([1.0, -4.01])}, tmp_path / "theirs.pt")
+    check_equal(tmp_path / "ours.pt", tmp_path / "theirs.pt", 1e-2)
+    with pytest.raises(RuntimeError, match=r"differ: gradient 0 by 0\.0025, not 0\.001"):
+        check_equal(tmp_path / "ours.pt", tmp_path / "theirs.pt", 1e-3)
+
+
+def test_a_peer_that_fails_is_quoted(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 'no kernel for this device' >&2\nexit 1\n")
+    python.chmod(0o755)
+    with pytest.raises(RuntimeError, match="cce failed: no kernel for this device"):
+        Contender("cce", str(python), tmp_path, "cpu")
+
+
+def test_peers_are_absent_or_need_a_gpu_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_peers, "peer_version", lambda name, python: "1.0")
+    monkeypatch.setattr(loss_peers, "peer_python", lambda name, against: "python" if against else None)
+    triton = [pair for pair in loss_peers.LINEAR if not pair.on_cpu]
+    assert triton
+    for against, why in (([], "not installed here: --against "), (["given"], "its Triton kernels need a GPU")):
+        claims = loss_peers.peer_claims(triton, {}, against, "cpu", 1)
+        assert [claim.verdict for claim in claims] == ["not measured"] * len(triton)
+        assert all(claim.note.startswith(why) for claim in claims)
 
 
 def test_an_unknown_benchmark_is_refused_with_the_known_ones() -> None:

@@ -18,7 +18,9 @@ from pathlib import Path
 import pytest
 import typer
 from conftest import TinyWorld
+from pydantic import BaseModel
 
+from fusechat import config
 from fusechat.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,6 +120,19 @@ def test_the_commands_of_a_page_run(page: Path, tiny_world: TinyWorld, tmp_path:
                 check=False,
             )
             assert done.returncode == 0, f"{page.name}:\n{fence.body}\n{done.stderr[-2000:]}"
+
+
+def test_every_key_of_the_configuration_is_described() -> None:
+    """A key without a word is an empty cell of the reference."""
+    sections = [c for c in vars(config).values() if isinstance(c, type) and issubclass(c, BaseModel)]
+    silent = [
+        f"{section.__name__}.{key}"
+        for section in sections
+        if section.__module__ == config.__name__
+        for key, field in section.model_fields.items()
+        if not field.description and not isinstance(field.default, BaseModel)
+    ]
+    assert not silent
 
 
 def test_the_pages_have_commands_at_all() -> None:

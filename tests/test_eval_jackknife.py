@@ -17,14 +17,20 @@ def _refitted(values: np.ndarray, seed: int = 0) -> Refitted:
 
 
 def test_every_unit_is_left_out_once_and_the_groups_are_the_same_for_every_figure() -> None:
-    kept: list[set[int]] = []
-    without_groups(lambda units: kept.append(set(units.tolist())) or 0.0, 53, seed=1)
-    left_out = [set(range(53)) - units for units in kept]
+    def kept_in_turn() -> list[set[int]]:
+        kept: list[set[int]] = []
+
+        def figure(units: np.ndarray) -> float:
+            kept.append(set(units.tolist()))
+            return 0.0
+
+        without_groups(figure, 53, seed=1)
+        return kept
+
+    left_out = [set(range(53)) - units for units in kept_in_turn()]
     assert sorted(unit for group in left_out for unit in group) == list(range(53))
     assert {len(group) for group in left_out} == {2, 3}
-    again: list[set[int]] = []
-    without_groups(lambda units: again.append(set(units.tolist())) or 0.0, 53, seed=1)
-    assert again == kept
+    assert kept_in_turn() == kept_in_turn()
 
 
 @pytest.mark.peer

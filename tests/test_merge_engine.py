@@ -197,9 +197,9 @@ def test_threads_and_fallbacks_do_not_change_a_bit(tmp_path: Path, kind: str) ->
 @pytest.mark.parametrize("variant", ["paper", "mergekit"])
 @pytest.mark.parametrize("dtypes", [["BF16"] * 6, ["BF16", "F32", "BF16", "F16", "BF16", "BF16"]])
 def test_carried_and_reread_segments_merge_alike(tmp_path: Path, variant: Any, dtypes: list[str]) -> None:
-    """Catches a difference between what waits in the output's place and what is read again: a bf16 output is carried to,
-    but for one segment with more candidates than its place holds; a float32 output of a bf16 base is not. Some keys
-    overflow fp32, others vanish there."""
+    """Catches a difference between what waits in the output's place and what is read again: a bf16 output is carried
+    to, but for one segment with more candidates than its place holds; a float32 output of a bf16 base is not. Some
+    keys overflow fp32, others vanish there."""
     rng = np.random.default_rng(9)
     n = 4 * ONE_SEGMENT + 777
     base, targets = random_model(9, n, 5)
@@ -219,6 +219,28 @@ def test_carried_and_reread_segments_merge_alike(tmp_path: Path, variant: Any, d
         assert report[key] == other[key]
     for key in ("energy", "kept_energy", "update_energy"):
         np.testing.assert_allclose(report[key], other[key], rtol=1e-9)
+
+
+def test_a_bracket_of_carried_ties(tmp_path: Path) -> None:
+    """Catches ties cut at the wrong neighbour, and a further pass over what was carried that counts otherwise: a
+    hundredth of the elements has the largest key; more than a list holds share the next, and few of them are taken."""
+    n, group = 16 * ONE_SEGMENT + 100, np.arange(16 * ONE_SEGMENT + 100) // 16 % 200
+    moved = np.where(group < 2, 0.5, np.where(group < 21, 0.25, 0.0)).astype(np.float32)
+    base = np.ones(n, np.float32)
+    targets = np.stack([base, base, base, base, base + moved])
+    k = int((moved > 0).sum()) // 10
+    ties = np.flatnonzero(moved == 0.25)[: k - int((moved == 0.5).sum())]
+    expected = np.where(moved == 0.5, np.float32(1.5), base)
+    expected[ties] = 1.25
+    for threads in (1, 3):
+        found, report = run(
+            tmp_path, base, targets, dtypes="BF16", out_dtype="BF16", threads=threads, **sce_options(0.1, "paper")
+        )
+        np.testing.assert_array_equal(found, expected)
+        (selection,) = report["selections"]
+        assert (selection["k"], selection["n_nonzero"]) == (k, int((moved > 0).sum()))
+        assert selection["tie_stop"] == ties[-1] + 1
+        assert ties[-1] + 1 in np.flatnonzero(moved == 0.25)  # the first that is not taken is a neighbour
 
 
 def test_checksums_are_xxh64(tmp_path: Path) -> None:

@@ -102,15 +102,16 @@ def _bits(values: Any) -> Any:
 
 
 def test_a_gold_token_of_ten_takes_three_bytes() -> None:
+    """In a dialogue, too, whose first token is the assistant's, which no row predicts."""
     rng = np.random.default_rng(0)
-    record = _with_rows(_dialogue(0, [(False, [1] * 100), (True, [3] * 1000)], 300, rng), 10, 1.0, rng, smallest=-3)
+    record = _with_rows(_dialogue(0, [(True, [3] * 1000), (False, [1] * 100)], 300, rng), 10, 1.0, rng, smallest=-3)
     columns, _ = pack((block := make_block([record])).columns, block.offsets)
     rows = len(record["row.ids"])
     found = len(columns["found.rest"])
     assert found > 0.9 * rows
     assert columns["row.rank"].nbytes + columns["found.rest"].nbytes == rows + 2 * found
     assert len(columns["missed.input_ids"]) == rows - found
-    assert len(columns["given.input_ids"]) == 100
+    assert len(columns["given.input_ids"]) == 1 + 100
 
 
 @pytest.mark.parametrize("name", TOKEN_COLUMNS)

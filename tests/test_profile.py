@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from fusechat.cli import app
 from fusechat.errors import ConfigError, MismatchError
-from fusechat.profile.native import parse_report
+from fusechat.profile.native import Function, by_room, parse_report
+from fusechat.profile.report import what_it_did
 from fusechat.profile.summary import summarise, table
 from fusechat.profile.trace import memory_timeline, read_operators
 
@@ -104,6 +105,26 @@ def test_perf_s_report_is_read() -> None:
     ]
 
 
+def test_whose_code_the_time_is_in_and_what_a_call_moved() -> None:
+    functions = [
+        Function(share=share, library=library, name="f")
+        for share, library in (
+            (0.5, "_native.cpython-311.so"),
+            (0.2, "libpython3.11.so.1.0"),
+            (0.15, "[kernel.kallsyms]"),
+        )
+    ]
+    assert by_room(functions) == {"engine": 0.5, "Python": 0.2, "kernel": 0.15}
+    done = {
+        "seconds": 0.5, "calls": 7, "read_bytes": 3_000_000_000, "written_bytes": 1_000_000_000,
+        "amount": 2_000_000, "unit": "tokens",
+    }  # fmt: skip
+    text = what_it_did("align", done, 16.0)
+    assert "500.0 ms a call, mean of 7; 4 M tokens/s" in text
+    assert "8 GB/s, 50% of copying memory" in text
+    assert max(len(line.replace("[bold]", "").replace("[/bold]", "")) for line in text.splitlines()) <= 80
+
+
 def config_of(world: TinyWorld, folder: Path) -> Path:
     path = folder / "fusion.yaml"
     values = {
@@ -118,7 +139,7 @@ def test_a_training_step_is_profiled(tiny_world: TinyWorld, tmp_path: Path, monk
     from fusechat.profile import report
 
     # perf would run the stage a second time; `merge` below has it.
-    monkeypatch.setattr(report, "profile_native", lambda *_: "no perf in this test")
+    monkeypatch.setattr(report, "profile_native", lambda *_: ("no perf in this test", {}))
     out = tmp_path / "profile"
     done = CliRunner().invoke(
         app, ["profile", "train", str(config_of(tiny_world, tmp_path)), "--out", str(out), "--dialogues", "8"]
@@ -139,7 +160,10 @@ def test_compiled_functions_of_a_merge(tiny_world: TinyWorld, tmp_path: Path) ->
     out = tmp_path / "profile"
     done = CliRunner().invoke(app, ["profile", "merge", str(config_of(tiny_world, tmp_path)), "--out", str(out)])
     assert done.exit_code == 0, done.output
-    functions = json.loads((out / "summary.json").read_text())["functions"]
+    facts = json.loads((out / "summary.json").read_text())
+    assert facts["calls"] >= 1
+    assert facts["read_bytes"] > facts["written_bytes"] > 0
+    functions = facts["functions"]
     if isinstance(functions, str):
         assert "perf" in functions
     else:

@@ -8,6 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fusechat.errors import ConfigError, FormatError
@@ -43,17 +44,26 @@ def test_runs_are_named_by_what_tells_them_apart() -> None:
 
 def test_runs_scored_on_the_same_dialogues_are_paired(reported_run: Path, tmp_path: Path) -> None:
     """Catches differences taken between tables instead of dialogue by dialogue, and pairs of different dialogues."""
-    other = shutil.copytree(reported_run, tmp_path / "other")
-    kept = json.loads((other / "scores.json").read_text())
-    kept["nll"]["merged"] = [1.1 * nll for nll in kept["nll"]["merged"]]
+    first, other, same = (shutil.copytree(reported_run, tmp_path / name) for name in ("run", "other", "same"))
+    rng = np.random.default_rng(0)
+    size = rng.integers(20, 90, 24)
+    nll = size * rng.normal(1.0, 0.2, 24)
+    kept = {
+        "format": "fusechat.scores", "version": 1, "held_out_fingerprint": "one", "categories": ["a", "b"] * 12,
+        "content_bytes": size.tolist(), "nll": {"merged": nll.tolist()},
+    }  # fmt: skip
+    for run in (first, same):
+        (run / "scores.json").write_text(json.dumps(kept))
+    kept["nll"] = {"merged": (1.1 * nll).tolist()}
     (other / "scores.json").write_text(json.dumps(kept))
-    same = shutil.copytree(reported_run, tmp_path / "same")
-    compared = compare([other, reported_run, same])
+    compared = compare([other, first, same])
     paired = compared["paired"]
     assert paired["against"] == "run"
-    bits = sum(kept["nll"]["merged"]) / 1.1 / math.log(2) / sum(kept["content_bytes"])
+    bits = nll.sum() / math.log(2) / size.sum()
     overall = paired["groups"]["overall"]
-    assert overall["other"]["difference"][0] == pytest.approx(0.1 * bits)
+    value, low, high = overall["other"]["difference"]
+    assert value == pytest.approx(0.1 * bits)
+    assert 0.08 * bits < low < value < high < 0.12 * bits, "levels vary by a fifth: only the pairing is this sure"
     assert overall["other"]["verdict"] == "worse"
     assert overall["same"]["difference"] == [0, 0, 0]
     assert set(paired["groups"]) == {"overall", "a", "b"}
@@ -61,16 +71,16 @@ def test_runs_scored_on_the_same_dialogues_are_paired(reported_run: Path, tmp_pa
     assert [line.split(":")[0] for line in compared["conclusions"][1:]] == [
         "other is behind", "same cannot be told from it",
     ]  # fmt: skip
-    assert compared["conclusions"][0].startswith(f"run is at {bits:.3f} bits per byte, over 6 held-out dialogues")
+    assert compared["conclusions"][0].startswith(f"run is at {bits:.3f} bits per byte, over 24 held-out dialogues")
     page = compare_page(compared)
     assert 'data-chart="paired"' in page
     assert "against run" in page
     kept["held_out_fingerprint"] = "other"
     (other / "scores.json").write_text(json.dumps(kept))
-    assert compare([other, reported_run])["paired"] is None
+    assert compare([other, first])["paired"] is None
     (other / "scores.json").unlink()
-    assert compare([other, reported_run])["paired"] is None
-    assert compare([other, reported_run, same])["paired"]["groups"].keys() == {"overall", "a", "b"}
+    assert compare([other, first])["paired"] is None
+    assert compare([other, first, same])["paired"]["groups"].keys() == {"overall", "a", "b"}
     (other / "scores.json").write_text("[]")
     with pytest.raises(FormatError, match=r"scores\.json does not hold the scores"):
-        compare([other, reported_run])
+        compare([other, first])

@@ -189,6 +189,7 @@ def test_what_a_library_raises_on_a_full_disk_becomes_one_line(tmp_path: Path, m
         OSError(errno.EFBIG, "File too large"),
         RuntimeError("I/O error: File too large (os error 27)"),
         RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file data/0"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 130048 vs 129936"),
     ],
 )
 def test_a_write_without_room_is_one_line_though_the_disk_is_free(tmp_path: Path, error: Exception) -> None:

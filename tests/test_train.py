@@ -76,8 +76,12 @@ def test_how_it_is_computed_changes_nothing_but_the_last_bits(
     assert (tmp_path / "other" / "tensorboard").exists() == ("report_to" in settings)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw_torch_fused", "adafactor", "sgd"])
+@pytest.mark.parametrize(
+    "optimizer", ["adamw_torch_fused", "adafactor", "sgd", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
+)
 def test_optimizers_are_the_trainers(optimizer: str, tiny_world: Any, stores: Path, tmp_path: Path) -> None:
+    if "bit" in optimizer:
+        pytest.importorskip("bitsandbytes")
     config = TrainConfig(**FAST | {"optimizer": optimizer, "max_steps": 2, "logging_steps": 1})
     made = fusechat.train(str(tiny_world.pivot), stores / "pivot", stores / "aligned", tmp_path / "t", config)
     assert made["losses"][1] < made["losses"][0]
@@ -132,6 +136,20 @@ def test_adapters_are_merged_into_an_ordinary_model(tiny_world: Any, stores: Pat
     assert not list((tmp_path / "lora").glob("adapter*"))
     target, pivot = _weights(tmp_path / "lora"), _weights(tiny_world.pivot)
     assert target.keys() == pivot.keys()
+    moved = {name.split(".")[-2] for name in target if not torch.equal(target[name], pivot[name])}
+    assert moved == {"q_proj", "v_proj"}
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_adapters_on_quantised_weights_are_merged_into_the_whole_ones(
+    bits: str, tiny_world: Any, stores: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    lora = {"rank": 4, "target_modules": ["q_proj", "v_proj"]}
+    config = TrainConfig(**FAST | {"logging_steps": 1}, lora=lora, quantization=bits)
+    made = fusechat.train(str(tiny_world.pivot), stores / "pivot", stores / "aligned", tmp_path / "q", config)
+    assert made["losses"][-1] < made["losses"][0]
+    target, pivot = _weights(tmp_path / "q"), _weights(tiny_world.pivot)
     moved = {name.split(".")[-2] for name in target if not torch.equal(target[name], pivot[name])}
     assert moved == {"q_proj", "v_proj"}
 

@@ -203,23 +203,65 @@ def test_a_run_that_does_not_fit_goes_on_with_smaller_micro_batches(
 
 
 def test_a_folder_moved_while_training_still_knows_its_best_checkpoint(
-    tiny_world: Any, stores: Path, tmp_path: Path
+    tiny_world: Any, stores: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from fusechat.train import trainer
+
     held_out = load_dialogues(tiny_world.dialogues)[:4]
-    # Grows worse from the first checkpoint on.
-    settings = ["final=best", "learning_rate=5e-2", "save_steps=1", "lr_scheduler=constant"]
+    scores = iter([3.0, 1.0, 2.0, 4.0, 5.0, 6.0])  # the second step is the best, and comes before the move
+    monkeypatch.setattr(trainer, "held_out_bits_per_byte", lambda *_: next(scores))
 
     def strike(done: int, total: int) -> None:
         if done == 4:
             os.kill(os.getpid(), signal.SIGTERM)
 
+    settings = ["final=best", "save_steps=1"]
     with pytest.raises(Stopped):
         _train(tiny_world, stores, tmp_path / "here" / "t", *settings, held_out=held_out, progress=strike)
     (tmp_path / "here").rename(tmp_path / "there")
     moved = _train(tiny_world, stores, tmp_path / "there" / "t", *settings, held_out=held_out)
-    stayed = _train(tiny_world, stores, tmp_path / "t", *settings, held_out=held_out)
-    assert moved["measured"]["best_step"] == stayed["measured"]["best_step"] < 4
-    assert _checksum(tmp_path / "there" / "t") == _checksum(tmp_path / "t")
+    assert moved["measured"]["best_step"] == 2
+    two_steps = load_file(tmp_path / "there" / "t" / "model.safetensors")
+    scores = iter([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    _train(tiny_world, stores, tmp_path / "one", *settings, held_out=held_out)
+    one_step = load_file(tmp_path / "one" / "model.safetensors")
+    assert any((two_steps[name] != one_step[name]).any() for name in one_step)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("optimizer=nonsense", "nonsense is not a valid OptimizerNames"),
+        ("optimizer=lomo", "You need to install"),
+        ("lr_scheduler=nonsense", "nonsense is not a valid SchedulerType"),
+        ("lr_scheduler=warmup_stable_decay", "num_decay_steps"),
+        ("report_to=[nonsense]", "nonsense is not supported"),
+        ("attention=flex_attention", "flex_attention has no backward pass on the CPU"),
+        ("lora.target_modules=[nonsense]", "Target modules .* not found"),
+        ("final=best", "final: best needs held-out dialogues"),
+    ],
+)
+def test_settings_that_cannot_be_served_are_one_line(
+    setting: str, said: str, tiny_world: Any, stores: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=said) as raised:
+        _train(tiny_world, stores, tmp_path / "t", setting)
+    assert "\n" not in str(raised.value)
+
+
+def test_the_device_s_memory_running_out_names_what_to_change(
+    tiny_world: Any, stores: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fusechat.train import forward
+
+    def too_large(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(forward, "head_loss", too_large)
+        with pytest.raises(FusechatError, match=r"out of memory at step 1 .*train.micro_batch_size.*goes on"):
+            _train(tiny_world, stores, tmp_path / "t")
+    _train(tiny_world, stores, tmp_path / "t", "micro_batch_size=1")
 
 
 def test_a_store_of_another_pivot_or_tokenizer_is_refused(tiny_world: Any, stores: Path, tmp_path: Path) -> None:

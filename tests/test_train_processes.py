@@ -165,7 +165,8 @@ def test_a_signal_to_the_launcher_saves_and_one_process_goes_on(
 
 @pytest.mark.slow
 def test_accelerate_launches_without_a_file(single: Any, tiny_world: Any, stores: Path, tmp_path: Path) -> None:
-    options = ["--cpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
+    # Its name for torchrun; `--cpu` alone starts one process.
+    options = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
     launch = ["-m", "accelerate.commands.launch", *options, "--mixed_precision", "no", "--dynamo_backend", "no"]
     done = _run(launch, _command(tiny_world, stores, tmp_path / "t"))
     assert done.returncode == 0, done.stderr[-3000:]

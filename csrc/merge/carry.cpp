@@ -73,6 +73,10 @@ Carry::Carry(const Inputs &inputs, const Output &output, double share) : inputs_
     energy_.assign(n * inputs.targets.size(), 0.0);
 }
 
+bool Carry::holds_all() const {
+    return std::all_of(bytes_.begin(), bytes_.end(), [](std::int32_t bytes) { return bytes > 0; });
+}
+
 std::int64_t Carry::room(std::int64_t segment) const {
     return (std::min(inputs_.n, (segment + 1) * kSegment) - segment * kSegment) * item_bytes(output_.dtype);
 }
@@ -119,46 +123,47 @@ void Carry::fetch(std::int64_t segment, Scratch &scratch) const {
                  output_.offset + segment * kSegment * item_bytes(output_.dtype));
 }
 
-std::size_t Carry::merge_chunk(std::int64_t begin, int n, std::size_t place, const Rule &rule,
-                               const Selection &selection, Scratch &scratch, Outcome &outcome) const {
+void Carry::fetch_base(std::int64_t begin, int n, Scratch &scratch) const {
     const int width = item_bytes(output_.dtype);
-    unsigned char *out = scratch.out();
-    read_exactly(inputs_.base.fd, out, static_cast<std::int64_t>(n) * width, inputs_.base.offset + begin * width);
-    alignas(64) unsigned char items[kTile * 4];
-    std::array<std::int32_t, kTile> at;
-    for (int done = 0; done < n; done += kTile) {
-        const unsigned char *from = scratch.carried().data() + place;
-        std::uint16_t found;
-        std::memcpy(&found, from, sizeof found);
-        place += record_bytes(inputs_, found);
-        from += sizeof found;
-        for (int i = 0; i < found; ++i, from += sizeof(std::uint16_t)) {
-            std::uint16_t index;
-            std::memcpy(&index, from, sizeof index);
-            at[i] = index;
-        }
-        unsigned char *tile = out + static_cast<std::size_t>(done) * width;
-        pick(tile, output_.dtype, at.data(), found, items);
-        float *base = scratch.base();
-        widen(items, output_.dtype, base, found);
-        for (int j = 0; j < inputs_.n_targets(); ++j) {
-            const Dtype dtype = inputs_.targets[j].dtype;
-            float *delta = scratch.delta(j);
-            widen(from, dtype, delta, found);
-            for (int i = 0; i < found; ++i) delta[i] -= base[i];
-            std::fill(delta + found, delta + pad(found), 0.0f);
-            from += static_cast<std::size_t>(found) * item_bytes(dtype);
-        }
-        const int chosen = keep_selected(selection, begin + done, found, at.data(), inputs_.n_targets(), scratch);
-        if (chosen == 0) continue;
-        combine_selected(rule, chosen, scratch, is_measured(inputs_.n, begin + done), items, outcome);
-        if (width == 4) {
-            scatter_items<std::uint32_t>(items, at.data(), chosen, tile);
-        } else {
-            scatter_items<std::uint16_t>(items, at.data(), chosen, tile);
-        }
+    read_exactly(inputs_.base.fd, scratch.out(), static_cast<std::int64_t>(n) * width, inputs_.base.offset + begin * width);
+}
+
+int Carry::unpack(std::size_t &place, const unsigned char *base, std::int32_t *at, Scratch &scratch) const {
+    const unsigned char *from = scratch.carried().data() + place;
+    std::uint16_t found;
+    std::memcpy(&found, from, sizeof found);
+    place += record_bytes(inputs_, found);
+    from += sizeof found;
+    for (int i = 0; i < found; ++i, from += sizeof(std::uint16_t)) {
+        std::uint16_t index;
+        std::memcpy(&index, from, sizeof index);
+        at[i] = index;
     }
-    return place;
+    alignas(64) unsigned char items[kTile * 4];
+    pick(base, output_.dtype, at, found, items);
+    widen(items, output_.dtype, scratch.base(), found);
+    for (int j = 0; j < inputs_.n_targets(); ++j) {
+        const Dtype dtype = inputs_.targets[j].dtype;
+        float *delta = scratch.delta(j);
+        widen(from, dtype, delta, found);
+        for (int i = 0; i < found; ++i) delta[i] -= scratch.base()[i];
+        std::fill(delta + found, delta + pad(found), 0.0f);
+        from += static_cast<std::size_t>(found) * item_bytes(dtype);
+    }
+    return found;
+}
+
+void Carry::merge_tile(std::int64_t begin, int found, std::int32_t *at, const Rule &rule, const Selection &selection,
+                       Scratch &scratch, unsigned char *out, Outcome &outcome) const {
+    const int n = keep_selected(selection, begin, found, at, inputs_.n_targets(), scratch);
+    if (n == 0) return;
+    alignas(64) unsigned char items[kTile * 4];
+    combine_selected(rule, n, scratch, is_measured(inputs_.n, begin), items, outcome);
+    if (item_bytes(output_.dtype) == 4) {
+        scatter_items<std::uint32_t>(items, at, n, out);
+    } else {
+        scatter_items<std::uint16_t>(items, at, n, out);
+    }
 }
 
 void Carry::add_energy(std::int64_t segment, Outcome &outcome) const {

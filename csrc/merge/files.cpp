@@ -1,5 +1,6 @@
 #include "merge/files.hpp"
 
+#include <fcntl.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -32,6 +33,14 @@ void write_exactly(int fd, const void *from, std::int64_t size_bytes, std::int64
         offset += put;
         size_bytes -= put;
     }
+}
+
+void start_writeback([[maybe_unused]] int fd, [[maybe_unused]] std::int64_t offset,
+                     [[maybe_unused]] std::int64_t size_bytes) {
+#ifdef SYNC_FILE_RANGE_WRITE
+    // A hint: what it cannot do, for a pipe, say, or a file in memory, syncing does later or need not.
+    static_cast<void>(sync_file_range(fd, offset, size_bytes, SYNC_FILE_RANGE_WRITE));
+#endif
 }
 
 }  // namespace fusechat::merge

@@ -80,16 +80,26 @@ void Search::bracket_from(std::vector<double> &sample) {
 }
 
 void Search::begin_pass() {
-    n_above_ = n_nonzero_ = n_inside_ = 0;
+    held_ = carry_ && bracket_.low >= carried_from_ && carry_->holds_all();
+    if (!held_) {
+        n_nonzero_ = 0;
+        carried_from_ = bracket_.low;
+    }
+    n_above_ = n_inside_ = 0;
     segments_.clear();
     segments_.resize(static_cast<std::size_t>(n_segments(own_.n)));
     histogram_.clear();
 }
 
-void Search::tally(std::int64_t segment, std::int64_t begin, int n, Scratch &scratch, int slot) {
+Search::Segment &Search::opened(std::int64_t segment) {
     Segment &into = segments_[static_cast<std::size_t>(segment)];
     into.above.resize(width_, 0.0);
     into.inside.resize(width_, 0.0);
+    return into;
+}
+
+void Search::tally(std::int64_t segment, std::int64_t begin, int n, Scratch &scratch, int slot) {
+    Segment &into = opened(segment);
     if (key_ == Key::variance) {
         tally_variances(into, begin, n, scratch);
     } else {
@@ -98,8 +108,18 @@ void Search::tally(std::int64_t segment, std::int64_t begin, int n, Scratch &scr
         const float low = ceiled(bracket_.low_key()), high = ceiled(bracket_.high_key());
         const KeyCounts counts = count_keys(keys, pad(n), low, high);
         into.n_nonzero += counts.nonzero;
-        tally_keys(into, begin, n, nullptr, keys, low, high, counts, scratch);
+        tally_keys(into, begin, n, nullptr, keys, low, high, counts, nullptr);
     }
+}
+
+void Search::tally_held(std::int64_t segment, Scratch &scratch) {
+    Segment &into = opened(segment);
+    carry_->for_each_tile_of(
+        segment, scratch,
+        [&](std::int64_t begin, int found, const std::int32_t *at, const unsigned char *) {
+            if (found > 0) tally_candidates(into, begin, found, at, scratch.delta(0));
+        },
+        [](std::int64_t, int) {});
 }
 
 // Most keys lie below the bracket, which fp32 can tell: the exact ones are computed for the others.
@@ -109,16 +129,20 @@ void Search::tally_variances(Segment &into, std::int64_t begin, int n, Scratch &
     if (carry_) carry_->take(begin, n, at.data(), found, is_measured(own_.n, begin), scratch);
     if (found == 0) return;
     for (int c = 0; c < width_; ++c) gather(scratch.delta(c), at.data(), found, scratch.packed(c));
+    tally_candidates(into, begin, found, at.data(), scratch.packed(0));
+}
+
+void Search::tally_candidates(Segment &into, std::int64_t begin, int found, const std::int32_t *at, const float *deltas) {
     alignas(64) double keys[kTile];
-    variance_keys(scratch.packed(0), width_, found, bracket_.high_key(), keys, into.above.data());
+    variance_keys(deltas, width_, found, bracket_.high_key(), keys, into.above.data());
     const KeyCounts counts = count_keys(keys, pad(found), bracket_.low_key(), bracket_.high_key());
-    tally_keys(into, begin, found, at.data(), keys, bracket_.low_key(), bracket_.high_key(), counts, scratch);
+    tally_keys(into, begin, found, at, keys, bracket_.low_key(), bracket_.high_key(), counts, deltas);
 }
 
 // `places`: where the keys' elements stand in the tile, in order where null.
 template <class T>
 void Search::tally_keys(Segment &into, std::int64_t begin, int n, const std::int32_t *places, const T *keys, T low,
-                        T high, const KeyCounts &counts, Scratch &scratch) {
+                        T high, const KeyCounts &counts, const float *deltas) {
     into.n_above += counts.above;
     if (counts.inside == 0) return;
     into.n_inside += counts.inside;
@@ -128,7 +152,7 @@ void Search::tally_keys(Segment &into, std::int64_t begin, int n, const std::int
     const int found = find_inside(keys, pad(n), low, high, at.data());
     for (int i = 0; i < found; ++i) {
         for (int c = 0; c < width_; ++c) {
-            const float delta = scratch.packed(c)[at[i]];
+            const float delta = deltas[static_cast<std::size_t>(c) * kTile + at[i]];
             into.inside[c] += static_cast<double>(delta) * delta;
             if (keep) into.payload.push_back(delta);
         }

@@ -42,6 +42,10 @@ class Search {
     void begin_pass();
     void tally(std::int64_t segment, std::int64_t begin, int n, Scratch &scratch, int slot);
 
+    // Whether what an earlier pass carried is all that this one needs: then it is tallied, segment by segment, instead.
+    bool held() const { return held_; }
+    void tally_held(std::int64_t segment, Scratch &scratch);
+
     // Ends a pass: returns true when the selection is found, else the bracket is another and needs another pass.
     bool end_pass(ScratchPool &pool);
 
@@ -69,7 +73,9 @@ class Search {
     void tally_variances(Segment &into, std::int64_t begin, int n, Scratch &scratch);
     template <class T>
     void tally_keys(Segment &into, std::int64_t begin, int n, const std::int32_t *places, const T *keys, T low, T high,
-                    const KeyCounts &counts, Scratch &scratch);
+                    const KeyCounts &counts, const float *deltas);
+    void tally_candidates(Segment &into, std::int64_t begin, int found, const std::int32_t *at, const float *deltas);
+    Segment &opened(std::int64_t segment);
     void open_histogram();
     void add_to_histogram(double key);
     Bracket narrowed(std::int64_t k) const;
@@ -84,6 +90,8 @@ class Search {
     int width_;  // the targets whose energies are summed
     std::int64_t limit_;
     Carry *carry_;
+    bool held_ = false;
+    std::uint64_t carried_from_ = std::bit_cast<std::uint64_t>(std::numeric_limits<double>::infinity());
     Bracket bracket_;
     Selection found_;
 

@@ -10,9 +10,9 @@
 namespace fusechat::merge {
 namespace {
 
-constexpr std::int64_t kListBytes = 3 << 20, kLeastListBytes = 1 << 18;  // kept of all searches' brackets, and of one's
-constexpr std::int64_t kSampleItems = 1 << 18;   // sampled at most, for all searches
-constexpr std::int64_t kListedWhole = 1 << 23;   // of larger tensors a bracket seldom fits its list
+// Kept of all searches' brackets, and of one's at least and at most.
+constexpr std::int64_t kListBytes = 8 << 20, kLeastListBytes = 1 << 18, kMostListBytes = 3 << 20;
+constexpr std::int64_t kSampleItems = 1 << 18;   // sampled at most, for one search, and twice that for several
 constexpr int kSampleRun = 128;                  // neighbours taken together: a read costs more than their arithmetic
 constexpr std::int64_t kSampledFrom = 1 << 16;   // smaller tensors are kept or narrowed at once
 
@@ -20,8 +20,10 @@ void bracket_by_sample(const Inputs &inputs, std::deque<Search> &searches, Scrat
     if (inputs.n < kSampledFrom) return;
     // About n^(2/3) balances the cost of the sample with that of what its bracket keeps, as long as that can be kept.
     std::int64_t wanted = std::int64_t{1} << 2 * std::bit_width(static_cast<std::uint64_t>(inputs.n)) / 3;
-    if (inputs.n > kListedWhole) wanted = kSampleItems;
-    wanted = std::min(wanted, kSampleItems / static_cast<std::int64_t>(searches.size()));
+    // Of larger tensors it seldom can: then one in 64 makes the bracket narrow.
+    wanted = std::max(wanted, inputs.n >> 6);
+    const auto n_searches = static_cast<std::int64_t>(searches.size());
+    wanted = std::min(wanted, n_searches == 1 ? kSampleItems : 2 * kSampleItems / n_searches);
     const std::int64_t n_runs = std::max<std::int64_t>(wanted / kSampleRun, 1);
     std::vector<std::vector<double>> samples(searches.size());
     for (auto &sample : samples) sample.reserve(static_cast<std::size_t>((n_runs + 1) * kSampleRun));
@@ -52,7 +54,8 @@ std::int64_t Quota::resolve(std::int64_t n_nonzero) const {
 
 std::vector<Selection> select(const Inputs &inputs, ScratchPool &pool, Key key, const std::vector<Quota> &quotas,
                               int threads, std::vector<NonFinite> &bad, Carry *carry) {
-    const std::int64_t list_bytes = std::max(kListBytes / static_cast<std::int64_t>(quotas.size()), kLeastListBytes);
+    const std::int64_t list_bytes =
+        std::clamp(kListBytes / static_cast<std::int64_t>(quotas.size()), kLeastListBytes, kMostListBytes);
     std::deque<Search> searches;
     for (std::size_t s = 0; s < quotas.size(); ++s) {
         Inputs own = inputs;
@@ -65,6 +68,13 @@ std::vector<Selection> select(const Inputs &inputs, ScratchPool &pool, Key key, 
     Inputs read = inputs;
     for (bool first = true; !open.empty(); first = false) {
         for (Search *search : open) search->begin_pass();
+        if (open.size() == 1 && open[0]->held()) {
+            for_each_segment(read, pool, threads, [&](std::int64_t segment, Scratch &scratch, std::vector<NonFinite> &) {
+                open[0]->tally_held(segment, scratch);
+            });
+            if (open[0]->end_pass(pool)) break;
+            continue;
+        }
         const auto found = for_each_tile(
             read, pool, threads,
             [&](std::int64_t segment, std::int64_t begin, int n, Scratch &scratch) {

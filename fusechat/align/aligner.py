@@ -45,6 +45,9 @@ class Aligner:
             if self._encode is None and method not in ("exact", "mined", "ms-upstream"):
                 self._encode = self.pivot.continuation_encoder()
             upstream = method == "ms-upstream"
+            prefix = None
+            if method in ("ms", "ms-soft"):
+                prefix = self._maps[self.map_index("prefix", source_lead, pivot_lead)]
             made = vocab_map(
                 self.source.table,
                 self.pivot.table,
@@ -55,6 +58,7 @@ class Aligner:
                 pivot_spelling=self.pivot.spelling() if upstream else None,
                 source_lead=source_lead,
                 pivot_lead=pivot_lead,
+                prefix=prefix,
                 threads=self.threads,
             )
             self._index[key] = len(self._maps)
@@ -223,7 +227,10 @@ def _dialogue_of_row(view: RowView) -> npt.NDArray[np.int64]:
 
 def _last_turn(view: RowView) -> npt.NDArray[np.int64]:
     last = np.full(len(view.block), -1, np.int64)
-    np.maximum.at(last, _dialogue_of_row(view), view.turn)
+    rows = view.block.offsets["row"]
+    taught = np.diff(rows) > 0
+    if taught.any():
+        last[taught] = np.maximum.reduceat(view.turn, rows[:-1][taught])
     return last
 
 

@@ -59,7 +59,8 @@ def byte_order(table: ByteTable) -> npt.NDArray[np.int32]:
     """
     text = np.flatnonzero(table.roles == Role.TEXT).tolist()
     rest = np.flatnonzero(table.roles != Role.TEXT).tolist()
-    return np.array(sorted(text, key=lambda i: (table.token(i), i)) + rest, np.int32)
+    tokens = table.tokens()
+    return np.array(sorted(text, key=lambda i: (tokens[i], i)) + rest, np.int32)
 
 
 def cell_map(
@@ -73,10 +74,11 @@ def cell_map(
 ) -> CellMap:
     """Find every source token's range; `target` [Vs] is the `prefix` map under the same leads."""
     n_text = int((pivot.roles == Role.TEXT).sum())
-    tokens = [pivot.token(i) for i in order[:n_text].tolist()]
+    pivot_tokens, source_tokens = pivot.tokens(), source.tokens()
+    tokens = [pivot_tokens[i] for i in order[:n_text].tolist()]
     low, high = np.zeros(len(source), np.int32), np.zeros(len(source), np.int32)
     for i in np.flatnonzero(source.roles == Role.TEXT).tolist():
-        data = pivot_lead + source.token(i).removeprefix(source_lead)
+        data = pivot_lead + source_tokens[i].removeprefix(source_lead)
         if not data:
             continue
         low[i] = bisect.bisect_left(tokens, data)

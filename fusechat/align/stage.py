@@ -139,7 +139,10 @@ def _choose(
         if value not in _CHOICES[key]:
             raise ConfigError(f"align.{key}: {value!r} is not one of {', '.join(_CHOICES[key])}")
     if chosen["tokens"] == "dtw" and chosen["granularity"] != "first":
-        raise ConfigError(f"align.granularity: {chosen['granularity']!r} needs bytes; tokens: dtw knows only first")
+        raise ConfigError(
+            f"align.granularity: {chosen['granularity']!r} needs byte offsets, which tokens: dtw does not look at: "
+            "set align.granularity: first, or align.preset: paper"
+        )
     return chosen
 
 

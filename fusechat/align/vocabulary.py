@@ -79,6 +79,7 @@ def vocab_map(
     pivot_spelling: Spelling | None = None,
     source_lead: bytes = b"",
     pivot_lead: bytes = b"",
+    prefix: VocabMap | None = None,
     threads: int = 1,
 ) -> VocabMap:
     """Map every source id to pivot ids.
@@ -88,7 +89,8 @@ def vocab_map(
     spell the bytes (no UTF-8, normalised text), the longest pivot token the bytes begin with stands in.
     `mined`: byte twin, else the pivot token at least edit distance. `ms`: byte twin, else the partner it most often
     has in `counts`. `ms-soft`: byte twin, else its four most frequent partners by their shares. Tokens that `counts`
-    has not seen fall back to `prefix`. `ms-upstream`: the research code's map, which needs both spellings.
+    has not seen fall back to `prefix`, which is made unless it is given. `ms-upstream`: the research code's map, which
+    needs both spellings.
     Ends of turns and of sequences map to the pivot's end of turn, other specials to a special of the same spelling.
     With leads, tokens stand for their bytes after `source_lead` was cut and `pivot_lead` put in front: a turn's first
     token may carry a dummy space in one tokenizer and none in the other.
@@ -106,8 +108,9 @@ def vocab_map(
     target = np.full(len(source), -1, np.int32)
     twins = _by_bytes(pivot, Role.TEXT)
     without_twin: dict[int, bytes] = {}
+    source_tokens = source.tokens()
     for token_id in np.flatnonzero(source.roles == Role.TEXT).tolist():
-        data = pivot_lead + source.token(token_id).removeprefix(source_lead)
+        data = pivot_lead + source_tokens[token_id].removeprefix(source_lead)
         twin = twins.get(data)
         if twin is not None:
             target[token_id] = twin
@@ -124,12 +127,14 @@ def vocab_map(
         share[exact, 0] = 1
         targets, weights = soft, share
     elif counts is not None and method == "ms":
-        texts = [[_loose_text(t.token(i)) for i in range(len(t))] for t in (source, pivot)]
+        texts = [[_loose_text(token) for token in table.tokens()] for table in (source, pivot)]
         best = best_pairs(counts, texts[0], texts[1], len(source))
         targets = np.where(exact, target, best)[:, None]
     missing = {i: data for i, data in without_twin.items() if targets[i, 0] < 0}
     if method == "mined":
         targets[list(missing), 0] = _nearest(list(missing.values()), twins, threads)
+    elif prefix is not None:
+        targets[list(missing), 0] = prefix.target[list(missing), 0]
     elif method != "exact":
         targets[list(missing), 0] = _first_tokens(list(missing.values()), pivot, twins, pivot_encode)
     weights[list(missing), 0] = 1
@@ -177,7 +182,8 @@ def end_of_turn(table: ByteTable) -> int | None:
 def _by_bytes(table: ByteTable, role: Role) -> dict[bytes, int]:
     # Where two tokens share their bytes the later one wins: a byte token <0x41> precedes the piece "A", an added token
     # follows the piece it replaces, and in both cases the tokenizer itself emits the later.
-    return {table.token(i): i for i in np.flatnonzero(table.roles == role).tolist()}
+    tokens = table.tokens()
+    return {tokens[i]: i for i in np.flatnonzero(table.roles == role).tolist()}
 
 
 def _map_specials(source: ByteTable, pivot: ByteTable, target: npt.NDArray[np.int32]) -> None:
@@ -199,8 +205,9 @@ def _first_tokens(
     firsts = np.full(len(items), -1, np.int32)
     if encode is not None:
         spelled = [(i, text) for i, text in enumerate(map(_text, items)) if text is not None]
+        tokens, is_text = pivot.tokens(), (pivot.roles == Role.TEXT).tolist()
         for (i, _), ids in zip(spelled, encode([text for _, text in spelled]), strict=True):
-            if ids and pivot.roles[ids[0]] == Role.TEXT and _is_prefix(pivot.token(ids[0]), items[i]):
+            if ids and is_text[ids[0]] and _is_prefix(tokens[ids[0]], items[i]):
                 firsts[i] = ids[0]
     for i in np.flatnonzero(firsts < 0).tolist():
         data = items[i]

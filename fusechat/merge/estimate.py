@@ -8,29 +8,38 @@ from collections.abc import Sequence
 
 from fusechat.artifact import Json
 from fusechat.errors import ConfigError
+from fusechat.merge.config import MergeConfig
 from fusechat.merge.inputs import TensorPlan
 from fusechat.merge.layout import Shard
 from fusechat.merge.tensor import Job, merge_one
 
-# csrc/merge: one chunk of 16,384 items of every source at four bytes, two tiles of every delta, and a segment of 65,536
-# items of what waits in the output's place, per thread; and what
-# selection keeps: a sample of at most 2^18 keys, lists of 3 MiB (or 2^18 bytes a target, if that is more), which double
-# as they grow, their keys, and a target's histograms of 2^14 bins.
+# csrc/merge, per thread: one chunk of 16,384 items of every source at four bytes, two tiles of every delta, a segment
+# of 65,536 items of what waits in the output's place. For selections: a sample of at most 2^18 keys (twice that for
+# several), lists that double as they grow, with their keys, and a target's histograms of 2^14 bins.
 _CHUNK_BYTES = 16384 * 4
 _TILE_BYTES = 512 * 4
 _SEGMENT_BYTES = 65536 * 4
 _SAMPLE_BYTES = 8 << 18
-_LIST_BYTES = (6 << 20) + (1 << 20)
-_TARGET_BYTES = 1 << 18
+_LIST_BYTES, _LEAST_LIST_BYTES, _MOST_LIST_BYTES = 8 << 20, 1 << 18, 3 << 20
+_LIST_GROWTH = 7 / 3
 _HISTOGRAM_BYTES = 2 * 24 << 14
 _TIMED_ITEMS = 1 << 20
 
 
-def engine_bytes(n_targets: int, threads: int) -> int:
-    """Return an upper bound of what the engine allocates; it does not depend on the size of any tensor."""
+def engine_bytes(n_targets: int, threads: int, n_selections: int = 1) -> int:
+    """Return an upper bound of what the engine allocates; it does not depend on the size of any tensor.
+
+    `n_selections`: one of all targets (sce), or one per target (ties).
+    """
     per_thread = (n_targets + 1) * (_CHUNK_BYTES + 2 * _TILE_BYTES) + _CHUNK_BYTES + _TILE_BYTES + _SEGMENT_BYTES
-    lists = max(_LIST_BYTES, n_targets * _TARGET_BYTES)
-    return threads * per_thread + _SAMPLE_BYTES + lists + n_targets * _HISTOGRAM_BYTES
+    one_list = min(max(_LIST_BYTES // n_selections, _LEAST_LIST_BYTES), _MOST_LIST_BYTES)
+    lists = int(_LIST_GROWTH * n_selections * one_list)
+    return threads * per_thread + min(n_selections, 2) * _SAMPLE_BYTES + lists + n_targets * _HISTOGRAM_BYTES
+
+
+def n_selections(config: MergeConfig) -> int:
+    """Return how many selections of a tensor's elements run at once: ties makes one per target."""
+    return len(config.targets) if config.method_name == "ties" else 1
 
 
 def resident_bytes() -> int:
@@ -39,14 +48,16 @@ def resident_bytes() -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def threads_within(max_memory_bytes: int | None, threads: int, n_targets: int, adapter_bytes: int) -> int:
+def threads_within(
+    max_memory_bytes: int | None, threads: int, n_targets: int, n_selections: int, adapter_bytes: int
+) -> int:
     """Return how many threads fit a memory limit; raises ConfigError when not even one does."""
     if max_memory_bytes is None:
         return threads
     held = resident_bytes() + adapter_bytes
-    while threads > 1 and held + engine_bytes(n_targets, threads) > max_memory_bytes:
+    while threads > 1 and held + engine_bytes(n_targets, threads, n_selections) > max_memory_bytes:
         threads -= 1
-    needed = held + engine_bytes(n_targets, threads)
+    needed = held + engine_bytes(n_targets, threads, n_selections)
     if needed > max_memory_bytes:
         raise ConfigError(
             f"--max-memory {max_memory_bytes / 1e6:.0f} MB is too little: this merge needs {needed / 1e6:.0f} MB"
@@ -65,7 +76,7 @@ def estimate(job: Job, shards: Sequence[Shard], plans: Sequence[TensorPlan]) -> 
         "output_bytes": sum(shard.size_bytes for shard in shards),
         "n_shards": len(shards),
         "threads": job.threads,
-        "memory_bytes": resident_bytes() + engine_bytes(len(job.targets), job.threads),
+        "memory_bytes": resident_bytes() + engine_bytes(len(job.targets), job.threads, n_selections(job.config)),
         "seconds": _seconds_per_element(job, plans) * n_elements,
     }
 

@@ -21,6 +21,7 @@ from fusechat.artifact import (
 )
 from fusechat.errors import FusechatError, MismatchError
 from fusechat.merge.layout import Shard, index_json
+from fusechat.merge.native import _native
 
 PROVENANCE = "provenance.json"
 STATISTICS = "merge_stats.json"
@@ -47,13 +48,6 @@ def existing(out: Path, request: Json) -> Json | None:
         what = "; ".join(differences(request, provenance.get("request") or {}))
         raise MismatchError(f"{out} was merged from other inputs ({what}): remove it or choose another place")
     return provenance
-
-
-def header_sha256(path: Path) -> str:
-    """Return the SHA-256 of a safetensors file's header, its length included."""
-    with path.open("rb") as file:
-        length = file.read(8)
-        return sha256_bytes(length + file.read(int.from_bytes(length, "little")))
 
 
 def open_shard(directory: Path, shard: Shard) -> tuple[int, bool]:
@@ -150,10 +144,8 @@ class Workplace:
             # A kill while the provenance was written leaves its temporary file.
             if path.name not in (REQUEST, JOURNAL, PROVENANCE, PROVENANCE + PARTIAL_SUFFIX):
                 note = {"file": path.name, "size_bytes": path.stat().st_size}
-                if path.suffix == ".safetensors":  # its tensors' checksums stand in the statistics
-                    files.append(note | {"header_sha256": header_sha256(path)})
-                else:
-                    files.append(note | {"sha256": sha256_file(path)})
+                shard = next((shard for shard in self.shards if shard.name == path.name), None)
+                files.append(note | (self._checksums(shard) if shard else {"sha256": sha256_file(path)}))
         provenance: Json = {
             "format": FORMAT, "version": 1, "fusechat_version": __version__, **facts, "files": files,
             "request": self.request,
@@ -163,6 +155,12 @@ class Workplace:
             (directory / name).unlink(missing_ok=True)
         self.directory.replace(self.out)
         return provenance
+
+    def _checksums(self, shard: Shard) -> Json:
+        """Return a shard's: of its header, and XXH64 over its tensors', which were hashed while they were written."""
+        slots = sorted(shard.slots, key=lambda slot: slot.offset)
+        tensors = b"".join(bytes.fromhex(self.finished[slot.plan.name]["xxh64"]) for slot in slots)
+        return {"header_sha256": sha256_bytes(shard.header), "xxh64": f"{_native.xxh64(tensors):016x}"}
 
 
 def _boot() -> str:

@@ -10,17 +10,10 @@ from typing import Any, Literal
 
 from fusechat.artifact import Json
 from fusechat.checkpoint import ITEM_BYTES
-from fusechat.errors import DataError, NativeMissingError
+from fusechat.errors import DataError
 from fusechat.merge.config import MergeConfig
 from fusechat.merge.inputs import Extra, Handles, Model, TensorPlan, engine_source, zeros_source
-
-try:
-    from fusechat import _native
-except ImportError as error:  # pragma: no cover
-    raise NativeMissingError(
-        "merging needs the compiled engine, which is not built in this copy: run pip install . (or make setup)"
-    ) from error
-
+from fusechat.merge.native import _native
 
 Device = Literal["cpu", "cuda"]
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fusechat import _native
-from fusechat.artifact import Json, read_json, sha256_file
-from fusechat.checkpoint import ITEM_BYTES, open_checkpoint
+from fusechat.artifact import Json, read_json, sha256_bytes, sha256_file
+from fusechat.checkpoint import ITEM_BYTES, read_header
 from fusechat.errors import FormatError
-from fusechat.merge.output import FORMAT, PROVENANCE, STATISTICS, header_sha256
+from fusechat.merge.native import _native
+from fusechat.merge.output import FORMAT, PROVENANCE, STATISTICS
 
 
 def verify(out: Path) -> int:
@@ -19,28 +19,27 @@ def verify(out: Path) -> int:
     provenance = read_json(out / PROVENANCE)
     if not isinstance(provenance, dict) or provenance.get("format") != FORMAT:
         raise FormatError(f"{out} is no merge of ours: its {PROVENANCE} says otherwise")
-    for note in provenance["files"]:
-        _verify_file(out / note["file"], note)
-    _verify_tensors(out)
+    # Tensors are compared with the statistics, so these come first.
+    for note in sorted(provenance["files"], key=lambda note: "xxh64" in note):
+        path = out / note["file"]
+        if not path.exists():
+            raise FormatError(f"{path} is missing: merge again")
+        if path.stat().st_size != note["size_bytes"]:
+            raise FormatError(f"{path} has {path.stat().st_size} bytes instead of {note['size_bytes']}: merge again")
+        if "xxh64" in note:
+            _verify_weights(path, note, read_json(out / STATISTICS))
+        elif sha256_file(path) != note["sha256"]:
+            raise FormatError(f"{path} has changed since it was written (SHA-256): merge again")
     return len(provenance["files"])
 
 
-def _verify_file(path: Path, note: Json) -> None:
-    if not path.exists():
-        raise FormatError(f"{path} is missing: merge again")
-    if path.stat().st_size != note["size_bytes"]:
-        raise FormatError(f"{path} has {path.stat().st_size} bytes instead of {note['size_bytes']}: merge again")
-    if "header_sha256" in note:
-        if header_sha256(path) != note["header_sha256"]:
+def _verify_weights(path: Path, note: Json, statistics: Json) -> None:
+    tensors = read_header(path)  # which refuses a length that lies
+    with path.open("rb") as file:
+        length = file.read(8)
+        if sha256_bytes(length + file.read(int.from_bytes(length, "little"))) != note["header_sha256"]:
             raise FormatError(f"{path} has changed since it was written (SHA-256 of its header): merge again")
-    elif sha256_file(path) != note["sha256"]:
-        raise FormatError(f"{path} has changed since it was written (SHA-256): merge again")
-
-
-def _verify_tensors(out: Path) -> None:
-    statistics = read_json(out / STATISTICS)
-    for name, entry in open_checkpoint(out).tensors.items():
-        with entry.file.open("rb") as file:
+        for name, entry in tensors.items():
             found = _native.tensor_checksum(file.fileno(), entry.begin, entry.n_elements, ITEM_BYTES[entry.dtype])
-        if f"{found:016x}" != statistics[name]["xxh64"]:
-            raise FormatError(f"{entry.file} has changed since it was written (XXH64 of tensor {name}): merge again")
+            if f"{found:016x}" != statistics[name]["xxh64"]:
+                raise FormatError(f"{path} has changed since it was written (XXH64 of tensor {name}): merge again")

@@ -8,7 +8,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def perf_missing() -> str | None:
 
 
 def record(arguments: Sequence[str], data: Path) -> int:
-    """Run `python ARGUMENTS` under perf and return its exit code; it is sampled once it has called `begin_sampling`."""
+    """Run `python ARGUMENTS` under perf and return its exit code; what it does under `sampled` is sampled."""
     with tempfile.TemporaryDirectory() as temporary:
         control, acknowledge = (str(Path(temporary) / name) for name in ("control", "acknowledge"))
         for fifo in (control, acknowledge):
@@ -64,12 +65,23 @@ def record(arguments: Sequence[str], data: Path) -> int:
         return subprocess.run(command, env=environment, check=False).returncode
 
 
-def begin_sampling() -> None:
-    """Tell the perf this process runs under, if any, that the part to be profiled begins."""
+@contextmanager
+def sampled() -> Iterator[None]:
+    """Let the perf this process runs under, if any, sample the block and nothing else.
+
+    What comes before are imports and the stages that are needed first; what comes after is the end of an interpreter
+    that holds torch, whose last garbage collection is longer than a small stage.
+    """
+    _tell_perf("enable")
+    yield
+    _tell_perf("disable")
+
+
+def _tell_perf(word: str) -> None:
     if _CONTROL not in os.environ:
         return
     control, acknowledge = os.environ[_CONTROL].split(",")
-    Path(control).write_text("enable\n")
+    Path(control).write_text(word + "\n")
     with open(acknowledge, encoding="ascii") as answer:
         answer.readline()
 

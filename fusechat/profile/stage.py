@@ -16,7 +16,7 @@ from typing import Any
 from fusechat.artifact import Json
 from fusechat.config import RunConfig
 from fusechat.errors import ConfigError, MismatchError
-from fusechat.profile.native import Function, begin_sampling, hot_functions, perf_missing, record
+from fusechat.profile.native import Function, hot_functions, perf_missing, record, sampled
 from fusechat.profile.piece import prepare, size_bytes
 from fusechat.profile.summary import Line, summarise
 from fusechat.profile.trace import memory_timeline, read_operators
@@ -103,12 +103,12 @@ def run_piece(stage: str, config: RunConfig, dialogues: int) -> Json:
         repeated = stage not in TORCH_STAGES
         if repeated:
             piece.run(folder / "unseen")
-        begin_sampling()
-        started, calls = time.perf_counter(), 0
-        while calls == 0 or (repeated and time.perf_counter() - started < SAMPLED_S):
-            in_range(stage, lambda out=folder / f"out-{calls}": piece.run(out))  # type: ignore[misc]
-            calls += 1
-        seconds = (time.perf_counter() - started) / calls
+        with sampled():
+            started, calls = time.perf_counter(), 0
+            while calls == 0 or (repeated and time.perf_counter() - started < SAMPLED_S):
+                in_range(stage, lambda out=folder / f"out-{calls}": piece.run(out))  # type: ignore[misc]
+                calls += 1
+            seconds = (time.perf_counter() - started) / calls
         return {
             "seconds": seconds,
             "calls": calls,

@@ -64,5 +64,10 @@ def _merged(path: Path) -> Json | None:
     if not path.exists():
         return None
     facts = read_json(path)
-    weights = [file for file in facts.get("files", []) if file["file"].endswith(".safetensors")]
+    # SHA-256 in merges of before XXH64 was written.
+    weights = [
+        {"file": file["file"], "checksum": f"XXH64 {file['xxh64']}" if "xxh64" in file else f"SHA-256 {file['sha256']}"}
+        for file in facts.get("files", [])
+        if file["file"].endswith(".safetensors")
+    ]
     return {"fusechat_version": facts.get("fusechat_version"), "files": weights}

@@ -13,7 +13,7 @@ from fusechat.align.tokenizer import store_vocabulary
 from fusechat.artifact import Json
 from fusechat.bytetable import ByteTable
 from fusechat.report.words import percent
-from fusechat.store import Block, Store, open_aligned, open_topk
+from fusechat.store import Block, Store, make_block, open_aligned, open_topk
 
 TOP = 5
 MIN_ROWS = 12
@@ -95,8 +95,7 @@ class _Rows:
 
     @classmethod
     def of(cls, store: Store, index: int, table: ByteTable) -> _Rows:
-        shard, place = store.place(index)
-        block = store.shard(shard).part(place, place + 1)
+        block = make_block([store[index]])
         return cls(RowView.of(block, table), block)
 
     def __len__(self) -> int:

@@ -102,6 +102,8 @@ def _train(
 ) -> Json:
     from fusechat.train.fit import LOG_FILE, fit
 
+    if config.final == "best" and not held_out:
+        raise ConfigError("train.final: best needs held-out dialogues to choose by: give --held-out")
     directory = resolve_model(pivot)
     work = out.with_name(out.name + PARTIAL_SUFFIX)
     request, done = first_does(lambda: _begin(directory, pivot_store, stores, out, work, config, seed))
@@ -241,9 +243,10 @@ def _dataset(store: Store, paths: list[Path], config: TrainConfig, limit: int | 
 
 
 def _require_same(place: Path, request: Json, found: Json) -> None:
-    flat, old = (
-        {k: v for k, v in {**r, **r["train"]}.items() if k not in _FREE_TO_CHANGE | {"train"}} for r in (request, found)
-    )
+    free = _FREE_TO_CHANGE | {"train"}
+    if request["train"]["final"] == "best":
+        free -= {"save_steps"}  # they say what there is to choose from
+    flat, old = ({k: v for k, v in {**r, **r["train"]}.items() if k not in free} for r in (request, found))
     if flat != old:
         what = "; ".join(differences(flat, old))
         raise MismatchError(f"{place} was trained from other inputs ({what}): remove it or choose another place")

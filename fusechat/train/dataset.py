@@ -125,7 +125,9 @@ class FusionDataset:
                     continue
                 candidates.append(Targets.by(pivot["row.ids"], pivot["row.logprobs"]))
             else:
-                candidates.append(self.sources[c - 1].targets(records[c - 1], pivot))
+                record = records[c - 1]
+                assert record is not None  # a source that lacks the dialogue has no weight in it
+                candidates.append(self.sources[c - 1].targets(record, pivot))
             named.append(c)
         if not named:
             return slice(None), Targets.nothing(n_rows), _columns(np.zeros(n_rows), np.ones(n_rows), origin)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -13,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainingArguments, get_scheduler, set_seed
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils.logging import set_verbosity_error
 
 from fusechat.artifact import Json, read_json
 from fusechat.config import TrainConfig
-from fusechat.errors import ConfigError, Stopped
+from fusechat.errors import ConfigError, FusechatError, Stopped
 from fusechat.loss import LossOptions
 from fusechat.model import load_model, unwrapped
 from fusechat.processes import n_processes, rank
@@ -64,12 +66,17 @@ def fit(
     set_verbosity_error()
     set_seed(seed)
     tokenizer = load_tokenizer(directory)
-    model = prepare_model(directory, config)
+    with _refusals_are_one_line():
+        arguments = training_arguments(
+            work, config, seed, with_held_out=held_out is not None, checkpoints=checkpoints
+        )  # fmt: skip
+        model = prepare_model(directory, config)
+        _require_known(arguments, model)
     order = dataset.byte_order
     install_loss(model, loss_settings(model, config), None if order is None else torch.from_numpy(order))
     trainer = FusionTrainer(
         model=model,
-        args=training_arguments(work, config, seed, with_held_out=held_out is not None, checkpoints=checkpoints),
+        args=arguments,
         train_dataset=dataset,
         batches=partial(
             StepBatches,
@@ -100,6 +107,12 @@ def fit(
     trainer.accelerator.wait_for_everyone()
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except torch.OutOfMemoryError as error:
+        raise FusechatError(
+            f"out of memory at step {trainer.state.global_step + 1} ({str(error).partition('. ')[0]}): lower "
+            "train.micro_batch_size, or set train.gradient_checkpointing or train.loss_budget_bytes; the run goes on "
+            "with them at its last checkpoint"
+        ) from error
     finally:
         watch.release()
     if watch.stopped:
@@ -118,12 +131,25 @@ def fit(
     )
 
 
+@contextmanager
+def _refusals_are_one_line() -> Iterator[None]:
+    """Raise as ConfigError what transformers and peft say of settings that they do not know or cannot serve here."""
+    try:
+        yield
+    except FusechatError:
+        raise
+    except (ImportError, ValueError, TypeError, RuntimeError) as error:
+        raise ConfigError(f"train: {' '.join(str(error).split())}") from error
+
+
 def prepare_model(directory: Path, config: TrainConfig) -> Any:
     """Load the pivot as it is trained: float32 master weights, or frozen weights under adapters."""
     if config.quantization is None:
         model = load_model(directory, device="cpu").train().float()  # half precision is the Trainer's autocast
     else:
         model = _quantized(directory, config.quantization, config.dtype)
+    if config.attention == "flex_attention" and not torch.cuda.is_available():
+        raise ConfigError("train.attention: flex_attention has no backward pass on the CPU: leave it out, or use sdpa")
     if config.attention is not None:
         model.set_attn_implementation(config.attention)
     if config.gradient_checkpointing:
@@ -234,6 +260,7 @@ def training_arguments(
         max_steps=config.max_steps,
         warmup_steps=config.warmup_ratio,
         lr_scheduler_type=config.lr_scheduler,
+        lr_scheduler_kwargs=dict(config.lr_scheduler_args),
         optim=config.optimizer,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
@@ -259,6 +286,14 @@ def training_arguments(
     )
 
 
+def _require_known(arguments: TrainingArguments, model: Any) -> None:
+    """Ask for logger, optimizer and scheduler now: the Trainer would, once the first step is near."""
+    get_reporting_integration_callbacks(arguments.report_to)
+    Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    nothing = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    get_scheduler(arguments.lr_scheduler_type, nothing, 1, 2, arguments.lr_scheduler_kwargs)
+
+
 def _sharding(trainer: FusionTrainer) -> str:
     if trainer.is_deepspeed_enabled:
         return f"deepspeed-zero{trainer.accelerator.state.deepspeed_plugin.zero_stage}"
@@ -276,10 +311,11 @@ def flops_per_token(model: Any) -> float:
     inner = unwrapped(model)
     embedding = inner.get_input_embeddings().weight
     tied = inner.get_output_embeddings().weight is embedding
-    total = inner.num_parameters()  # counts quantised weights one by one
-    trained = inner.num_parameters(only_trainable=True)
+    total = int(inner.num_parameters())  # counts quantised weights one by one
+    trained = int(inner.num_parameters(only_trainable=True))
     looked_up = 0 if tied else int(embedding.numel())
-    return 4.0 * (total - looked_up) + 2.0 * max(trained - looked_up * embedding.requires_grad, 0)
+    looked_up_trained = looked_up if embedding.requires_grad else 0
+    return 4.0 * (total - looked_up) + 2.0 * max(trained - looked_up_trained, 0)
 
 
 def _full_state(trainer: FusionTrainer) -> dict[str, torch.Tensor] | None:

@@ -13,7 +13,7 @@ from fusechat.align.tokenizer import store_vocabulary
 from fusechat.artifact import MANIFEST, sha256_file
 from fusechat.bytetable import ByteTable
 from fusechat.errors import MismatchError
-from fusechat.store import TOPK_FORMAT, Store, format_of, open_aligned, open_topk
+from fusechat.store import TOPK_FORMAT, Store, format_of, make_block, open_aligned, open_topk
 from fusechat.train.targets import Array, Targets
 
 
@@ -41,9 +41,8 @@ class MatchedSource:
     def at(self, dialogue: int) -> Matched:
         """Match one dialogue that both have."""
         ours, theirs = (
-            RowView.of(store.shard(shard).part(i, i + 1), table)
+            RowView.of(make_block([store[dialogue]]), table)
             for store, table in zip((self.pivot, self.source), self.tables)
-            for shard, i in [store.place(dialogue)]
         )
         source_row = match_rows(ours, theirs, np.zeros(1, np.int64)).source_row
         n_rows = len(source_row)

@@ -116,4 +116,5 @@ def _weights(score: Array, known: Array, sources: Sequence[Source], how: Selecti
     nobody = total <= 0
     if nobody.any():
         weights[PIVOT, nobody] = total[nobody] = 1.0
-    return (weights / total).astype(np.float32)
+    shares: Array = (weights / total).astype(np.float32)
+    return shares
