@@ -108,7 +108,8 @@ class Contender:
 
     def __init__(self, case: str, python: str | None, folder: Path, device: str) -> None:
         """Start it and wait for its gradients; raises RuntimeError with its last words when it fails."""
-        start = [sys.executable, "-m", "fusechat.bench.loss_contender"] if python is None else [*peer_command(python), WORKER]
+        ours = [sys.executable, "-m", "fusechat.bench.loss_contender"]
+        start = ours if python is None else [*peer_command(python), WORKER]
         self._case = case
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(

@@ -40,7 +40,7 @@ def peer_python(name: str, against: Sequence[str]) -> str | None:
 
 
 def peer_command(python: str) -> list[str]:
-    """Return how to start a peer's Python: a given one sees nothing of ours, this one keeps the wheels of its PYTHONPATH."""
+    """Return how to start a peer's Python: a given one sees nothing of ours, this one keeps its PYTHONPATH's wheels."""
     return [python, "-P" if python == sys.executable else "-I"]
 
 
