@@ -188,6 +188,7 @@ def test_this_vllm_takes_both_patches() -> None:
         assert replaced
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_process")
 def test_a_demo_of_few_steps_runs_on_vllm_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its four models of three architectures, and every stage behind them; what comes of it is the slow test's."""
