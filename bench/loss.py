@@ -49,7 +49,11 @@ def check_equal(logits: torch.Tensor, rows: tuple[torch.Tensor, ...]) -> None:
     out = sparse_soft_ce(ours * 1, *rows, hard_weight=HARD_WEIGHT)
     out.loss.backward()
     torch.testing.assert_close(out.loss.double(), reference, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=5e-6, atol=1e-12)
+    # At a label or an entry the gradient is a difference of terms of up to 1 / N, which may cancel.
+    at = torch.cat([rows[0][:, None], rows[1]], 1)
+    torch.testing.assert_close(ours.grad.gather(1, at).double(), exact.grad.gather(1, at), rtol=5e-6, atol=1e-7 / N)
+    rest = (grad.scatter(1, at, 0) for grad in (ours.grad.double(), exact.grad))
+    torch.testing.assert_close(*rest, rtol=5e-6, atol=0)
 
 
 def logits_claims(rounds: int, compiled: bool, dtype: torch.dtype) -> list[Claim]:
@@ -243,6 +247,7 @@ def main() -> int:
         (run_dense if chosen.memory == "dense" else run_sparse)()
         print(peak_rss_mib() - before)
         return 0
+    torch.manual_seed(0)
     quick = chosen.size == "small"
     rounds = 5 if quick else 15
     threads = thread_claim(rounds)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import fusechat
 
+CORES = len(os.sched_getaffinity(0))  # at first: some benchmarks bind themselves to one
 COPY_BYTES = 256 << 20
 DISK_BYTES = 256 << 20
 GEMM_SIZE = 2048
@@ -37,7 +38,7 @@ def environment(device: str = "cpu") -> dict[str, object]:
         "python": platform.python_version(),
         "cpu": cpu,
         "instruction_set": instruction_set(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": CORES,
         "load": round(os.getloadavg()[0], 1),
         "gpu": torch.cuda.get_device_name() if device == "cuda" and torch.cuda.is_available() else None,
         "date": time.strftime("%Y-%m-%d"),
