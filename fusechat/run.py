@@ -22,7 +22,7 @@ import yaml
 
 from fusechat.artifact import MANIFEST, Json, atomic_write, read_json, write_json
 from fusechat.callable_module import make_callable
-from fusechat.config import RunConfig, load_config, source_name
+from fusechat.config import ExtractConfig, RunConfig, load_config, source_name
 from fusechat.dialogue import dataset_fingerprint
 from fusechat.errors import FormatError, MismatchError
 from fusechat.layout import Layout
@@ -31,7 +31,8 @@ from fusechat.processes import rank, wait_until
 from fusechat.records import Dialogue
 from fusechat.reporter import Reporter
 from fusechat.split import Split, load_split
-from fusechat.store import same_vocabulary
+from fusechat.store import TOPK_FORMAT, same_vocabulary, store_manifest
+from fusechat.template import OWN
 
 __all__ = ["run"]
 make_callable(__name__)
@@ -98,17 +99,21 @@ def _extract_all(config: RunConfig, layout: Layout, dialogues: list[Dialogue], r
     models = {"pivot": (config.pivot, config.extract)}
     models |= {source_name(s): (s.model, s.extract or config.extract) for s in config.sources}
     for name, (model, options) in models.items():
-        template = config.pivot if options.template == "pivot" else options.template
         manifest = extract(
             model,
             dialogues,
             layout.store(name),
-            options.model_copy(update={"template": template}),
+            options.model_copy(update={"template": _template(config, options)}),
             seed=config.seed,
             progress=report.stage(f"extract {name}", "tokens"),
         )
         rows = sum(shard["n_rows"] for shard in manifest["shards"])
         report.done(f"extract {name}", f"{rows:,} rows, top {manifest['top_k']}{left_out(manifest)}")
+
+
+def _template(config: RunConfig, options: ExtractConfig) -> str:
+    """Return the template that a model's dialogues are written in, as `load_template` names it."""
+    return config.pivot if options.template == "pivot" else options.template
 
 
 def _write_categories(dialogues: list[Dialogue], layout: Layout) -> None:
@@ -204,6 +209,7 @@ def _merge(config: RunConfig, layout: Layout, names: list[str], validation: list
             config.merge.sweep,
             layout.merged,
             validation,
+            template=_template(config, config.extract),
             max_length_tokens=config.extract.max_length_tokens,
             dtype=config.extract.dtype,
             batch_tokens=config.extract.batch_tokens,
@@ -225,15 +231,25 @@ def _evaluate(config: RunConfig, layout: Layout, names: list[str], held_out: lis
 
     targets = names + [SFT] * config.train.sft_control
     models: dict[str, Any] = {"pivot": config.pivot}
-    if config.eval.sources:
-        models |= {f"source {source_name(s)}": s.model for s in config.sources}
+    sources = {f"source {source_name(s)}": s for s in config.sources if config.eval.sources}
+    models |= {name: source.model for name, source in sources.items()}
     models |= {SFT if name == SFT else f"target {name}": layout.target(name) for name in targets}
     models["merged"] = layout.merged
+    # Targets and the merge speak as the pivot was fused on.
+    templates = dict.fromkeys(models, _template(config, config.extract))
+    templates |= {name: _template(config, s.extract or config.extract) for name, s in sources.items()}
+    stores = dict.fromkeys(models, "pivot") | {name: source_name(s) for name, s in sources.items()}
+    others = {
+        name: store_manifest(layout.store(stores[name]), TOPK_FORMAT)["template_sha256"]
+        for name, template in templates.items()
+        if template != OWN
+    }
     request = {
         "held_out_fingerprint": dataset_fingerprint(held_out),
         "models": {name: checkpoint_sha256(resolve_model(str(model))) for name, model in models.items()},
         "eval": config.eval.model_dump(exclude={"sources"}),  # `models` says it
         "seed": config.seed,
+        **({"templates": others} if others else {}),
     }
     if layout.results.exists():
         results = read_json(layout.results)
@@ -245,6 +261,7 @@ def _evaluate(config: RunConfig, layout: Layout, names: list[str], held_out: lis
     scores = score_models(
         models,
         held_out,
+        templates=templates,
         max_length_tokens=config.extract.max_length_tokens,
         dtype=config.extract.dtype,
         batch_tokens=config.extract.batch_tokens,

@@ -14,9 +14,12 @@ from typing import Any
 import pytest
 import yaml
 
+from fusechat.config import load_config
 from fusechat.errors import ConfigError, DataError, MismatchError
+from fusechat.evaluate.bpb import NATS_PER_BIT, score_dialogues
 from fusechat.inspect import describe, sample_rows
 from fusechat.run import run
+from fusechat.split import load_split
 from fusechat.store import ALIGNED_FORMAT, TOPK_FORMAT, Store
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -165,6 +168,39 @@ def test_a_missing_model_or_file_is_named_before_anything_is_written(tiny_world:
     with pytest.raises(ConfigError, match="did you mean `select_topk`"):
         run(config, ["merge.select_top_k=1"])
     assert not (tmp_path / "x" / "extract").exists()
+
+
+def test_every_model_is_scored_in_the_template_it_was_fused_in(tiny_world: Any, tmp_path: Path) -> None:
+    """Catches a pivot trained in a template of the user's and scored in its own, and a base model that has none."""
+    plain, jinja, out = tmp_path / "plain", tmp_path / "chat.jinja", tmp_path / "run"
+    shutil.copytree(tiny_world.source, plain)
+    (plain / "chat_template.jinja").unlink()
+    jinja.write_text(
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    overrides = [
+        f"extract.template={jinja}", f"sources=[{{model: {plain}, extract: {{template: pivot}}}}]",
+        "merge.sweep=[{merge_method: linear, parameters: {weight: 1.0}}]", "train.max_steps=1",
+    ]  # fmt: skip
+    config = load_config(_config(tiny_world, out), overrides)
+    results = run(config)
+    split = load_split(config)
+
+    def bits(model: Path, template: Path | str, dialogues: Any = split.held_out) -> Any:
+        scores = score_dialogues(str(model), dialogues, template=str(template), max_length_tokens=200)
+        return pytest.approx(scores.nll.sum() / NATS_PER_BIT / scores.content_bytes.sum(), rel=1e-5)
+
+    models = results["groups"]["overall"]["models"]
+    found = {name: model["bits_per_byte"][0] for name, model in models.items()}
+    assert found["pivot"] == bits(tiny_world.pivot, jinja)
+    assert found["pivot"] != bits(tiny_world.pivot, "own")
+    assert found["source plain"] == bits(plain, tiny_world.pivot)
+    for name, place in (("target plain", "targets/plain"), ("sft", "targets/sft"), ("merged", "merged")):
+        assert found[name] == bits(out / place, jinja)
+    (chosen,) = json.loads((out / "merged" / "sweep.json").read_text())["merges"].values()
+    assert chosen["bits_per_byte"][0] == bits(out / "merged", jinja, split.validation)
+    assert run(config) == results
 
 
 def test_stores_show_a_readable_sample(finished: Path) -> None:

@@ -178,13 +178,17 @@ def score_models(
     models: Mapping[str, Path | str],
     dialogues: Sequence[Dialogue],
     *,
+    templates: Mapping[str, str],
     progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> dict[str, Scores]:
-    """Score several models on the same dialogues, one after another; `progress(done_models, all_models)`."""
+    """Score several models on the same dialogues, each in its template, one after another.
+
+    `progress(done_models, all_models)` is called after each.
+    """
     scores = {}
     for name, model in models.items():
-        scores[name] = score_dialogues(str(model), dialogues, **options)
+        scores[name] = score_dialogues(str(model), dialogues, template=templates[name], **options)
         if progress is not None:
             progress(len(scores), len(models))
     return scores

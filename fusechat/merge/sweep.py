@@ -98,6 +98,7 @@ def sweep(
     validation: Sequence[Dialogue],
     *,
     keep_all: bool = False,
+    template: str = "own",
     max_length_tokens: int = 2048,
     dtype: str = "auto",
     batch_tokens: int = 8192,
@@ -113,6 +114,7 @@ def sweep(
     [value, low, high], and the share of each update that survived. While it works, `out` + ".sweep" holds two merged
     models at most, or all of them with `keep_all`, which leaves the others there. Scores are kept as they are found: a
     sweep that was stopped goes on. `validation` should be neither trained nor tested on: the choice fits it.
+    `template` names the one its dialogues are written in (fusechat.template).
     `options` are those of `merge`. Raises what `merge` raises, and MismatchError when `out` holds another sweep.
     """
     from fusechat.dialogue import dataset_fingerprint
@@ -120,6 +122,8 @@ def sweep(
 
     found = candidates(recipe, entries)
     scoring: Json = {"max_length_tokens": max_length_tokens, "dtype": dtype, "batch_tokens": batch_tokens}
+    if template != "own":  # not a key of the sweeps made before it could be another
+        scoring["template"] = template
     request: Json = {
         "recipes": sha256_json([load_merge_config(candidate.recipe)[1] for candidate in found]),
         "validation_fingerprint": dataset_fingerprint(validation),
@@ -134,9 +138,7 @@ def sweep(
         raise MismatchError(f"{out} exists and is no sweep of ours: choose another place")
     work = Work(folder=out.with_name(out.name + FOLDER_SUFFIX), request=request, keep_all=keep_all)
     for done, candidate in enumerate(found, 1):
-        work.try_out(
-            candidate, lambda model: score_dialogues(str(model), validation, template="own", **scoring), options
-        )
+        work.try_out(candidate, lambda model: score_dialogues(str(model), validation, **scoring), options)
         if progress is not None:
             progress(done, len(found))
     best = work.best

@@ -42,7 +42,12 @@ def bpb(
     with terminal_reporter() as reporter:
         advance = reporter.stage("evaluate", "models")
         scores = score_models(
-            names, dialogues, template=template, max_length_tokens=max_length, dtype=dtype, progress=advance
+            names,
+            dialogues,
+            templates=dict.fromkeys(names, template),
+            max_length_tokens=max_length,
+            dtype=dtype,
+            progress=advance,
         )
         reporter.done("evaluate", f"{len(names)} models")
     results = results_table(
