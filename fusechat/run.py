@@ -60,7 +60,8 @@ def run(config: RunConfig | Path | str, overrides: Sequence[str] = (), *, report
     split = _load_data(config, report)
     names = [source_name(source) for source in config.sources]
     if rank() == 0:
-        _write_config(config, layout)
+        if not layout.config.exists() or not layout.store("pivot").exists():
+            _write_config(config, layout)  # nothing is made yet that other settings would be of
         _extract_all(config, layout, split.train, report)
         _write_categories(split.train, layout)
         _align_all(config, layout, names, report)
@@ -75,6 +76,7 @@ def run(config: RunConfig | Path | str, overrides: Sequence[str] = (), *, report
     targets = [MULTI] if config.train.mode == "multi" else names
     _merge(config, layout, targets, split.validation, report)
     results = _evaluate(config, layout, targets, split.held_out, report)
+    _write_config(config, layout)  # every stage is of these settings: those that differ change no result
     _report(layout, ledger)
     return results
 

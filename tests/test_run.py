@@ -151,12 +151,22 @@ def test_a_second_run_does_nothing_over(finished: Path, tiny_world: Any, monkeyp
 
 def test_changed_inputs_are_refused_naming_both_sides(finished: Path, tiny_world: Any) -> None:
     config = _config(tiny_world, finished)
+    before = (finished / "config.yaml").read_bytes()
     with pytest.raises(MismatchError, match="top_k: 4 there, 5 here"):
         run(config, ["extract.top_k=5"])
     with pytest.raises(MismatchError, match=r"hard_weight: 0\.5 there, 0\.7 here"):
         run(config, ["train.hard_weight=0.7"])
     with pytest.raises(MismatchError, match="dataset_fingerprint"):
         run(config, ["data.limit=10"])
+    with pytest.raises(MismatchError):
+        run(config, ["seed=4"])
+    assert (finished / "config.yaml").read_bytes() == before, "what is read by it must stay what was trained on"
+
+
+def test_settings_that_change_no_result_are_noted_when_all_stages_accept_them(finished: Path, tiny_world: Any) -> None:
+    results = run(_config(tiny_world, finished), ["extract.batch_tokens=4096"])
+    assert yaml.safe_load((finished / "config.yaml").read_text())["extract"]["batch_tokens"] == 4096
+    assert run(_config(tiny_world, finished)) == results
 
 
 def test_a_missing_model_or_file_is_named_before_anything_is_written(tiny_world: Any, tmp_path: Path) -> None:
@@ -165,6 +175,9 @@ def test_a_missing_model_or_file_is_named_before_anything_is_written(tiny_world:
         run(config, ["data.train=./nothing.jsonl"])
     with pytest.raises(DataError, match=r"model .*nowhere.* does not exist"):
         run(config, ["pivot=./nowhere"])
+    with pytest.raises(DataError, match=r"model .*other.* does not exist"):
+        run(config, ["pivot=./other"])
+    assert yaml.safe_load((tmp_path / "x" / "config.yaml").read_text())["pivot"].endswith("other")  # nothing was made
     with pytest.raises(ConfigError, match="did you mean `select_topk`"):
         run(config, ["merge.select_top_k=1"])
     assert not (tmp_path / "x" / "extract").exists()
