@@ -57,8 +57,13 @@ def run(config: RunConfig | Path | str, overrides: Sequence[str] = (), *, report
     layout.out.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(reporter or Reporter(), layout.ledger)
     report = ledger if rank() == 0 else Reporter()
-    split = _load_data(config, report)
     names = [source_name(source) for source in config.sources]
+    targets = [MULTI] if config.train.mode == "multi" else names
+    if config.merge.sweep:
+        from fusechat.merge.sweep import candidates
+
+        candidates(_merged_models(config, layout, targets), config.merge.sweep)  # a typo is told now, not after days
+    split = _load_data(config, report)
     if rank() == 0:
         if not layout.config.exists() or not layout.store("pivot").exists():
             _write_config(config, layout)  # nothing is made yet that other settings would be of
@@ -73,7 +78,6 @@ def run(config: RunConfig | Path | str, overrides: Sequence[str] = (), *, report
     _train_all(config, layout, names, split.validation or split.held_out, report)
     if rank() != 0:
         return {}
-    targets = [MULTI] if config.train.mode == "multi" else names
     _merge(config, layout, targets, split.validation, report)
     results = _evaluate(config, layout, targets, split.held_out, report)
     _write_config(config, layout)  # every stage is of these settings: those that differ change no result
@@ -181,20 +185,24 @@ def _train_all(config: RunConfig, layout: Layout, names: list[str], held_out: li
         report.done(f"train {name}", f"loss {provenance['losses'][-1]:.4f}{share}" if provenance["losses"] else "done")
 
 
+def _merged_models(config: RunConfig, layout: Layout, names: list[str]) -> Json:
+    """Return what every merge of a run is of, in mergekit's form."""
+    return {"base_model": config.pivot, "models": [{"model": str(layout.target(name))} for name in names]}
+
+
 def merge_recipe(config: RunConfig, layout: Layout, names: list[str]) -> Json:
     """Return the merge of the run's targets onto the pivot in the YAML form `fusechat merge` reads."""
     weights = [1.0] * len(names) if names == [MULTI] else config.merge.weights or [1.0] * len(names)
-    models = [{"model": str(layout.target(name))} for name in names]
+    common = _merged_models(config, layout, names)
     if config.merge.method == "linear" or names == [MULTI]:
         return {
             "merge_method": "linear",
-            "base_model": config.pivot,
-            "models": [m | {"parameters": {"weight": w}} for m, w in zip(models, weights, strict=True)],
+            **common,
+            "models": [m | {"parameters": {"weight": w}} for m, w in zip(common["models"], weights, strict=True)],
         }
     return {
         "merge_method": "sce",
-        "base_model": config.pivot,
-        "models": models,
+        **common,
         "parameters": {"select_topk": config.merge.select_topk, "variant": config.merge.variant},
     }
 
@@ -205,9 +213,8 @@ def _merge(config: RunConfig, layout: Layout, names: list[str], validation: list
     if config.merge.sweep:
         from fusechat.merge.sweep import sweep
 
-        models = [{"model": str(layout.target(name))} for name in names]
         table = sweep(
-            {"base_model": config.pivot, "models": models},
+            _merged_models(config, layout, names),
             config.merge.sweep,
             layout.merged,
             validation,

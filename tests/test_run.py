@@ -180,6 +180,13 @@ def test_a_missing_model_or_file_is_named_before_anything_is_written(tiny_world:
     assert yaml.safe_load((tmp_path / "x" / "config.yaml").read_text())["pivot"].endswith("other")  # nothing was made
     with pytest.raises(ConfigError, match="did you mean `select_topk`"):
         run(config, ["merge.select_top_k=1"])
+    for entry, message in (
+        ("{merge_method: sec}", "did you mean `sce`"),
+        ("{merge_method: sce, parameter: {}}", "did you mean `parameters`"),
+        ("{merge_method: sce, parameters: {select_top_k: 0.1}}", "did you mean `select_topk`"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            run(config, [f"merge.sweep=[{entry}]"])
     assert not (tmp_path / "x" / "extract").exists()
 
 
