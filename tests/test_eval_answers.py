@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from judge_stub import Judge, judge_process
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from fusechat.cli import app
@@ -27,6 +28,7 @@ from fusechat.evaluate.write_server import ServerWriter
 from fusechat.tokenizer import load_tokenizer
 
 CATEGORIES = ["writing", "math", "stem", "other"]
+PARROT: Any = {"model_id": "parrot", "answerer": {"model_sha256": "a"}}
 
 
 @pytest.fixture
@@ -69,7 +71,7 @@ class Parrot:
 
 def test_the_second_turn_sees_the_first_answer_and_temperatures_go_by_category(questions: Path, tmp_path: Path) -> None:
     out = tmp_path / "parrot.jsonl"
-    ended = answer_benchmark(load_benchmark(str(questions), None), Parrot, out, model_id="parrot")
+    ended = answer_benchmark(load_benchmark(str(questions), None), Parrot, out, **PARROT)
     assert ended == {"stop": 19}
     rows = read_rows(out)
     assert [row["question_id"] for row in rows] == list(range(81, 91))
@@ -86,36 +88,62 @@ def test_the_second_turn_sees_the_first_answer_and_temperatures_go_by_category(q
 def test_an_interrupted_run_goes_on_and_answers_the_same(questions: Path, tmp_path: Path) -> None:
     benchmark = load_benchmark(str(questions), None)
     whole, resumed = tmp_path / "whole.jsonl", tmp_path / "resumed.jsonl"
-    answer_benchmark(benchmark, Parrot, whole, model_id="parrot")
+    answer_benchmark(benchmark, Parrot, whole, **PARROT)
     with pytest.raises(KeyboardInterrupt):
-        answer_benchmark(benchmark, lambda: Parrot(calls=3), resumed, model_id="parrot")
+        answer_benchmark(benchmark, lambda: Parrot(calls=3), resumed, **PARROT)
     assert len(read_rows(resumed)) == 3
     resumed.write_text("".join(resumed.read_text().splitlines(keepends=True)[:2]))  # half a block
-    answer_benchmark(benchmark, Parrot, resumed, model_id="parrot")
+    answer_benchmark(benchmark, Parrot, resumed, **PARROT)
     assert load_answers(resumed) == load_answers(whole)
-    answer_benchmark(benchmark, lambda: Parrot(calls=0), resumed, model_id="parrot")  # nothing is asked again
+    answer_benchmark(benchmark, lambda: Parrot(calls=0), resumed, **PARROT)  # nothing is asked again
 
 
 def test_answers_of_another_model_or_setting_are_not_mixed_in(questions: Path, tmp_path: Path) -> None:
     benchmark, out = load_benchmark(str(questions), None), tmp_path / "a.jsonl"
-    answer_benchmark(benchmark, Parrot, out, model_id="parrot")
-    for options in (
+    answer_benchmark(benchmark, Parrot, out, **PARROT)
+    changes: list[dict[str, Any]] = [
         {"model_id": "owl"},
-        {"model_id": "parrot", "temperature": 1.0},
-        {"model_id": "parrot", "max_tokens": 9},
-    ):
+        {"answerer": {"model_sha256": "b"}},
+        {"temperature": 1.0},
+        {"max_tokens": 9},
+        {"seed": 1},
+    ]
+    for change in changes:
         with pytest.raises(MismatchError, match="choose another --out"):
-            answer_benchmark(benchmark, Parrot, out, **options)  # type: ignore[arg-type]
+            answer_benchmark(benchmark, Parrot, out, **(PARROT | change))
     questions.write_text(questions.read_text().replace("the cat 0?", "the cow 0?"))
     with pytest.raises(MismatchError, match="question 81"):
-        answer_benchmark(load_benchmark(str(questions), None), Parrot, out, model_id="parrot")
+        answer_benchmark(load_benchmark(str(questions), None), Parrot, out, **PARROT)
     with pytest.raises(FusechatError, match=r"should end in \.jsonl"):
-        answer_benchmark(benchmark, Parrot, tmp_path / "a.txt", model_id="parrot")
+        answer_benchmark(benchmark, Parrot, tmp_path / "a.txt", **PARROT)
+
+
+def test_answers_of_the_weights_that_were_there_before_are_not_taken_for_the_new_ones(
+    tiny_world: Any, questions: Path, tmp_path: Path
+) -> None:
+    """Catches a model that was trained again in the same folder and is judged by what the old one said."""
+    model, out = tmp_path / "model", tmp_path / "model.jsonl"
+    shutil.copytree(tiny_world.pivot, model)
+    command = ["eval", "answers", str(model), "--benchmark", str(questions), "--out", str(out), "--max-tokens", "2"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    before = out.read_bytes()
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    for more in (["--template", str(tiny_world.source)], ["--dtype", "bfloat16"], ["--seed", "1"]):
+        assert isinstance(CliRunner().invoke(app, [*command, *more]).exception, MismatchError)
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"] *= -1
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    done = CliRunner().invoke(app, command)
+    assert isinstance(done.exception, MismatchError)
+    assert "weights or server" in str(done.exception)
+    assert out.read_bytes() == before
 
 
 def test_instructions_give_alpaca_evals_own_file(instructions: Path, tmp_path: Path) -> None:
     out = tmp_path / "outputs.json"
-    answer_benchmark(load_benchmark(str(instructions), None), Parrot, out, model_id="parrot")
+    answer_benchmark(load_benchmark(str(instructions), None), Parrot, out, **PARROT)
     rows = load_outputs(out)
     assert [row["instruction"] for row in rows] == [f"say {n}" for n in range(5)]
     assert rows[4] == {"dataset": "koala", "instruction": "say 4", "output": "[2] say 4 @0.0 #4", "generator": "parrot"}
@@ -169,6 +197,7 @@ def test_transformers_answers_as_a_token_by_token_loop_does(tiny_world: Any, que
             lambda block=block: HfWriter(str(tiny_world.source), template="own", block=block),  # type: ignore[misc]
             out,
             model_id="tiny",
+            answerer={},
             temperature=0.0,
             max_tokens=6,
         )
@@ -246,17 +275,18 @@ def _server(url: str, **options: Any) -> ServerWriter:
 def test_a_server_answers_both_turns(server: Judge, questions: Path, tmp_path: Path) -> None:
     out = tmp_path / "server.jsonl"
     benchmark = load_benchmark(str(questions), None)
-    answer_benchmark(benchmark, lambda: _server(server.url("echo", "x")), out, model_id="m")
+    answer_benchmark(benchmark, lambda: _server(server.url("echo", "x")), out, model_id="m", answerer={})
     assert load_answers(out)[82] == ["1 the cat 1? red t=0.0", "3 and the dog? t=0.0"]
     assert [row["question_id"] for row in read_rows(out)] == list(range(81, 91))
 
 
 def test_a_server_that_fails_midway_loses_nothing(server: Judge, questions: Path, tmp_path: Path) -> None:
     out, benchmark = tmp_path / "server.jsonl", load_benchmark(str(questions), None)
+    writer = _server(server.url("revoked", "x"), concurrency=1)
     with pytest.raises(EndpointError, match="revoked"):
-        answer_benchmark(benchmark, lambda: _server(server.url("revoked", "x"), concurrency=1), out, model_id="m")
+        answer_benchmark(benchmark, lambda: writer, out, model_id="m", answerer={})
     assert len(read_rows(out)) == 2  # the fifth reply is half of a third answer
-    answer_benchmark(benchmark, lambda: _server(server.url("echo", "rest")), out, model_id="m")
+    answer_benchmark(benchmark, lambda: _server(server.url("echo", "rest")), out, model_id="m", answerer={})
     assert server.counts("echo", "rest")["requests"] == 19 - 4
 
 

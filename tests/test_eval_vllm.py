@@ -96,6 +96,7 @@ def test_vllm_in_process_answers_as_transformers_does(
             writer,
             tmp_path / f"{name}.jsonl",
             model_id="m",
+            answerer={},
             temperature=0.0,
             max_tokens=16,
         )

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from fusechat.artifact import Json, atomic_write, sha256_json
 from fusechat.errors import FusechatError, MismatchError
@@ -62,6 +62,7 @@ def answer_benchmark(
     out: Path,
     *,
     model_id: str,
+    answerer: Json,
     max_tokens: int | None = None,
     temperature: float | None = None,
     seed: int = 0,
@@ -69,10 +70,11 @@ def answer_benchmark(
 ) -> Counter[str]:
     """Answer what is not yet answered and return how often answers ended why.
 
-    `out` is a .jsonl for MT-Bench's form, a .json for AlpacaEval's, beside which the rows are kept. `writer()` is
-    called only when something is left to do. A prompt that does not fit the model's context is answered "ERROR", as
-    FastChat does. Raises MismatchError when `out` holds answers of another model, benchmark or setting, and
-    FusechatError when some answers could not be had.
+    `out` is a .jsonl for MT-Bench's form, a .json for AlpacaEval's, beside which the rows are kept. `answerer` is all
+    that sets the answers beside the requests, as JSON (`local_answerer` for a model that is here): each row keeps its
+    hash. `writer()` is called only when something is left to do. A prompt that does not fit the model's context is
+    answered "ERROR", as FastChat does. Raises MismatchError when `out` holds answers of another model, benchmark or
+    setting, and FusechatError when some answers could not be had.
     """
     rows_path = out if benchmark.form != ALPACA else out.with_name(out.name + "l")
     if rows_path.suffix != ".jsonl":
@@ -87,10 +89,11 @@ def answer_benchmark(
         )
         for n, q in enumerate(benchmark.questions)
     }
+    hashes = {question: _asked_sha256(request, answerer) for question, request in asked.items()}
     with open_journal(rows_path) as journal:
-        done = _already(journal, asked, model_id)
+        done = _already(journal, hashes, model_id)
         if len(done) < len(asked):
-            failures = _answer_rest(benchmark.questions, asked, done, writer(), journal, model_id, progress)
+            failures = _answer_rest(benchmark.questions, asked, hashes, done, writer(), journal, model_id, progress)
             if failures:
                 raise FusechatError(
                     f"{len(failures)} questions could not be answered (the last: {failures[-1]}); the other answers "
@@ -107,18 +110,36 @@ def answer_benchmark(
     return Counter(finish for row in ordered for finish in row["choices"][0]["finish"])
 
 
-def _sha256(request: Request) -> str:
-    return sha256_json([list(request.messages), request.temperature, request.max_tokens])
+def local_answerer(model: str, template: str, **settings: Any) -> Json:
+    """Return what sets the answers of a model that is here: hashes of its weights and template, and `settings`.
+
+    Every byte of the weights is read. Raises DataError for a model or a template that is not there.
+    """
+    from fusechat.checkpoint import checkpoint_sha256, resolve_model
+    from fusechat.template import load_template
+    from fusechat.tokenizer import load_tokenizer
+
+    directory = resolve_model(model)
+    return {
+        "model_sha256": checkpoint_sha256(directory),
+        "template_sha256": load_template(load_tokenizer(directory), template).sha256,
+        **settings,
+    }
 
 
-def _already(journal: Journal, asked: dict[int | str, Request], model_id: str) -> set[int | str]:
+def _asked_sha256(request: Request, answerer: Json) -> str:
+    return sha256_json([list(request.messages), request.temperature, request.max_tokens, request.seed, answerer])
+
+
+def _already(journal: Journal, hashes: dict[int | str, str], model_id: str) -> set[int | str]:
     done = set()
     for row in journal.rows:
-        request = asked.get(row.get("question_id", ""))
-        if request is None or row.get("model_id") != model_id or row.get("asked_sha256") != _sha256(request):
+        expected = hashes.get(row.get("question_id", ""))
+        if expected is None or row.get("model_id") != model_id or row.get("asked_sha256") != expected:
             raise MismatchError(
                 f"{journal.path} holds an answer of {row.get('model_id')} to question {row.get('question_id')}, which "
-                f"is not what {model_id} is asked here (model, question, temperature, length): choose another --out"
+                f"is not what {model_id} is asked here (weights or server, template, dtype, question, temperature, "
+                "length, seed): choose another --out"
             )
         done.add(row["question_id"])
     return done
@@ -127,6 +148,7 @@ def _already(journal: Journal, asked: dict[int | str, Request], model_id: str) -
 def _answer_rest(
     questions: Sequence[Question],
     asked: dict[int | str, Request],
+    hashes: dict[int | str, str],
     done: set[int | str],
     writer: Writer,
     journal: Journal,
@@ -145,7 +167,7 @@ def _answer_rest(
                 "model_id": model_id,
                 "choices": [{"index": 0, "turns": [r.text for r in turns], "finish": [r.finish for r in turns]}],
                 "tstamp": time.time(),
-                "asked_sha256": _sha256(asked[q.id]),
+                "asked_sha256": hashes[q.id],
             }
             for q, turns in zip(block, replies, strict=True)
         ]

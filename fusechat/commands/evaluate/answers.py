@@ -43,12 +43,17 @@ def answers(
     from fusechat.commands.evaluate.names import key_values
     from fusechat.commands.progress import terminal_reporter
     from fusechat.errors import ConfigError
-    from fusechat.evaluate.answers import TOO_LONG, answer_benchmark
+    from fusechat.evaluate.answers import TOO_LONG, answer_benchmark, local_answerer
     from fusechat.evaluate.benchmark import load_benchmark
 
     if (backend == "server") != (url is not None):
         raise ConfigError("--backend server and --url URL belong together")
     asked = load_benchmark(benchmark, questions)
+    if backend == "server":
+        answerer = {"backend": backend, "url": url, "model": model, "fields": key_values(request_field or [])}
+    else:
+        engine = key_values(engine_arg or []) if backend == "vllm" else {}
+        answerer = local_answerer(model, template, backend=backend, dtype=dtype, **engine)
 
     def writer() -> Writer:
         if backend == "hf":
@@ -58,7 +63,6 @@ def answers(
         if backend == "vllm":
             from fusechat.evaluate.write_vllm import VllmWriter
 
-            engine = key_values(engine_arg or [])
             return VllmWriter(model, template=template, block=batch_size or _BLOCKS[backend], dtype=dtype, **engine)
         from fusechat.evaluate.write_server import ServerWriter
 
@@ -82,6 +86,7 @@ def answers(
             writer,
             out,
             model_id=name or Path(model).name,
+            answerer=answerer,
             max_tokens=max_tokens,
             temperature=temperature,
             seed=seed,
