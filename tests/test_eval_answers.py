@@ -212,6 +212,18 @@ def test_transformers_answers_as_a_token_by_token_loop_does(tiny_world: Any, que
             dialogue.append({"role": "assistant", "content": answer})
 
 
+def test_the_models_own_generation_settings_do_not_act(tiny_world: Any, tmp_path: Path) -> None:
+    """Catches a penalty of the checkpoint's that turns greedy decoding into something else."""
+    shutil.copytree(tiny_world.pivot, tmp_path / "shy")
+    (tmp_path / "shy" / "generation_config.json").write_text(
+        json.dumps({"do_sample": True, "repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "min_p": 0.9, "top_k": 2})
+    )
+    dialogue = [{"role": "user", "content": "the cat?"}]
+    request = Request(messages=tuple(dialogue), temperature=0.0, max_tokens=12, seed=0)
+    (reply,) = HfWriter(str(tmp_path / "shy"), template="own", block=1)([request])
+    assert reply.text == _greedy(tiny_world.pivot, dialogue, 12)
+
+
 def test_sampling_repeats_with_the_seed(tiny_world: Any) -> None:
     writer = HfWriter(str(tiny_world.pivot), template="own", block=2)
 

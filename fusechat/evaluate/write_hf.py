@@ -7,6 +7,7 @@ from itertools import groupby
 
 import numpy as np
 import torch
+from transformers import GenerationConfig
 
 from fusechat.bytetable import ByteTable
 from fusechat.checkpoint import resolve_model
@@ -32,6 +33,9 @@ class HfWriter:
         self.lm = load_model(directory, dtype=dtype, device=device)
         table = ByteTable.from_tokenizer(self.tokenizer, embedding_rows(self.lm))
         self.ends = end_tokens(self.tokenizer, table, self.lm.generation_config.eos_token_id)
+        # A repetition penalty, min_p and the like of the model's own would act on what the benchmark asks for; a
+        # configuration given to generate() does not help: transformers fills its gaps from this one.
+        self.lm.generation_config = GenerationConfig()
         self.context = context_tokens(self.lm.config, _ANY_LENGTH)
 
     def __call__(self, requests: Sequence[Request]) -> list[Reply]:
