@@ -216,6 +216,12 @@ def test_a_run_named_as_data_gives_the_dialogues_it_held_out(tiny_world: Any, tm
     expected = split_held_out(load_dialogues(tiny_world.dialogues), 0.25, 3)[1]
     assert held_out(str(run), limit=None) == expected
     assert held_out(str(run), limit=2) == expected[:2]
+    assert held_out(str(run), limit=None, format="auto", separator=None, max_bytes=None) == expected
+    for command in (["bpb"], ["agreement", "--source", "x"]):
+        for option, value in (("--format", "text"), ("--separator", "\n"), ("--max-bytes", "9")):
+            done = CliRunner().invoke(app, ["eval", *command, "x", "--data", str(run), option, value])
+            assert isinstance(done.exception, ConfigError)
+            assert f"leave {option} out" in str(done.exception)
     assert held_out(str(tiny_world.dialogues), limit=3) == load_dialogues(tiny_world.dialogues)[:3]
 
 

@@ -10,13 +10,20 @@ if TYPE_CHECKING:
 
 
 def held_out(data: str, *, limit: int | None, **options: Any) -> list[Dialogue]:
-    """Return the dialogues of `data`; of a run's folder those it held out, cut as it cut them."""
+    """Return the dialogues of `data`; of a run's folder those it held out, read and cut as the run did.
+
+    `options` are those of `load_dialogues`; raises ConfigError when they are set beside a run, which has its own.
+    """
     from fusechat.config import load_config
     from fusechat.dialogue import load_dialogues
+    from fusechat.errors import ConfigError
     from fusechat.layout import Layout
     from fusechat.split import load_split
 
     config = Layout(out=Path(data)).config
     if config.is_file():
+        given = [f"--{key.replace('_', '-')}" for key, value in options.items() if value and value != "auto"]
+        if given:
+            raise ConfigError(f"{data} is a run, which says how its data is read: leave {' and '.join(given)} out")
         return load_split(load_config(config)).held_out[:limit]
     return load_dialogues(data, limit=limit, **options)
