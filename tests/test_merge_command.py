@@ -59,6 +59,13 @@ def test_errors_are_one_line_and_exit_2(config: Path, tmp_path: Path) -> None:
         ((config, tmp_path / "out", "--max-memory", "a lot"), "is no size"),
         ((config, tmp_path / "out", "--max-memory", "1MB"), "is too little"),
         (("--verify", tmp_path), "does not exist"),
+        ((config, tmp_path / "out", "--sweep"), "--sweep needs --data"),
+        ((config, tmp_path / "out", "--sweep", "--data", "x", "--dry-run"), "--dry-run is of one merge"),
+        ((config, tmp_path / "out", "--sweep", "--data", "x", "--report"), "--report is of one merge"),
+        ((config, tmp_path / "out", "--data", "x"), "--data is of a --sweep"),
+        ((config, tmp_path / "out", "--keep-all"), "--keep-all is of a --sweep"),
+        ((config, tmp_path / "out", "--separator", "x"), "--separator is of a --sweep"),
+        ((config, tmp_path / "out", "--max-bytes", "9"), "--max-bytes is of a --sweep"),
     ]:
         done = fusechat(*arguments)
         assert done.returncode == 2, done.stderr

@@ -61,6 +61,7 @@ def merge(arguments: Sequence[str]) -> None:
         return
     if given.config is None or given.out is None:
         raise ConfigError("fusechat merge needs CONFIG.yml and OUT, or --verify OUT")
+    _check_together(given)
     from fusechat.merge import merge as merge_models
     from fusechat.merge.report import needs, tensor_table
 
@@ -74,8 +75,6 @@ def merge(arguments: Sequence[str]) -> None:
         "device": given.device,
     }
     if given.sweep:
-        if given.data is None:
-            raise ConfigError("--sweep needs --data FILE: dialogues that were neither trained nor will be tested on")
         options["keep_all"] = given.keep_all
         _sweep(given.config, given.out, given.data, given.separator, given.max_bytes, options)
         return
@@ -99,6 +98,23 @@ def merge(arguments: Sequence[str]) -> None:
         print(f"warning: {warning}", file=sys.stderr)
     if given.report:
         print(tensor_table(given.out))
+
+
+_OF_A_SWEEP = ("data", "separator", "max_bytes", "keep_all")
+_OF_ONE_MERGE = ("dry_run", "report")
+
+
+def _check_together(given: argparse.Namespace) -> None:
+    """Raise ConfigError for options that would not be followed."""
+    from fusechat.errors import ConfigError
+
+    if given.sweep and given.data is None:
+        raise ConfigError("--sweep needs --data FILE: dialogues that were neither trained nor will be tested on")
+    for name in _OF_ONE_MERGE if given.sweep else _OF_A_SWEEP:
+        if getattr(given, name):
+            option = f"--{name.replace('_', '-')}"
+            why = "is of one merge, not of a --sweep" if given.sweep else "is of a --sweep"
+            raise ConfigError(f"{option} {why}: leave it out")
 
 
 def _sweep(
