@@ -1,4 +1,5 @@
-"""What the stages of a run took: seconds, CPU-seconds, peak memory, in stages.jsonl.
+"""What the stages of a run took: seconds, CPU-seconds, peak memory, in stages.jsonl; engines in processes of their own
+count in (fusechat.usage).
 
 One line when a process begins a stage and one when it has finished it, so that a stage that was killed shows: its first
 line has no second. Stages that were found done do no work and leave no line.
@@ -13,12 +14,13 @@ import os
 import platform
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from fusechat.artifact import Json
 from fusechat.reporter import Advance, Reporter
+from fusechat.usage import Meter
 
 _PACKAGES = ("fusechat", "torch", "transformers", "numpy", "triton", "vllm", "peft")
 
@@ -27,7 +29,7 @@ _PACKAGES = ("fusechat", "torch", "transformers", "numpy", "triton", "vllm", "pe
 class _Work:
     unit: str
     wall: float
-    cpu: float
+    meter: Meter
     first: int | None = None
     last: int = 0
     total: int = 0
@@ -45,9 +47,8 @@ class Ledger(Reporter):
     def stage(self, name: str, unit: str) -> Advance:
         """Begin a stage."""
         advance = self.reporter.stage(name, unit)
-        work = self.work[name] = _Work(unit, time.perf_counter(), time.process_time())
+        work = self.work[name] = _Work(unit, time.perf_counter(), Meter())
         began = _now()
-        _reset_peak_memory()
 
         def advance_and_note(done: int, total: int) -> None:
             if work.first is None:
@@ -69,11 +70,10 @@ class Ledger(Reporter):
                     "stage": name,
                     "at": _now(),
                     "seconds": time.perf_counter() - work.wall,
-                    "cpu_seconds": time.process_time() - work.cpu,
                     "unit": work.unit,
                     "done": work.last,
                     "total": work.total,
-                    **_peak_memory(),
+                    **{key: value for key, value in asdict(work.meter.read()).items() if value is not None},
                     "note": note,
                 }
             )
@@ -128,23 +128,3 @@ def _devices() -> list[str]:
     # Only where a stage has loaded torch: merging needs none.
     torch = sys.modules.get("torch")
     return [] if torch is None else [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-
-
-def _reset_peak_memory() -> None:
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM starts anew from what is held now
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        torch.cuda.reset_peak_memory_stats()
-
-
-def _peak_memory() -> Json:
-    peak: Json = {}
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-            if line.startswith("VmHWM"):
-                peak["peak_memory_bytes"] = int(line.split()[1]) * 1024
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        peak["peak_device_bytes"] = torch.cuda.max_memory_allocated()
-    return peak

@@ -27,7 +27,9 @@ from fusechat.extract.budget import MAX_BATCHED_TOKENS, max_batched_tokens, prom
 from fusechat.extract.child import ChildEngine
 from fusechat.extract.engines import EngineLostError, run_shards
 from fusechat.extract.task import Shard
+from fusechat.ledger import Ledger, read_ledger
 from fusechat.records import Dialogue
+from fusechat.reporter import Reporter
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -129,6 +131,24 @@ def test_one_engine_for_each_visible_device_gives_the_bytes_of_one_process(
     assert shard_bytes(tmp_path / "one") == shard_bytes(tmp_path / "two")
     assert seen[-1][0] == seen[-1][1] == sum(s["n_tokens"] for s in manifest(tmp_path / "two")["shards"])
     assert not list(tmp_path.glob("*.log"))
+
+
+def test_the_ledger_counts_what_engines_in_other_processes_use(
+    tiny_world: Any, dialogues: list[Dialogue], tmp_path: Path
+) -> None:
+    """Catches a cost that is the waiting parent's: an engine loads torch alone in more than a second."""
+    ledger, cpu_start = Ledger(Reporter(), tmp_path / "stages.jsonl"), time.process_time()
+    advance = ledger.stage("extract pivot", "tokens")
+    fusechat.extract(str(tiny_world.pivot), dialogues, tmp_path / "s", engines=2, shard_dialogues=4, progress=advance)
+    ledger.done("extract pivot", "")
+    own_cpu_seconds = time.process_time() - cpu_start
+    advance = ledger.stage("align source", "rows")
+    advance(1, 1)
+    ledger.done("align source", "")
+    extract, align = (line for line in read_ledger(tmp_path / "stages.jsonl") if line["event"] == "end")
+    assert extract["cpu_seconds"] > own_cpu_seconds + 2
+    assert extract["peak_memory_bytes"] > align["peak_memory_bytes"] + 2 * (100 << 20)
+    assert align["cpu_seconds"] < 1, "an engine of one stage counts in the next"
 
 
 def test_an_error_in_a_child_is_the_same_one_line(tiny_world: Any, dialogues: list[Dialogue], tmp_path: Path) -> None:

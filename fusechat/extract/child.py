@@ -28,6 +28,7 @@ from fusechat.errors import FusechatError
 from fusechat.extract.engines import EngineLostError
 from fusechat.extract.scores import Advance
 from fusechat.extract.task import Shard, Task, Work
+from fusechat.usage import count_engine, group_usage
 
 _ROOT = Path(__file__).resolve().parents[2]
 _START = "import sys; sys.path.append({root!r}); from fusechat.extract.child import serve; serve({fd})"
@@ -60,6 +61,7 @@ class ChildEngine:
             )
         self.connection = Connection(ours.detach())
         self.connection.send(self.task)
+        self.count = count_engine()
         return self.work
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -84,7 +86,9 @@ class ChildEngine:
                 elif kind == "failed":
                     raise value
                 else:
-                    note: Json = value
+                    note: Json
+                    note, used = value
+                    self.count(used)
                     return note
         except (EOFError, OSError) as error:
             code = self.process.wait()
@@ -117,7 +121,7 @@ def serve(fd: int) -> None:
                 busy.set()
                 note = work(shard, lambda tokens: connection.send(("advance", tokens)))
                 busy.clear()
-                connection.send(("done", note))
+                connection.send(("done", (note, group_usage())))
     except FusechatError as error:
         connection.send(("failed", type(error)(str(error))))
     except Exception as error:
