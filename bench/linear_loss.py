@@ -73,7 +73,7 @@ def claim(dtype: torch.dtype, limit: float, size: dict[str, int], rounds: int) -
 
 def main() -> int:
     """Measure everything and report."""
-    chosen = parser(__doc__ or "").parse_args()
+    chosen = parser(__doc__ or "", presets=None).parse_args()
     size = sizes(chosen.size, SMALL, PAPER)
     rounds = 3 if chosen.size == "small" else 7
     torch.set_num_threads(1)

@@ -222,7 +222,7 @@ def read_sizes(options: argparse.Namespace) -> Bench:
 
 def main() -> int:
     """Measure everything and report; without a GPU say that nothing was measured."""
-    options = parser(__doc__ or "", device="cuda")
+    options = parser(__doc__ or "", devices=("cuda", "cpu"), presets=("paper",))
     options.add_argument("--rows", type=int, default=8192)
     options.add_argument("--width", type=int, default=4096)
     options.add_argument("--vocabularies", type=int, nargs="+", default=[32_000, 128_256, 151_665, 152_064])

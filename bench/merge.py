@@ -173,8 +173,6 @@ def main() -> int:
     options.add_argument("--only", action="append", choices=[*CLAIMS, *PARTS], help="these cases; repeatable")
     options.add_argument("--repeats", type=int, default=1)
     chosen = options.parse_args()
-    if chosen.size not in FAMILIES:
-        options.error("--size is small or paper: a family of models is no number")
     with tempfile.TemporaryDirectory() as temporary:
         return report("merge", run(chosen, chosen.dir or Path(temporary)), chosen, disk=True)
 

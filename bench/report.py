@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,21 @@ MARKS = {
 }
 
 
-def parser(description: str, device: str = "cpu") -> argparse.ArgumentParser:
-    """Return the options every benchmark has; --against and --size are read by those that have peers or sizes."""
+def parser(
+    description: str, *, devices: Sequence[str] = ("cpu",), presets: Sequence[str] | None = ("small", "paper")
+) -> argparse.ArgumentParser:
+    """Return the options every benchmark has; --against is read by those that have peers.
+
+    `devices` are those it can measure, the default first; `presets` what --size may be, None where the caller checks.
+    """
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--json", metavar="OUT", type=Path, help="write claims and environment there")
     options.add_argument("--check", action="store_true", help="exit 1 when a claim falls short")
-    options.add_argument("--device", choices=["cpu", "cuda"], default=device)
-    options.add_argument("--size", default="paper", help="small, paper (what the claims are about), or NAME=VALUE,…")
+    options.add_argument("--device", choices=devices, default=devices[0])
+    named = "" if presets else ", or NAME=VALUE,…"
+    options.add_argument(
+        "--size", choices=presets, default="paper", help=f"small, paper (what the claims are about){named}"
+    )
     options.add_argument(
         "--against",
         metavar="PEER[=PYTHON]",

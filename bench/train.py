@@ -272,7 +272,7 @@ def _example(rng: np.random.Generator, number: int, length: int, vocabulary: int
 
 def main() -> int:
     """Measure everything and report."""
-    options = parser(__doc__ or "").parse_args()
+    options = parser(__doc__ or "", presets=None).parse_args()
     size = sizes(options.size, SMALL, PAPER)
     torch.set_num_threads(1)
     return report("train", [*data_claims(size), *packing_claims(size), *step_claims(size["rounds"])], options)

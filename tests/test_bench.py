@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import subprocess
@@ -177,6 +178,20 @@ def test_an_unknown_benchmark_is_refused_with_the_known_ones() -> None:
 def test_every_benchmark_of_the_suite_exists() -> None:
     missing = [name for name, module in MODULES.items() if not (ROOT / "bench" / f"{module}.py").exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("module", [*dict.fromkeys(MODULES.values())])
+@pytest.mark.parametrize("arguments", [["--device", "cuda"], ["--size", "large"]])
+def test_what_a_benchmark_cannot_do_is_refused_before_it_measures(
+    module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Catches figures of the processor under a GPU's name, and a misspelt size that is measured as another."""
+    out = tmp_path / "result.json"
+    monkeypatch.setattr(sys, "argv", [module, *arguments, "--json", str(out)])
+    with pytest.raises((SystemExit, ConfigError)) as refused:
+        importlib.import_module(f"fusechat.bench.{module}").main()
+    assert isinstance(refused.value, ConfigError) or refused.value.code == 2
+    assert not out.exists()
 
 
 def test_the_command_fails_on_a_ratio_that_got_worse(tmp_path: Path) -> None:
