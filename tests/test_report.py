@@ -12,8 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from report_attack import HOSTILE, hostile_facts
 
+import fusechat
+from fusechat.config import load_config
 from fusechat.errors import ConfigError
 from fusechat.layout import Layout
 from fusechat.report import report
@@ -22,6 +25,7 @@ from fusechat.report.facts import SECTIONS, gather
 from fusechat.report.page import embedded_json, html_page, json_text, markdown_page
 from fusechat.report.sample import MAX_TOKEN_CHARACTERS, token_text
 from fusechat.report.words import duration, percent, rate, signed
+from fusechat.split import load_split
 from fusechat.store import open_aligned, open_topk
 
 
@@ -328,6 +332,41 @@ def test_the_merge_is_compared_with_the_best_target_by_a_paired_interval(
     (run / "results.json").write_text(json.dumps(results))
     told = [line for line in conclude(gather(Layout(out=run)))["outcome"] if "single target" in line]
     assert "kept no interval" in told[0]
+
+
+def test_a_source_of_the_pivots_vocabulary_needs_no_alignment_and_has_its_share(
+    reported_run: Path, tiny_world: Any, tmp_path: Path
+) -> None:
+    """Catches a finished run that says of such a source that it is not aligned yet; its shares are those of its aligned
+    store."""
+    run, twin = tmp_path / "run", reported_run / "targets" / "source"
+    shutil.copytree(reported_run, run)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    settings: Any = {"top_k": 4, "max_length_tokens": 200}
+    train = load_split(load_config(run / "config.yaml")).train
+    fusechat.extract(str(twin), train, run / "extract" / "twin", **settings)
+    both = config | {"sources": [*config["sources"], {"model": str(twin), "name": "twin"}]}
+    (run / "config.yaml").write_text(yaml.safe_dump(both))
+    told = gather(Layout(out=run))
+    assert told["sources"]["absent"] == told["alignment"]["absent"] == []
+    page, markdown = html_page(told), markdown_page(told)
+    for text in (page, markdown):
+        assert "twin needs none: the tokens are the pivot" in text
+        assert "Not aligned yet" not in text
+    (run / "config.yaml").write_text(yaml.safe_dump(both | {"sources": both["sources"][1:]}))
+    alone = gather(Layout(out=run))
+    assert "missing" not in alone["alignment"]
+    html_page(alone)
+    markdown_page(alone)
+    fusechat.align(run / "extract" / "pivot", run / "extract" / "twin", run / "align" / "twin")
+    aligned = gather(Layout(out=run))
+    found, expected = (facts["sources"]["by_source"]["twin"] for facts in (alone, aligned))
+    assert found["all"] == expected["all"]
+    assert found["all"]["n_rows_won"] > 0
+    assert found["by_category"] == expected["by_category"]
+    assert found["by_length"] == expected["by_length"]
+    for key in ("source_bits_per_byte", "pivot_bits_per_byte"):
+        assert found[key] == pytest.approx(expected[key], rel=1e-6)
 
 
 def test_the_merges_of_a_sweep_stand_in_the_report(reported_run: Path, tmp_path: Path) -> None:

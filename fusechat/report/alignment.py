@@ -9,13 +9,15 @@ from fusechat.layout import Layout
 from fusechat.report.names import source_names
 from fusechat.report.sample import Tokenizations
 from fusechat.store import ALIGNED_FORMAT
+from fusechat.twins import are_twins
 
 MAX_SEGMENTS = 1200
 _CHOICES = ("tokens", "vocab", "granularity", "unaligned", "collisions")
 
 
 def alignment(layout: Layout, config: Json) -> Json:
-    """Return every source's coverage and sampled dialogues; raises FormatError when no source is aligned."""
+    """Return every source's coverage and sampled dialogues, and the sources that need no alignment, their tokens being
+    the pivot's; raises FormatError when no source is aligned."""
     names = source_names(config)
     found: dict[str, Json] = {}
     for name in names:
@@ -27,7 +29,8 @@ def alignment(layout: Layout, config: Json) -> Json:
             "choices": {key: manifest.get(key) for key in _CHOICES},
             **{key: report[key] for key in ("rows", "n_rows", "mass", "mass_by_kind", "lost_tokens")},
         }
-    if not found:
+    twins = [n for n in names if n not in found and are_twins(layout.store("pivot"), layout.store(n))]
+    if not found and not twins:
         raise FormatError(f"no source is aligned yet: {layout.aligned('*')} is not there")
     for name, source in found.items():
         try:
@@ -36,4 +39,5 @@ def alignment(layout: Layout, config: Json) -> Json:
         except FusechatError as error:
             # The coverage stands without the tokenizers; they may have moved since.
             source["dialogues"] = {"missing": str(error)}
-    return {"by_source": found, "absent": [name for name in names if name not in found]}
+    absent = [name for name in names if name not in found and name not in twins]
+    return {"by_source": found, "twins": twins, "absent": absent}

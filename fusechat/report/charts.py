@@ -222,6 +222,9 @@ def _stacked(rows: list[Json], colours: dict[str, str], title: str) -> Any:
 
 
 def _alignment(a: Json) -> dict[str, Any]:
+    if not a["by_source"]:
+        return {}
+
     def rows(key: str, parts: list[str]) -> list[Json]:
         return [
             {"source": name, "part": part, "order": i, "share": source[key][part]}

@@ -133,6 +133,9 @@ def _alignment(a: Json) -> list[str]:
             f"carried over, {percent(mass['exact'], 1)} is exact, {percent(mass['approximate'], 1)} approximate, "
             f"{percent(mass['lost'], 1)} lost."
         )
+    if a["twins"]:
+        needs = "needs" if len(a["twins"]) == 1 else "need"
+        told.append(f"{listed(a['twins'])} {needs} none: the tokens are the pivot's, byte by byte.")
     return told
 
 

@@ -3,35 +3,39 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from fusechat.artifact import Json, read_json
+from fusechat.artifact import MANIFEST, Json, read_json
 from fusechat.errors import FormatError
 from fusechat.layout import Layout
 from fusechat.report.names import source_names
-from fusechat.store import Array, Store, open_aligned
+from fusechat.store import TOPK_FORMAT, Array, format_of, open_aligned, open_topk
+from fusechat.twins import TOTALS, are_twins, twin_totals
 
 N_LENGTHS = 5
 MAX_POINTS = 1500
 _NATS_PER_BIT = float(np.log(2.0))
-_COLUMNS = ("index", "source_nll", "pivot_nll", "source_tokens", "pivot_tokens", "content_bytes")
+_COLUMNS = ("index", *TOTALS)
 
 
 def sources(layout: Layout, config: Json) -> Json:
     """Return, by source, the rows won by MinCE in all, by category and by length, and a sample of the scatter.
 
     MinCE (arXiv 2408.07990, §3.2): of pivot and source, the one with the lower cross-entropy on a dialogue teaches it.
-    Raises FormatError when no source is aligned.
+    A source of the pivot's vocabulary is measured in its own store. Raises FormatError when no source is aligned.
     """
     names = source_names(config)
-    there = [name for name in names if (layout.aligned(name) / "manifest.json").exists()]
+    stores = {name: layout.store(name) for name in names if are_twins(layout.store("pivot"), layout.store(name))}
+    stores |= {name: layout.aligned(name) for name in names if (layout.aligned(name) / MANIFEST).exists()}
+    there = [name for name in names if name in stores]
     if not there:
         raise FormatError(f"no source is aligned yet: {layout.aligned('*')} is not there")
     unit = config.get("train", {}).get("ce_unit", "byte")
     categories, category_names = _categories(layout)
-    columns = {name: _dialogues(open_aligned(layout.aligned(name), verify=False)) for name in there}
+    columns = {name: _dialogues(layout.store("pivot"), stores[name]) for name in there}
     edges = _length_edges([d["content_bytes"][d["content_bytes"] > 0] for d in columns.values()])
     limit = MAX_POINTS // len(there)
     found = {name: _source(d, unit, categories, category_names, edges, limit) for name, d in columns.items()}
@@ -44,7 +48,15 @@ def sources(layout: Layout, config: Json) -> Json:
     }
 
 
-def _dialogues(store: Store) -> dict[str, Array]:
+def _dialogues(pivot: Path, source: Path) -> dict[str, Array]:
+    """Return _COLUMNS of every dialogue of the pivot's from an AlignedStore, or from a source's own store."""
+    if format_of(source) == TOPK_FORMAT:
+        store = open_topk(pivot, verify=False)
+        totals = twin_totals(store, open_topk(source, verify=False))
+        unknown = (np.nan,) * len(TOTALS)
+        values = np.array([totals.get(dialogue, unknown) for dialogue in store])
+        return {"index": np.array(list(store)), **dict(zip(TOTALS, values.T))}
+    store = open_aligned(source, verify=False)
     shards = [store.shard(i) for i in range(store.n_shards)]
     return {name: np.concatenate([shard[f"dialogue.{name}"] for shard in shards]) for name in _COLUMNS}
 

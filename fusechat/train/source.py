@@ -15,9 +15,9 @@ from fusechat.artifact import MANIFEST, sha256_file
 from fusechat.errors import MismatchError
 from fusechat.store import ALIGNED_FORMAT, TOPK_FORMAT, Store, format_of
 from fusechat.train.targets import Array, Targets, picked
+from fusechat.twins import TOTALS, twin_totals
 
 Record = Mapping[str, Array]
-TOTALS = ("source_nll", "pivot_nll", "source_tokens", "pivot_tokens", "content_bytes")
 
 
 class Source(Protocol):
@@ -108,16 +108,7 @@ class TwinSource:
 
     def totals(self) -> dict[int, tuple[float, ...]]:
         """Return, for each dialogue of which both have the same assistant tokens, the values of TOTALS."""
-        found = {}
-        for dialogue in self.store:
-            if dialogue not in self.pivot:
-                continue
-            ours, theirs = self.pivot[dialogue], self.store[dialogue]
-            tokens, same = (record["token.input_ids"][record["token.loss_mask"]] for record in (ours, theirs))
-            if len(ours["row.ids"]) == len(theirs["row.ids"]) and np.array_equal(tokens, same):
-                nll = [-float(record["row.gold_logprob"].sum(dtype=np.float64)) for record in (theirs, ours)]
-                found[dialogue] = (*nll, len(tokens), len(tokens), _content_bytes(ours))
-        return found
+        return twin_totals(self.pivot, self.store)
 
     def read(self, dialogue: int) -> Record:
         """Return the dialogue's columns."""
@@ -126,9 +117,3 @@ class TwinSource:
     def targets(self, record: Record, pivot: Record) -> Targets:
         """Return the source's rows as they are."""
         return Targets.by(record["row.ids"], record["row.logprobs"])
-
-
-def _content_bytes(record: Record) -> int:
-    turn, end = record["token.turn"], record["token.byte_end"]
-    mask = record["token.loss_mask"]
-    return sum(int(end[mask & (turn == t)].max(initial=0)) for t in np.unique(turn[mask]))
