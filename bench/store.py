@@ -29,7 +29,8 @@ K = 10
 ROWS = 512
 N_LONG = 256
 SHARD_DIALOGUES = 512
-# How often the token that stands there is one of the ten likeliest: XX
+# How often the token that stands there is one of the ten likeliest: two small models have 0.90 and 0.96 on their own
+# text (docs/extraction.md), and less makes a larger store.
 GOLD_SHARE = 0.85
 
 
