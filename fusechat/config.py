@@ -219,7 +219,9 @@ class MergeConfig(_Section):
 class EvalConfig(_Section):
     """Held-out bits per byte with bootstrap intervals over dialogues."""
 
-    sources: bool = Field(True, description="score the sources too; each must fit one device")
+    sources: bool = Field(
+        True, description="score the sources too, those of backend vllm-server aside; each must fit one device"
+    )
     bootstrap_samples: int = Field(2000, ge=100, description="resamples of dialogues behind every interval")
     confidence: float = Field(0.95, gt=0, lt=1, description="of the intervals")
 

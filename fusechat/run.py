@@ -240,7 +240,10 @@ def _evaluate(config: RunConfig, layout: Layout, names: list[str], held_out: lis
 
     targets = names + [SFT] * config.train.sft_control
     models: dict[str, Any] = {"pivot": config.pivot}
-    sources = {f"source {source_name(s)}": s for s in config.sources if config.eval.sources}
+    # The weights of a served source may be nowhere near, and may be many.
+    served = [source_name(s) for s in config.sources if (s.extract or config.extract).backend == "vllm-server"]
+    scored = [s for s in config.sources if config.eval.sources and source_name(s) not in served]
+    sources = {f"source {source_name(s)}": s for s in scored}
     models |= {name: source.model for name, source in sources.items()}
     models |= {SFT if name == SFT else f"target {name}": layout.target(name) for name in targets}
     models["merged"] = layout.merged
@@ -297,7 +300,8 @@ def _evaluate(config: RunConfig, layout: Layout, names: list[str], held_out: lis
     }
     write_json(layout.scores, kept)
     write_json(layout.results, results)
-    report.done("evaluate", f"{results['n_dialogues']} held-out dialogues")
+    left_out = f"; not scored, for a server has them: {', '.join(served)}" if served and config.eval.sources else ""
+    report.done("evaluate", f"{results['n_dialogues']} held-out dialogues{left_out}")
     return results
 
 

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from extract_world import check_store, make_hd32_model, manifest, shard_bytes
 
 import fusechat
+from fusechat.config import parse_config
 from fusechat.dialogue import load_dialogues
 from fusechat.errors import ConfigError, DataError, FusechatError
 from fusechat.extract import server
 from fusechat.model import load_model
+from fusechat.plan.models import model_shape
 from fusechat.records import Dialogue
+from fusechat.reporter import Reporter
+from fusechat.run import run
 
 
 @dataclass
@@ -260,6 +265,38 @@ def test_a_server_of_another_model_under_the_right_name_is_detected(
         assert list((tmp_path / "later").glob("*.safetensors"))
         with pytest.raises(DataError, match="another model than the shards made by http"):
             _extract(remote, dialogues, tmp_path / "later", wrong)
+
+
+def test_a_run_needs_a_served_sources_config_and_tokenizer_alone(
+    directory: Path, model: Any, tiny_world: Any, tmp_path: Path
+) -> None:
+    """Catches a run that dies in its last stage, or downloads 72B, to score a source that a server has."""
+
+    class Heard(Reporter):
+        notes: ClassVar[dict[str, str]] = {}
+
+        def done(self, name: str, note: str) -> None:
+            self.notes[name] = note
+
+    remote = tmp_path / "remote"
+    shutil.copytree(directory, remote, ignore=shutil.ignore_patterns("*.safetensors"))
+    shape, _ = model_shape(str(directory))
+    assert model_shape(str(remote)) == (replace(shape, name="remote", weight_bytes=None), "its config")
+    with serving(Stub(model, "remote")) as stub:
+        served = {"backend": "vllm-server", "servers": [stub.url], "dtype": "float32"}
+        values = {
+            "pivot": str(tiny_world.pivot),
+            "sources": [{"model": str(tiny_world.source)}, {"model": str(remote), "extract": served}],
+            "data": {"train": str(tiny_world.dialogues), "held_out_fraction": 0.25},
+            "out": str(tmp_path / "run"),
+            "extract": {"top_k": 4, "max_length_tokens": 200},
+            "train": {"max_steps": 1, "batch_size": 6, "micro_batch_size": 6},
+            "eval": {"bootstrap_samples": 100},
+        }
+        results = run(parse_config(values, "here"), reporter=Heard())
+    models = results["groups"]["overall"]["models"]
+    assert set(models) == {"pivot", "source source", "target source", "target remote", "sft", "merged"}
+    assert Heard.notes["evaluate"].endswith("not scored, for a server has them: remote")
 
 
 def test_servers_are_asked_for_and_only_by_their_backend(tmp_path: Path, dialogues: Any) -> None:

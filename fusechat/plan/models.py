@@ -14,6 +14,7 @@ from fusechat.plan.model_shape import ModelShape, count_parameters, shape_from_c
 
 _FOLDER = Path(__file__).parent / "facts"
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "fp8", "F8_E5M2": "fp8", "I8": "int8"}
+_WEIGHTS = ("*.safetensors", INDEX_FILE, "*.bin", "*.pth")
 
 
 def shipped(name: str) -> Json:
@@ -28,14 +29,14 @@ def shipped_models() -> dict[str, Json]:
 
 
 def model_shape(model: str) -> tuple[ModelShape, str]:
-    """Return the shape of a model and where it was read: a local directory's config and headers, the facts shipped with
-    fusechat, or the hub's config and headers.
+    """Return the shape of a model and where it was read: a local directory's config, and headers where it has weights,
+    the facts shipped with fusechat, or the hub's config and headers.
 
     Raises DataError for a model without config, FormatError for a header that contradicts its file.
     """
     directory = Path(model).expanduser()
     if directory.is_dir():
-        return _local(directory), "its headers"
+        return _local(directory)
     known = shipped_models()
     if model in known:
         return shape_from_config(model, known[model]), "shipped facts"
@@ -44,20 +45,22 @@ def model_shape(model: str) -> tuple[ModelShape, str]:
     return _hub(model, sorted(known)), "the hub's headers"
 
 
-def _local(directory: Path) -> ModelShape:
+def _local(directory: Path) -> tuple[ModelShape, str]:
     if not (directory / "config.json").exists():
         raise DataError(f"{directory} has no config.json: it is not a model directory")
     config = read_json(directory / "config.json")
     if not isinstance(config, dict):
         raise FormatError(f"{directory / 'config.json'} is not a JSON object")
+    if not any(any(directory.glob(pattern)) for pattern in _WEIGHTS):  # of a served source: they are the server's
+        return shape_from_config(directory.name, config), "its config"
     entries = read_weights(directory, SINGLE_FILE, INDEX_FILE).values()
     dtypes: dict[str, int] = {}
     for entry in entries:
         dtypes[entry.dtype] = dtypes.get(entry.dtype, 0) + entry.size_bytes
     widest = max(dtypes, key=lambda dtype: dtypes[dtype])
-    return _with_headers(
-        directory.name, config, sum(dtypes.values()), sum(e.n_elements for e in entries), _DTYPES.get(widest, widest)
-    )
+    n_elements = sum(entry.n_elements for entry in entries)
+    stored = _DTYPES.get(widest, widest)
+    return _with_headers(directory.name, config, sum(dtypes.values()), n_elements, stored), "its headers"
 
 
 def _with_headers(name: str, config: Json, size_bytes: int, n_elements: int, dtype: str) -> ModelShape:
