@@ -182,7 +182,7 @@ def _label(
         trimmed = len(content[: span.offset].encode())
         turn[first:stop] = n
         byte_end[first:after] = np.minimum(ends[first:after], end) - start + trimmed
-        byte_end[after:stop] = len(content.encode())
+        byte_end[after:stop] = byte_end[after - 1] if after > first else 0  # what ends a turn has no width
     if not (turn >= 0).any():
         raise DataError("no token of it is the assistant's")
     # What follows the last assistant token predicts nothing.

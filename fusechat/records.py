@@ -35,7 +35,8 @@ class Encoded:
     `input_ids` int32[T]; `loss_mask` bool[T], true where the token is the assistant's (its content and the token that
     ends the turn); `turn` int32[T], the index of the assistant message a masked token belongs to, −1 elsewhere;
     `byte_end` int32[T], where a masked token ends in the UTF-8 bytes of that message's content, tokens after the
-    content at its end, −1 elsewhere. Equal `turn` and `byte_end` in two models' encodings mean the same text so far.
+    content where its last token ends, −1 elsewhere. Equal `turn` and `byte_end` in two models' encodings mean the same
+    text so far.
     """
 
     input_ids: npt.NDArray[np.int32]

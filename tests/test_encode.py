@@ -171,7 +171,8 @@ def test_trimmed_contents_count_in_the_original() -> None:
         rows = zip(encoded.input_ids[encoded.loss_mask], encoded.byte_end[encoded.loss_mask])
         ends[kind] = {table.token(int(i)): int(end) for i, end in rows}
     assert ends["byte_level_with_headers"][b"Hello"] == ends["byte_level_bpe"][b" Hello"] == 7
-    assert ends["byte_level_with_headers"][b"<|eot_id|>"] == ends["byte_level_bpe"][b"<|im_end|>"] == 15
+    assert ends["byte_level_with_headers"][b"<|eot_id|>"] == 13
+    assert ends["byte_level_bpe"][b"<|im_end|>"] == 15
 
 
 def test_a_special_token_that_swallows_space_is_not_content() -> None:
@@ -188,7 +189,7 @@ def test_a_special_token_that_swallows_space_is_not_content() -> None:
     assert not isinstance(result, Skipped)
     encoded = result[0]
     assert [table.token(int(i)) for i in encoded.input_ids[encoded.loss_mask]] == [b"Hello", b"<|e|>"]
-    assert encoded.byte_end[encoded.loss_mask].tolist() == [6, 8]
+    assert encoded.byte_end[encoded.loss_mask].tolist() == [6, 6]
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
