@@ -85,7 +85,7 @@ def read_dialogues(
         count += 1
         name = detect_format(item, where) if format == "auto" else format
         messages = messages_of(item, format=name, where=where)
-        category = category_of(item)
+        category = category_of(item, where)
         if name == "text":
             pieces = list(cut_text(messages[0].content, max_bytes))
             dropped[EMPTY_TEXT] += not pieces
