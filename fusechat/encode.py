@@ -53,16 +53,6 @@ class EncodedSet:
         )
 
 
-def encode(
-    dialogue: Dialogue, tokenizer: Any, table: ByteTable, *, template: Template, max_length_tokens: int | None
-) -> tuple[Encoded, int] | Skipped:
-    """Return a dialogue's encoding and how many assistant turns were cut to make it fit, or why it has none."""
-    result = encode_set([dialogue], tokenizer, table, template=template, max_length_tokens=max_length_tokens)
-    if result.skipped:
-        return Skipped(reason=result.skipped[0])
-    return result.encoded[0], result.cut_turns.get(0, 0)
-
-
 def encode_all(
     dialogues: Sequence[Dialogue],
     tokenizer: Any,

@@ -86,7 +86,7 @@ def slow_remap(
                 shares = [(to, p) for to, _ in shares]
             how = int(maps.quality[index[r], token])
             is_gold = kind != RowKind.FINER and token == source.gold[s]
-            if is_gold or (pivot.at_end[r] and source.table.role(token) in (Role.EOS, Role.TURN)):
+            if is_gold or (pivot.at_end[r] and source.table.roles[token] in (Role.EOS, Role.TURN)):
                 shares, how = [(gold, p)], 1
             if not shares:
                 mass[kind, 0] += p

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from fusechat.bytetable import ByteTable, Role
 from fusechat.demo.tokenizers import KINDS
 from fusechat.dialogue import load_dialogues
-from fusechat.encode import EncodedSet, Skipped, encode, encode_all
+from fusechat.encode import EncodedSet, Skipped, encode_all, encode_set
 from fusechat.errors import DataError
 from fusechat.records import Dialogue, Encoded, Message
 from fusechat.spans import render_dialogue
@@ -59,6 +59,16 @@ def plain(text: str) -> Dialogue:
     return Dialogue(messages=(Message(role="assistant", content=text),), plain=True)
 
 
+def encode(
+    dialogue: Dialogue, tokenizer: Any, table: ByteTable, *, template: Template, max_length_tokens: int | None
+) -> tuple[Encoded, int] | Skipped:
+    """A dialogue's encoding and how many assistant turns were cut to make it fit, or why it has none."""
+    result = encode_set([dialogue], tokenizer, table, template=template, max_length_tokens=max_length_tokens)
+    if result.skipped:
+        return Skipped(reason=result.skipped[0])
+    return result.encoded[0], result.cut_turns.get(0, 0)
+
+
 def reference_mask(dialogue: Dialogue, tokenizer: Any, template: Template) -> list[tuple[int, int]]:
     """The (id, turn) of every token up to the last assistant one, from character offsets, one token at a time."""
     rendered = render_dialogue(template, tokenizer, dialogue)
@@ -95,7 +105,7 @@ def check(dialogue: Dialogue, encoded: Encoded, table: ByteTable) -> None:
         assert answer[: ends[-1]].strip() == answer.strip()
         # Each token's bytes end with the content's bytes up to its end, as far as it lies in the content.
         for token, before, end in zip(encoded.input_ids[where], [None, *ends[:-1]], ends):
-            if before is not None and end > before and table.role(int(token)) == Role.TEXT:
+            if before is not None and end > before and table.roles[token] == Role.TEXT:
                 piece, own = answer[before:end], table.token(int(token))
                 if "▁".encode() not in answer:
                     assert own[: len(piece)] == piece
