@@ -158,7 +158,7 @@ def _label(
     """Return the encoding of a rendered dialogue from its tokens."""
     ends = token_byte_ends(table, ids, rendered.text.encode())
     if dialogue.plain:
-        ids, ends = _with_bos_and_eos(ids, ends, tokenizer)
+        ids, ends = _as_document(ids, ends, tokenizer, goes_on=dialogue.goes_on)
     starts = np.concatenate([[0], ends[:-1]])
     special = table.roles[ids] != Role.TEXT
     turn = np.full(len(ids), -1, np.int32)
@@ -181,13 +181,18 @@ def _label(
     return Encoded(input_ids=ids[:used], loss_mask=turn >= 0, turn=turn, byte_end=byte_end[:used])
 
 
-def _with_bos_and_eos(
-    ids: npt.NDArray[np.int32], ends: npt.NDArray[np.int64], tokenizer: Any
+def _as_document(
+    ids: npt.NDArray[np.int32], ends: npt.NDArray[np.int64], tokenizer: Any, *, goes_on: bool
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-    """Put BOS before and EOS behind running text, without width, where the tokenizer has them."""
-    if tokenizer.bos_token_id is not None:
-        ids, ends = np.insert(ids, 0, tokenizer.bos_token_id), np.insert(ends, 0, 0)
-    if tokenizer.eos_token_id is not None:
+    """Put BOS before running text and EOS behind it, without width, where the tokenizer has them.
+
+    Without a BOS an EOS stands in front, as between documents: else nothing would predict the first token, and a model
+    without BOS would have it for nothing. Behind a piece whose document goes on there is no EOS to learn.
+    """
+    front = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if front is not None:
+        ids, ends = np.insert(ids, 0, front), np.insert(ends, 0, 0)
+    if tokenizer.eos_token_id is not None and not goes_on:
         ids, ends = np.append(ids, np.int32(tokenizer.eos_token_id)), np.append(ends, ends[-1:])
     return ids, ends
 

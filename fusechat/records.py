@@ -21,11 +21,15 @@ class Message:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Dialogue:
-    """A list of messages; `plain` marks running text, held as one assistant message and rendered without a template."""
+    """A list of messages; `plain` marks running text, held as one assistant message and rendered without a template.
+
+    `goes_on` marks a piece of running text behind which its document goes on.
+    """
 
     messages: tuple[Message, ...]
     category: str = ""
     plain: bool = False
+    goes_on: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -206,14 +206,16 @@ def test_data_sets_load_through_datasets(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_running_text_is_split_at_the_separator_and_marked_plain(tmp_path: Path) -> None:
-    """Catches documents glued together, empty documents kept, and a byte order mark read as text."""
+    """Catches documents glued together, empty ones kept, a byte order mark read as text, pieces taken for wholes."""
     path = tmp_path / "stories.txt"
     path.write_bytes("\ufeffOne.\n<|end|>\n\n<|end|>\nTwo é.\n".encode())
     dialogues, report = read_dialogues(path, separator="<|end|>")
     assert [contents(d) for d in dialogues] == [[("assistant", "One.")], [("assistant", "Two é.")]]
     assert all(d.plain for d in dialogues)
     assert (report.format, report.items, report.dropped) == ("text", 2, {})
-    assert len(load_dialogues(write(tmp_path / "t.jsonl", [{"text": "a b"}]), max_bytes=1)) == 2
+    pieces = load_dialogues(write(tmp_path / "t.jsonl", [{"text": "a b"}, {"text": "a"}]), max_bytes=1)
+    assert [(d.messages[0].content, d.goes_on) for d in pieces] == [("a", True), ("b", False), ("a", False)]
+    assert len({dialogue_key(d) for d in pieces}) == 3
 
 
 @settings(max_examples=200, deadline=None)

@@ -55,8 +55,8 @@ def chat(*contents: str) -> Dialogue:
     return Dialogue(messages=tuple(turns))
 
 
-def plain(text: str) -> Dialogue:
-    return Dialogue(messages=(Message(role="assistant", content=text),), plain=True)
+def plain(text: str, *, goes_on: bool = False) -> Dialogue:
+    return Dialogue(messages=(Message(role="assistant", content=text),), plain=True, goes_on=goes_on)
 
 
 def encode(
@@ -139,18 +139,24 @@ def test_masks_and_ends(kind: str, name: str, turns: list[tuple[str, str]]) -> N
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.sampled_from(list(KINDS)), CONTENT.map(str.strip))
-def test_running_text(kind: str, text: str) -> None:
-    """Catches a BOS counted as text, an EOS left out of the loss, and bytes lost at either end."""
+@given(st.sampled_from(list(KINDS)), CONTENT.map(str.strip), st.booleans())
+def test_running_text(kind: str, text: str, goes_on: bool) -> None:
+    """Catches a first token that nothing predicts, an EOS not taught or taught inside a document, and lost bytes."""
     tokenizer, table = trained(kind)
-    result = encode(plain(text), tokenizer, table, template=Template(name="plain", jinja=None), max_length_tokens=None)
+    result = encode(
+        plain(text, goes_on=goes_on),
+        tokenizer,
+        table,
+        template=Template(name="plain", jinja=None),
+        max_length_tokens=None,
+    )
     assert not isinstance(result, Skipped)
     encoded = result[0]
-    has_bos = tokenizer.bos_token_id is not None
-    assert encoded.loss_mask.tolist() == [False] * has_bos + [True] * (len(encoded.input_ids) - has_bos)
-    assert encoded.input_ids[-1] == tokenizer.eos_token_id
-    assert encoded.byte_end[-2:].tolist() == [len(text.encode())] * 2
-    assert encoded.input_ids[has_bos:-1].tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
+    front = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    own = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert encoded.input_ids.tolist() == [front, *own] + [tokenizer.eos_token_id] * (not goes_on)
+    assert encoded.loss_mask.tolist() == [False] + [True] * (len(encoded.input_ids) - 1)
+    assert encoded.byte_end[len(own) :].tolist() == [len(text.encode())] * (1 if goes_on else 2)
     check(plain(text), encoded, table)
 
 
