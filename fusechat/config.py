@@ -104,7 +104,7 @@ class ExtractConfig(_Section):
 class SourceConfig(_Section):
     """One source model."""
 
-    model: str = Field(description="directory or hub id")
+    model: str = Field(description="directory or hub id, owner/name or owner/name@revision")
     name: str = Field("", description="short name in folders and tables; the directory's name when empty")
     extract: ExtractConfig | None = Field(None, description="what differs from the run's `extract` for this source")
 
@@ -247,7 +247,7 @@ class EvalConfig(_Section):
 class RunConfig(_Section):
     """One whole fusion."""
 
-    pivot: str = Field(description="directory or hub id of the pivot")
+    pivot: str = Field(description="directory or hub id of the pivot; owner/name@revision is a revision of it")
     sources: list[SourceConfig] = Field(min_length=1, description="a directory or hub id each, or a section of its own")
     data: DataConfig = Field(description="see its section")
     out: str = Field(description="folder of everything the run makes")
@@ -281,8 +281,8 @@ class RunConfig(_Section):
 
 
 def source_name(source: SourceConfig) -> str:
-    """Return the source's short name: the one given, else the last part of its model's path or id."""
-    return source.name or Path(source.model).name
+    """Return the source's short name: the one given, else the last part of its model's path or id, less a revision."""
+    return source.name or Path(source.model).name.partition("@")[0]
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

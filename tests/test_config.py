@@ -25,6 +25,8 @@ def test_paths_are_relative_to_the_file_and_hub_ids_stay(tmp_path: Path) -> None
     assert config.sources[0].model == str(tmp_path / "a")
     assert config.sources[1].model == "org/b"
     assert [source_name(s) for s in config.sources] == ["a", "bee"]
+    pinned = load_config(_write(tmp_path, MINIMAL), ["sources=[org/b@v1.0]"])
+    assert (pinned.sources[0].model, source_name(pinned.sources[0])) == ("org/b@v1.0", "b")
 
 
 def test_overrides_change_single_keys_and_keep_their_neighbours(tmp_path: Path) -> None:

@@ -311,3 +311,14 @@ def test_nothing_to_make_starts_no_engine(
     monkeypatch.setattr("fusechat.extract.engines_of", lambda *_: pytest.fail("an engine was started"))
     manifest = fusechat.extract(str(tiny_world.pivot), dialogues, tmp_path / "s", shard_dialogues=7)
     assert sum(shard["n_dialogues"] for shard in manifest["shards"]) == len(dialogues)
+
+
+def test_the_manifest_says_which_model_by_its_name_and_commit(
+    tiny_world: Any, dialogues: list[Dialogue], tmp_path: Path
+) -> None:
+    """Catches a store whose model can no longer be named once the folder is gone."""
+    cached = tmp_path / "models--owner--name" / "snapshots" / "0123abc"
+    shutil.copytree(tiny_world.pivot, cached)
+    for model, commit in ((cached, "0123abc"), (tiny_world.pivot, None)):
+        manifest = fusechat.extract(str(model), dialogues[:2], tmp_path / f"{commit}")
+        assert (manifest["model_id"], manifest["revision"]) == (str(model), commit)

@@ -20,7 +20,7 @@ from typing import Any
 from fusechat.artifact import Json, ShardedWriter, sha256_file, sha256_json
 from fusechat.bytetable import ByteTable
 from fusechat.callable_module import make_callable
-from fusechat.checkpoint import checkpoint_sha256, resolve_model
+from fusechat.checkpoint import checkpoint_sha256, hub_commit, resolve_model
 from fusechat.config import ExtractConfig, parse_extract
 from fusechat.dialogue import dataset_fingerprint
 from fusechat.encode import encode_set
@@ -214,6 +214,8 @@ def _finish(task: Task, writer: ShardedWriter, empty: list[Json]) -> Json:
         )
     return writer.finish(
         model=str(task.directory.resolve()),
+        model_id=task.model,
+        revision=hub_commit(task.directory),
         template=task.config.template,
         engines=engines,
         skipped=dict(sorted(skipped.items(), key=lambda item: int(item[0]))),

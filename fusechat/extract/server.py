@@ -21,6 +21,7 @@ from requests.adapters import HTTPAdapter
 from urllib3.util.retry import Retry
 
 from fusechat.artifact import Json
+from fusechat.checkpoint import hub_id
 from fusechat.errors import DataError
 from fusechat.extract.engines import EngineLostError
 from fusechat.extract.probe import Probe
@@ -158,9 +159,10 @@ def check_model(endpoint: Endpoint, task: Task) -> Json:
 def _is_same(task: Task, name: str, card: Json) -> bool:
     if task.config.served_model is not None:
         return name == task.config.served_model
-    ours = {task.model, str(task.directory), str(task.directory.resolve())}
+    model, _ = hub_id(task.model)
+    ours = {model, str(task.directory), str(task.directory.resolve())}
     theirs = {name, str(card.get("root"))}
-    return bool(ours & theirs) or Path(name).name == Path(task.model).name
+    return bool(ours & theirs) or Path(name).name == Path(model).name
 
 
 def prompt_logprobs(
