@@ -32,6 +32,8 @@ _NUMPY_DTYPES = {
     "F32": "<f4", "F64": "<f8", "I64": "<i8", "U64": "<u8", "C64": "<c8",
 }  # fmt: skip
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+# Configuration, tokenizers of every kind, and code, which is copied beside a merged model and never run.
+_SMALL_FILES = ("*.json", "*.model", "*.txt", "*.tiktoken", "*.jinja", "*.py")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -262,7 +264,7 @@ def resolve_model(model: str, *, weights: bool = True) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        wanted = ["*.json", "*.model", "*.jinja", *["*.safetensors"] * weights]
+        wanted = [*_SMALL_FILES, *["*.safetensors"] * weights]
         return Path(snapshot_download(model, allow_patterns=wanted))
     except (OSError, ValueError, RuntimeError, HFValidationError) as error:
         reason = str(error).splitlines()[0]

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from fusechat.checkpoint import checkpoint_sha256, open_checkpoint, read_header, read_tensor
+from fusechat.checkpoint import checkpoint_sha256, open_checkpoint, read_header, read_tensor, resolve_model
 from fusechat.errors import DataError, FormatError
+from fusechat.merge import output
 
 
 def write_raw(path: Path, header: Any, data: bytes = b"", *, declared: int | None = None) -> Path:
@@ -193,3 +196,15 @@ def test_fingerprint_sees_weights_and_config_but_not_the_place(model: Path, tmp_
     raw[-1] ^= 1
     (model / "two.safetensors").write_bytes(bytes(raw))
     assert checkpoint_sha256(model) != before
+
+
+def test_everything_that_a_merge_copies_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a tokenizer that a model of the hub has and the models made from it lack."""
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda _, **options: asked.update(options) or tmp_path)
+    for weights in (True, False):
+        assert resolve_model("somebody/model", weights=weights) == tmp_path
+        patterns = asked["allow_patterns"]
+        for name in (*output._TOKENIZER_FILES, *output._BASE_FILES, "config.json"):
+            assert any(fnmatch(name.replace("*", "qwen"), pattern) for pattern in patterns), name
+        assert any(fnmatch("model.safetensors", pattern) for pattern in patterns) == weights
