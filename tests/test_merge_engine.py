@@ -349,11 +349,11 @@ import resource, sys
 from pathlib import Path
 import numpy as np
 from fusechat import _native
-pages = int(Path("/proc/self/statm").read_text().split()[0])
 logits = np.random.default_rng(0).normal(0, 1, (64, 500)).astype(np.float32)
 def top(threads):
     return _native.topk_logprob(logits=logits, format="float32", labels=None, k=5, softcap=0.0, threads=threads)
 one = top(1)
+pages = int(Path("/proc/self/statm").read_text().split()[0])
 for room_mib in (20, 2):  # room for a stack or two of 8 MiB, and for none
     limit = pages * resource.getpagesize() + (room_mib << 20)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
