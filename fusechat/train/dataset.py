@@ -65,7 +65,7 @@ class FusionDataset:
         self.pivot = pivot
         self.sources = list(sources)
         self.select = select = select or Selection()
-        self.when_pivot_wins = when_pivot_wins
+        self.when_pivot_wins = when_pivot_wins if self.sources else "labels"  # the control learns nothing else
         self.renormalise = renormalise
         self.matched = list(matched)
         self.indices = sorted(pivot)[:limit]
