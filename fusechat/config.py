@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fusechat.errors import ConfigError
+from fusechat.overrides import merged, nested, resolve_paths
 
 
 class _Section(BaseModel):
@@ -198,13 +199,15 @@ class TrainConfig(_Section):
             raise ValueError(f"objective {self.objective} takes select min_ce or source, per sequence")
         if self.objective == "alm" and (self.label_smoothing or self.z_loss):
             raise ValueError("objective alm takes neither label_smoothing nor z_loss")
+        if self.objective == "uld" and self.z_loss:
+            raise ValueError("objective uld takes no z_loss: set it to 0")
         if self.source_weights and (self.select != "weighted" or min(self.source_weights.values()) < 0):
             raise ValueError("source_weights are numbers of 0 or more, for select: weighted")
         return self
 
 
 class MergeConfig(_Section):
-    """How the targets become one model."""
+    """How the targets become one model; with `train.mode: multi` there is one, and only `sweep` is of use."""
 
     method: Literal["sce", "linear"] = Field("sce", description="any other by `sweep`, or by `fusechat merge`")
     variant: Literal["fuseai", "paper", "mergekit"] = Field("fuseai", description="sce: which of its three readings")
@@ -214,6 +217,21 @@ class MergeConfig(_Section):
         None,
         description="merges to compare on validation dialogues, in place of the above: merge_method, parameters, each",
     )
+
+    @model_validator(mode="after")
+    def _belongs_to_the_method(self) -> MergeConfig:
+        foreign = {"weights"} if self.method == "sce" else {"variant", "select_topk"}
+        for name, default in self.changed().items():
+            if name in foreign:
+                raise ValueError(f"{name} is not of method: {self.method}: leave it out (default {default})")
+        if self.weights is not None and sum(self.weights) == 0:
+            raise ValueError("weights sum to zero, and linear divides by their sum: give others")
+        return self
+
+    def changed(self) -> dict[str, Any]:
+        """Return the defaults of the keys that have other values."""
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
+        return {name: default for name, default in defaults.items() if getattr(self, name) != default}
 
 
 class EvalConfig(_Section):
@@ -239,17 +257,39 @@ class RunConfig(_Section):
     eval: EvalConfig = EvalConfig()
 
     @model_validator(mode="after")
-    def _names_differ(self) -> RunConfig:
+    def _sources_are_told_apart(self) -> RunConfig:
         names = [source_name(source) for source in self.sources]
         for name in {"pivot", "sft", "merged", "multi"} & set(names):
             raise ValueError(f"a source may not be named {name!r}")
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two sources are named {name!r}: give them a `name`")
+        unknown = sorted(set(self.train.source_weights) - {"pivot", *names})
+        if unknown:
+            raise ValueError(
+                f"train.source_weights names {', '.join(unknown)}: there are pivot and the sources {', '.join(names)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_test_chooses_nothing(self) -> RunConfig:
         if self.train.final == "best" and self.data.validation is None:
             raise ValueError(
                 "train.final: best needs data.validation: chosen by the held-out dialogues, the results would flatter"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _merge_fits_the_targets(self) -> RunConfig:
+        idle = {name: default for name, default in self.merge.changed().items() if name != "sweep"}
+        if self.train.mode == "multi" and idle:
+            raise ValueError(
+                "train.mode: multi makes one target, which is the result: leave out "
+                + ", ".join(f"merge.{name} (default {default})" for name, default in idle.items())
+            )
+        weights = self.merge.weights
+        if weights is not None and len(weights) != len(self.sources):
+            raise ValueError(f"merge.weights has {len(weights)} numbers for {len(self.sources)} sources: give one each")
         return self
 
     @model_validator(mode="after")
@@ -279,12 +319,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping with the keys {', '.join(RunConfig.model_fields)}")
-    _resolve_paths(values, path.resolve().parent)
-    changes: dict[str, Any] = {}
-    for override in overrides:
-        _apply_override(changes, override)
-    _resolve_paths(changes, Path.cwd())
-    return parse_config(_merged(values, changes), str(path))
+    resolve_paths(values, path.resolve().parent)
+    changes = nested(overrides)
+    resolve_paths(changes, Path.cwd())
+    return parse_config(merged(values, changes), str(path))
 
 
 def parse_config(values: Any, where: str) -> RunConfig:
@@ -300,7 +338,7 @@ def _with_source_extract(values: Any) -> Any:
         return values
     common = values.get("extract")
     sources = [
-        source | {"extract": _merged(common, source["extract"])}
+        source | {"extract": merged(common, source["extract"])}
         if isinstance(common, dict) and isinstance(source, dict) and isinstance(source.get("extract"), dict)
         else source
         for source in values["sources"]
@@ -310,18 +348,12 @@ def _with_source_extract(values: Any) -> Any:
 
 def parse_extract(values: dict[str, Any], overrides: Sequence[str] = (), where: str = "extract") -> ExtractConfig:
     """Build extraction settings from values and overrides such as `batch_tokens=4096`; raises ConfigError."""
-    changes: dict[str, Any] = {}
-    for override in overrides:
-        _apply_override(changes, override)
-    return _validated(ExtractConfig, _merged(values, changes), where)
+    return _validated(ExtractConfig, merged(values, nested(overrides)), where)
 
 
 def parse_train(overrides: Sequence[str]) -> TrainConfig:
     """Build training settings from overrides such as `epochs=2`; raises ConfigError in one line."""
-    changes: dict[str, Any] = {}
-    for override in overrides:
-        _apply_override(changes, override)
-    return _validated(TrainConfig, changes, "train")
+    return _validated(TrainConfig, nested(overrides), "train")
 
 
 def _validated(model: type[_SectionT], values: Any, where: str) -> _SectionT:
@@ -352,49 +384,3 @@ def _known_keys(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
         candidates = [annotation, *getattr(annotation, "__args__", ())]
         model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
     return list(model.model_fields)
-
-
-def _apply_override(changes: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"override `{override}` is not of the form key.subkey=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override `{override}`: the value is not valid YAML") from error
-    *parents, last = key.split(".")
-    for parent in parents:
-        changes = changes.setdefault(parent, {})
-    changes[last] = value
-
-
-def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    result = dict(values)
-    for key, change in changes.items():
-        old = result.get(key)
-        result[key] = _merged(old, change) if isinstance(old, dict) and isinstance(change, dict) else change
-    return result
-
-
-def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
-    """Make the paths of a raw configuration absolute, leaving hub ids (which do not exist as paths) alone."""
-
-    def resolve(value: Any, *, must_be_path: bool = False) -> Any:
-        if not isinstance(value, str):
-            return value
-        path = folder / Path(value).expanduser()
-        looks_local = must_be_path or path.exists() or value.startswith((".", "/", "~"))
-        return str(path) if looks_local else value
-
-    for key, must_be_path in (("pivot", False), ("out", True)):
-        if key in values:
-            values[key] = resolve(values[key], must_be_path=must_be_path)
-    sources = values.get("sources")
-    if isinstance(sources, list):
-        named = [{"model": source} if isinstance(source, str) else source for source in sources]
-        values["sources"] = [s | {"model": resolve(s.get("model"))} if isinstance(s, dict) else s for s in named]
-    data = values.get("data")
-    if isinstance(data, dict):
-        for key in ("train", "held_out", "validation"):
-            if key in data:
-                data[key] = resolve(data[key])
