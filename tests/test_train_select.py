@@ -47,6 +47,7 @@ def stores(tiny_world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         fusechat.extract(str(path), dialogues, folder / name, top_k=5)
     for name in ("source", "twin"):
         fusechat.align(folder / "pivot", folder / name, folder / f"{name}-aligned")
+    shutil.copytree(folder / "source-aligned", folder / "source-again")
     return folder
 
 
@@ -123,10 +124,14 @@ def test_rows_are_weighed_as_by_the_loss_library(stores: Path, rule: Any, unit: 
         np.testing.assert_allclose(row_weights(dataset.sources, gold, record, dataset.select).T, theirs, rtol=1e-5)
 
 
-def test_mixtures_have_the_cross_entropy_of_their_parts(stores: Path) -> None:
-    """Rows that partition the vocabulary cannot be mixed; they stand beside the mixture, and nothing changes by it."""
-    weights = {"pivot": 0.5, "source-aligned": 2.0, "twin": 1.5}
-    names = ("source-aligned", "twin")
+@pytest.mark.parametrize(("other", "of_pivot"), [("twin", 0.5), ("source-again", 0.0)])
+def test_mixtures_have_the_cross_entropy_of_their_parts(stores: Path, other: str, of_pivot: float) -> None:
+    """Rows that partition the vocabulary cannot be mixed; they stand beside the mixture, and nothing changes by it.
+
+    Where all candidates partition it, there is no mixture.
+    """
+    weights = {"pivot": of_pivot, "source-aligned": 2.0, other: 1.5}
+    names = ("source-aligned", other)
     mixed = _dataset(stores, names, rule="weighted", weights=weights, when_pivot_wins="pivot")
     order = torch.from_numpy(mixed.byte_order)
     torch.manual_seed(0)
@@ -142,6 +147,7 @@ def test_mixtures_have_the_cross_entropy_of_their_parts(stores: Path) -> None:
             logits[rows], batch["row_labels"], batch["target_ids"], batch["target_logprobs"], hard_weight=hard_weight,
             row_weight=batch["row_weight"], partition=batch["partition"], cells=cells, missing="zero", inplace=False,
         )  # fmt: skip
+        assert (batch["row_weight"] > 0).all()  # a row without weight would cost its logits
         position_weight = torch.zeros(len(logits)).index_add_(0, rows, batch["row_weight"])
         assert torch.allclose(position_weight[position_weight > 0], torch.ones(()))
         soft = torch.zeros(len(logits)).index_add_(0, rows, out.soft * batch["row_weight"])

@@ -76,8 +76,9 @@ def row_weights(sources: Sequence[Source], gold: Array, pivot: Mapping[str, Arra
     turn, end = pivot["token.turn"], pivot["token.byte_end"]
     size = np.ones(gold.shape[1], np.float32)
     if how.ce_unit == "byte":
-        begin = np.where(turn[predicted - 1] == turn[predicted], end[predicted - 1], 0)
-        size = np.maximum(end[predicted] - begin, 0).astype(np.float32)
+        width = end.copy()
+        width[1:] -= np.where(turn[1:] == turn[:-1], end[:-1], 0)
+        size = np.maximum(width[predicted], 0).astype(np.float32)
     if how.unit == "token":  # a token of no byte, such as the end of a turn, counts as one
         return _weights(np.where(known, gold, -np.inf) / np.maximum(size, 1), known, sources, how)
     starts = np.flatnonzero(np.diff(turn[predicted], prepend=-1))  # a turn is a run of tokens
