@@ -62,8 +62,8 @@ def _row_columns(examples: Sequence[Example], starts: Array) -> dict[str, Array]
     columns: dict[str, Array] = {
         "rows": np.empty(n_rows, dtype=np.int64),
         "row_labels": np.empty(n_rows, dtype=np.int64),
-        "target_ids": np.empty((n_rows, width), dtype=np.int32),
-        "target_logprobs": np.empty((n_rows, width), dtype=_logprob_dtype(examples)),
+        "target_ids": np.zeros((n_rows, width), dtype=np.int32),
+        "target_logprobs": np.full((n_rows, width), -np.inf, dtype=_logprob_dtype(examples)),
         "partition": np.empty(n_rows, dtype=np.bool_),
         "row_weight": np.empty(n_rows, dtype=np.float32),
         "taught": np.empty(n_rows, dtype=np.float32),
@@ -77,7 +77,7 @@ def _row_columns(examples: Sequence[Example], starts: Array) -> dict[str, Array]
         ids, logprobs = columns["target_ids"][part], columns["target_logprobs"][part]
         np.add(e.rows, start, out=columns["rows"][part])
         columns["row_labels"][part] = e.input_ids[e.rows + 1]
-        logprobs[:, :k], logprobs[:, k:], ids[:, :k] = targets.logprobs, -np.inf, targets.ids
+        logprobs[:, :k], ids[:, :k] = targets.logprobs, targets.ids
         if (cells := targets.cells) is not None:
             at, k = np.flatnonzero(targets.partition), cells.ids.shape[1]
             ids[at, :k], logprobs[at, :k], logprobs[at, k:] = cells.ids, cells.logprobs, -np.inf
@@ -88,7 +88,7 @@ def _row_columns(examples: Sequence[Example], starts: Array) -> dict[str, Array]
         begin = part.stop
     # torch converts half precision ten times as fast as NumPy.
     columns["target_logprobs"] = torch.from_numpy(columns["target_logprobs"]).float().numpy()
-    np.copyto(columns["target_ids"], -1, where=columns["target_logprobs"] == -np.inf)
+    columns["target_ids"] |= -(columns["target_logprobs"] == -np.inf).view(np.int8)  # −1 | id = −1
     if any(e.chunk is not None for e in examples):
         columns |= _chunk_columns(examples)
     return columns

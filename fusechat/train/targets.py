@@ -59,13 +59,9 @@ class Targets:
 
     def present(self) -> Array:
         """Return which rows have an entry, bool[R]."""
-        found = np.zeros(len(self), dtype=np.bool_)
-        for column in self.logprobs.T:  # nearly always the first entry settles it
-            found |= column > -np.inf
-            if found.all():
-                break
+        found = _present(self.logprobs)
         if self.cells is not None:
-            found[self.partition] = (self.cells.logprobs > -np.inf).any(axis=1)
+            found[self.partition] = _present(self.cells.logprobs)
         return found
 
     def taken(self, rows: Array) -> Targets:
@@ -134,6 +130,15 @@ def mixed(parts: Sequence[Targets], weights: Array, *, renormalise: bool, beside
         mixture[:n_rows] += np.repeat(np.log(weights.T), widths, axis=1)
     partition = np.concatenate([np.zeros(n_rows, np.bool_), *(t.partition for t in beside)])
     return Targets(ids=ids, logprobs=mixture, partition=partition, cells=_joined_cells(beside))
+
+
+def _present(logprobs: Array) -> Array:
+    found = np.zeros(len(logprobs), dtype=np.bool_)
+    for column in logprobs.T:  # nearly always the first entry settles it
+        found |= column > -np.inf
+        if found.all():
+            break
+    return found
 
 
 def _stacked(columns: Sequence[Array], width: int, absent: float) -> Array:
