@@ -55,7 +55,7 @@ class Targets:
     @property
     def width(self) -> int:
         """The most entries a row can have."""
-        return max(columns.ids.shape[1] for columns in (self, self.cells) if columns is not None)
+        return max(int(columns.ids.shape[1]) for columns in (self, self.cells) if columns is not None)
 
     def present(self) -> Array:
         """Return which rows have an entry, bool[R]."""
@@ -149,6 +149,7 @@ def _stacked(columns: Sequence[Array], width: int, absent: float) -> Array:
 
 
 def _stack(columns: Sequence[Array], out: Array, absent: float) -> None:
+    """Write columns [R,≤K] into out [ΣR,K]."""
     begin = 0
     for column in columns:
         part = out[begin : begin + len(column)]
