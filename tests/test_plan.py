@@ -126,6 +126,26 @@ def test_local_dialogues_are_counted_and_assumed_ones_said(tiny_world: Any, ligh
     assert any("1,000 dialogues of 50 tokens" in text for text in more.assumptions)
 
 
+def test_a_source_is_counted_as_it_is_extracted(
+    tiny_world: Any, light: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where no folder is called `pivot`
+
+    def store(run: dict[str, Any], own: dict[str, Any] | None) -> int:
+        values = {
+            "pivot": str(tiny_world.pivot), "out": str(tmp_path / "run"), "data": {"train": str(tiny_world.dialogues)},
+            "sources": [{"model": str(tiny_world.source), "extract": own}], "extract": run,
+        }  # fmt: skip
+        result = plan(parse_config(values, "here"), load_hardware("cpu"))
+        assert not any("bytes a token" in text for text in result.assumptions)
+        return stage(result, "extract", "source").disk_bytes
+
+    plain = store({}, None)
+    assert store({"template": "pivot"}, None) == store({"template": str(tiny_world.pivot)}, None) != plain
+    assert store({}, {"template": "pivot"}) == store({"template": "pivot"}, None)
+    assert store({}, {"max_length_tokens": 40}) == store({"max_length_tokens": 40}, None) < plain
+
+
 def test_packing_is_priced_by_real_lengths() -> None:
     even = Lengths(n_dialogues=100, sample=np.full(100, 30), row_share=1.0, distinct_ids=9)
     assert even.padded_share(4) == pytest.approx(1.0)

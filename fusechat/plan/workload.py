@@ -16,6 +16,7 @@ from fusechat.dialogue import read_dialogues, split_held_out
 from fusechat.errors import ConfigError
 from fusechat.plan.models import shipped
 from fusechat.records import Dialogue
+from fusechat.template import OWN, PLAIN
 
 SAMPLE_DIALOGUES = 512
 ASSUMED_BYTES_PER_TOKEN = 4.0
@@ -111,11 +112,11 @@ def find_workload(data: DataConfig, seed: int, dialogues: int | None, tokens_per
 def lengths(workload: Workload, model: str, config: ExtractConfig, context_tokens: int) -> tuple[Lengths, str]:
     """Return a data set's lengths in a model's tokens, and how they were found.
 
-    A local model's tokenizer and template encode up to 512 dialogues, the longest among them; without one the lengths
-    are log-normal about the mean bytes.
+    `config` is what the model is extracted with. A local tokenizer and template encode up to 512 dialogues, the longest
+    among them; without them the lengths are log-normal about the mean bytes.
     """
     limit = min(config.max_length_tokens, context_tokens)
-    if workload.train is None or not Path(model).is_dir():
+    if workload.train is None or not (Path(model).is_dir() and _is_here(config.template)):
         quantiles = (np.arange(1000) + 0.5) / 1000
         shape = np.exp(_ASSUMED_SPREAD * np.array([NormalDist().inv_cdf(q) for q in quantiles]))
         mean = workload.bytes_per_dialogue / ASSUMED_BYTES_PER_TOKEN
@@ -131,6 +132,11 @@ def lengths(workload: Workload, model: str, config: ExtractConfig, context_token
     return Lengths(
         n_dialogues=workload.n_train, sample=counts, row_share=rows / int(counts.sum()), distinct_ids=distinct
     ), "counted"
+
+
+def _is_here(template: str) -> bool:
+    """Return whether a template is no model of the hub, whose weights would come with it."""
+    return template in (OWN, PLAIN) or template.endswith((".jinja", ".jinja2")) or Path(template).exists()
 
 
 def _encode(

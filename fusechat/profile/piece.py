@@ -45,6 +45,7 @@ def prepare(stage: str, config: RunConfig, folder: Path, dialogues: int) -> Piec
         raise ConfigError(f"no stage {stage!r} to profile: there are {', '.join(STAGES)} and kernels")
     from fusechat.align import align
     from fusechat.extract import extract
+    from fusechat.extract.settings import extract_settings
     from fusechat.train import train
 
     options = {"format": config.data.format, "separator": config.data.separator, "max_bytes": config.data.max_bytes}
@@ -54,9 +55,7 @@ def prepare(stage: str, config: RunConfig, folder: Path, dialogues: int) -> Piec
     stores = layout.store("pivot"), layout.store(name)
 
     def extract_model(which: str, model: str, out: Path) -> Any:
-        own = (source.extract if which == name else None) or config.extract
-        template = config.pivot if own.template == "pivot" else own.template
-        return extract(model, chosen, out, own.model_copy(update={"template": template}))
+        return extract(model, chosen, out, extract_settings(config, source if which == name else None))
 
     if stage == "extract":
         return Piece(run=lambda out: extract_model("pivot", config.pivot, out))
