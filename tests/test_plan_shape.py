@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from fusechat.config import ExtractConfig
 from fusechat.errors import DataError, FormatError
-from fusechat.plan.extraction import store_bytes
+from fusechat.plan.extraction import plan_extraction, store_bytes
+from fusechat.plan.hardware import load_hardware, this_computer
 from fusechat.plan.model_shape import (
     ModelShape,
     count_parameters,
@@ -31,6 +34,7 @@ SIZES = {
     "vocab_size": 500,
     "max_position_embeddings": 64,
 }
+CHAT = Lengths(n_dialogues=20, sample=np.array([60, 20, 40, 30]), row_share=0.75, distinct_ids=100)
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"tie_word_embeddings": False}),
     ("llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
@@ -136,6 +140,40 @@ def test_quantised_weights_keep_their_ends_wide() -> None:
     assert 144e9 < stored_bytes(shape) < 145e9
     assert 39e9 < stored_bytes(shape, "int4") < 41e9
     assert kv_bytes_per_token(shape) == 2 * 80 * 64 * 128 * 2
+
+
+@pytest.mark.parametrize("device", ["cpu", "a100-40"])
+def test_a_quantised_source_is_planned_by_its_header(tmp_path: Path, device: str) -> None:
+    """AWQ's layers are int32, its scales, norms and ends float16; most bytes are int32."""
+    hidden, vocab = 64, 100
+    stored = {
+        "model.embed_tokens.weight": ("F16", [vocab, hidden]), "lm_head.weight": ("F16", [vocab, hidden]),
+        "model.layers.0.mlp.up_proj.qweight": ("I32", [hidden * 16, hidden]),
+        "model.layers.0.mlp.up_proj.scales": ("F16", [hidden, 4]),
+    }  # fmt: skip
+    header: dict[str, Any] = {}
+    end = 0
+    for name, (dtype, shape) in stored.items():
+        begin, end = end, end + (4 if dtype == "I32" else 2) * int(np.prod(shape))
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(end))
+    config = {
+        "model_type": "qwen2",
+        "torch_dtype": "float16",
+        "quantization_config": {"quant_method": "awq", "bits": 4},
+    }
+    sizes = SIZES | {"hidden_size": hidden, "vocab_size": vocab, "num_attention_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config | sizes))
+    found, _ = model_shape(str(tmp_path))
+    assert (found.dtype, found.quantisation, found.weight_bytes) == ("float16", "awq", end)
+    hardware = load_hardware(device) if device != "cpu" else this_computer()
+    for backend in ("hf", "vllm"):
+        for dtype in ("auto", "float32"):  # what it computes in changes nothing of what is stored
+            settings = ExtractConfig(backend=backend, dtype=dtype)
+            row = plan_extraction("awq", found, CHAT, settings, hardware, 10**8)
+            assert (row.device_parts or row.host_parts)["weights"] == end
+            assert row.fits
 
 
 def test_a_store_is_as_large_as_counted(tmp_path: Path) -> None:

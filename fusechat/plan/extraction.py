@@ -76,16 +76,24 @@ def on_device(parts: Mapping[str, int]) -> dict[str, int]:
 
 
 def gpu_parts(
-    shape: ModelShape, max_length_tokens: int, memory_bytes: int, tensor_parallel: int, dtype: str
+    shape: ModelShape,
+    max_length_tokens: int,
+    memory_bytes: int,
+    tensor_parallel: int,
+    dtype: str,
+    quantised_to: str | None = None,
 ) -> dict[str, int]:
     """Return what one GPU of an engine holds: its share of the weights, CUDA, the cache of one longest sequence, what a
-    step's tokens take inside the layers, and what vLLM does not count: the logits and log-softmax of a step."""
-    item = int(ITEM_BYTES.get(dtype, 2))
+    step's tokens take inside the layers, and what vLLM does not count: the logits and log-softmax of a step.
+
+    `dtype` is the forward pass's; `quantised_to` tells how it would be with weights of fp8 or int4.
+    """
+    item = int(ITEM_BYTES[dtype])
     step = max_batched_tokens(shape.vocab, memory_bytes, dtype_bytes=item)
     kept = max(max_length_tokens + 1, step)
     width = 4 * shape.hidden + 3 * shape.intermediate // tensor_parallel
-    quantised = shape.quantisation is not None or dtype not in ITEM_BYTES
-    weights = stored_bytes(shape) if quantised else stored_bytes(shape, dtype)
+    as_stored = shape.quantisation is not None and quantised_to is None
+    weights = stored_bytes(shape, None if as_stored else quantised_to or dtype)
     return {
         "weights": -(-weights // tensor_parallel),
         "kv cache": kept * kv_bytes_per_token(shape, item) // min(tensor_parallel, shape.kv_heads),
@@ -106,7 +114,7 @@ def hf_parts(shape: ModelShape, lengths: Lengths, config: ExtractConfig, process
 
     dtype = shape.dtype if config.dtype == "auto" else config.dtype
     item = int(ITEM_BYTES[dtype])
-    in_file = dtype == shape.dtype
+    in_file = dtype == shape.dtype or shape.quantisation is not None
     weights = stored_bytes(shape, None if in_file else dtype)
     unread = 0 if shape.tied or not in_file else (shape.vocab - min(shape.vocab, lengths.distinct_ids)) * shape.hidden
     sample = lengths.sample[: config.shard_dialogues].tolist()
@@ -142,6 +150,9 @@ def _with_vllm(
     wanted = config.tensor_parallel_size
     sizes = [n for n in (1, 2, 4, 8, 16) if wanted <= n <= hardware.devices and shape.heads % n == 0] or [wanted]
 
+    def parts_of(tensor_parallel: int, quantised_to: str | None = None) -> dict[str, int]:
+        return gpu_parts(shape, limit, hardware.memory_bytes, tensor_parallel, dtype, quantised_to)
+
     def fits(parts: dict[str, int]) -> bool:
         inside = sum(size for part, size in parts.items() if part not in ("logits", "cuda"))
         return (
@@ -149,8 +160,8 @@ def _with_vllm(
             and sum(parts.values()) <= hardware.memory_bytes
         )  # fmt: skip
 
-    chosen = next((n for n in sizes if fits(gpu_parts(shape, limit, hardware.memory_bytes, n, dtype))), sizes[-1])
-    parts = gpu_parts(shape, limit, hardware.memory_bytes, chosen, dtype)
+    chosen = next((n for n in sizes if fits(parts_of(n))), sizes[-1])
+    parts = parts_of(chosen)
     engines = min(max(1, hardware.devices // chosen), config.engines or hardware.devices)
     used = engines * chosen
     changes: list[str] = []
@@ -158,12 +169,12 @@ def _with_vllm(
         changes.append(f"extract.tensor_parallel_size {chosen} asks for more than {hardware.devices} GPUs")
     if not fits(parts):
         for smaller in ("fp8", "int4"):
-            least = next((n for n in sizes if fits(gpu_parts(shape, limit, hardware.memory_bytes, n, smaller))), None)
+            least = next((n for n in sizes if fits(parts_of(n, smaller))), None)
             if least is not None:
                 changes.append(f"its model to one quantised to {smaller}, on {least} GPU" + "s" * (least > 1))
                 break
         changes.append("extract.backend: vllm-server, where it runs elsewhere")
-    step = max_batched_tokens(shape.vocab, hardware.memory_bytes, dtype_bytes=int(ITEM_BYTES.get(dtype, 2)))
+    step = max_batched_tokens(shape.vocab, hardware.memory_bytes, dtype_bytes=int(ITEM_BYTES[dtype]))
     return StagePlan(
         **common, devices=used, device_parts=parts, device_limit_bytes=hardware.memory_bytes,
         host_parts={"processes": GPU_PROCESS_BYTES * used}, host_limit_bytes=hardware.host_memory_bytes,
