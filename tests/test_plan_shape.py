@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from fusechat.config import ExtractConfig
 from fusechat.errors import DataError, FormatError
-from fusechat.plan.extraction import plan_extraction, store_bytes
+from fusechat.plan.extraction import hf_parts, plan_extraction, store_bytes
 from fusechat.plan.hardware import load_hardware, this_computer
 from fusechat.plan.model_shape import (
     ModelShape,
@@ -23,7 +24,7 @@ from fusechat.plan.model_shape import (
 )
 from fusechat.plan.models import model_shape, shipped_models
 from fusechat.plan.training_memory import activation_bytes, lora_parameters
-from fusechat.plan.workload import Lengths
+from fusechat.plan.workload import Lengths, Workload, lengths
 
 SIZES = {
     "hidden_size": 96,
@@ -174,6 +175,23 @@ def test_a_quantised_source_is_planned_by_its_header(tmp_path: Path, device: str
             row = plan_extraction("awq", found, CHAT, settings, hardware, 10**8)
             assert (row.device_parts or row.host_parts)["weights"] == end
             assert row.fits
+
+
+def test_extraction_holds_one_shard_of_the_data_as_it_is_mixed() -> None:
+    shape, _ = model_shape("openchat/openchat_3.5")
+    workload = Workload(train=None, n_train=95_000, n_held_out=0, bytes_per_dialogue=2400.0, assumptions=("",))
+    found, how = lengths(workload, "openchat/openchat_3.5", ExtractConfig(), 8192)
+    assert how == "assumed"
+    assert found.sample[0] == found.longest
+    assert found.sample[:512].mean() == pytest.approx(found.sample.mean(), rel=0.05)
+    results = hf_parts(shape, found, ExtractConfig(), 0)["results"]
+    by_hand = 512 * found.sample.mean() * (13 + 0.75 * (10 * 14 + 8))
+    assert results == pytest.approx(by_hand, rel=1e-3)
+    assert hf_parts(shape, found, ExtractConfig(shard_dialogues=64), 0)["results"] == pytest.approx(
+        results / 8, rel=0.01
+    )
+    few = replace(found, n_dialogues=32)
+    assert hf_parts(shape, few, ExtractConfig(), 0)["results"] == pytest.approx(results / 16, rel=0.01)
 
 
 def test_a_store_is_as_large_as_counted(tmp_path: Path) -> None:

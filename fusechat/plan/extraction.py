@@ -108,7 +108,7 @@ def hf_parts(shape: ModelShape, lengths: Lengths, config: ExtractConfig, process
 
     Weights of the asked dtype are pages of their file, and of an untied embedding only the rows that occur are read.
     The widest moment of a layer is its MLP (three intermediate widths) or its attention; in half precision sequences
-    are padded to batches, and under a mask keys and values are widened to all heads.
+    are padded to batches, and under a mask keys and values are widened to all heads. Results are those of one shard.
     """
     from fusechat.extract.hf import length_batches
 
@@ -117,7 +117,8 @@ def hf_parts(shape: ModelShape, lengths: Lengths, config: ExtractConfig, process
     in_file = dtype == shape.dtype or shape.quantisation is not None
     weights = stored_bytes(shape, None if in_file else dtype)
     unread = 0 if shape.tied or not in_file else (shape.vocab - min(shape.vocab, lengths.distinct_ids)) * shape.hidden
-    sample = lengths.sample[: config.shard_dialogues].tolist()
+    n_held = min(config.shard_dialogues, lengths.n_dialogues)
+    sample = lengths.sample[:n_held].tolist()
     count, longest = 1, max(sample)
     if item < 4:
         batches = [(len(batch), sample[batch[0]]) for batch in length_batches(sample, config.batch_tokens)]
@@ -132,6 +133,7 @@ def hf_parts(shape: ModelShape, lengths: Lengths, config: ExtractConfig, process
     head = int(chunk * shape.vocab * (8 + (item if item < 4 else 0)))
     heap = forward * (padded * shape.intermediate * item < HEAP_BLOCK_BYTES)
     heap += head * (chunk * shape.vocab * 4 < HEAP_BLOCK_BYTES)
+    row_bytes = config.top_k * 14 + 8
     mask = count * longest**2 * (1 + item) if count > 1 else 0
     return {
         "process": process_bytes,
@@ -139,7 +141,7 @@ def hf_parts(shape: ModelShape, lengths: Lengths, config: ExtractConfig, process
         "forward": forward + mask + int(rows) * shape.hidden * item,
         "logits": head,
         "kept by the heap": int(heap),
-        "results": int(lengths.tokens * _TOKEN_BYTES + sum(sample) * lengths.row_share * (config.top_k * 14 + 8)),
+        "results": int(n_held * lengths.tokens / lengths.n_dialogues * (_TOKEN_BYTES + lengths.row_share * row_bytes)),
     }
 
 

@@ -26,7 +26,8 @@ _ASSUMED_SPREAD = 0.7  # σ of a log-normal: chat data's lengths spread about a 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lengths:
-    """A data set in one model's tokens: a sample of lengths int64[n], in the data's order, and the share of rows."""
+    """A data set in one model's tokens: a sample of lengths int64[n], the longest first and the
+    others in no order of theirs, and the share of rows."""
 
     n_dialogues: int
     sample: npt.NDArray[np.int64]
@@ -117,7 +118,9 @@ def lengths(workload: Workload, model: str, config: ExtractConfig, context_token
     """
     limit = min(config.max_length_tokens, context_tokens)
     if workload.train is None or not (Path(model).is_dir() and _is_here(config.template)):
-        quantiles = (np.arange(1000) + 0.5) / 1000
+        # The longest first, the others in a fixed order that says nothing of their size: so many stand for a shard.
+        places = np.random.default_rng(0).permutation(999)
+        quantiles = (np.append(999, places) + 0.5) / 1000
         shape = np.exp(_ASSUMED_SPREAD * np.array([NormalDist().inv_cdf(q) for q in quantiles]))
         mean = workload.bytes_per_dialogue / ASSUMED_BYTES_PER_TOKEN
         sample = np.clip(shape / shape.mean() * mean, 2, limit).astype(np.int64)
@@ -147,11 +150,11 @@ def _encode(
     from fusechat.template import load_template
     from fusechat.tokenizer import load_tokenizer
 
-    chosen = list(dialogues)
-    if len(chosen) > SAMPLE_DIALOGUES:
-        longest = max(chosen, key=lambda d: sum(len(m.content) for m in d.messages))
-        step = len(chosen) / (SAMPLE_DIALOGUES - 1)
-        chosen = [longest, *(chosen[int(i * step)] for i in range(SAMPLE_DIALOGUES - 1))]
+    longest = max(range(len(dialogues)), key=lambda i: sum(len(m.content) for m in dialogues[i].messages))
+    others = [dialogue for i, dialogue in enumerate(dialogues) if i != longest]
+    step = max(1.0, len(others) / (SAMPLE_DIALOGUES - 1))
+    n_others = min(len(others), SAMPLE_DIALOGUES - 1)
+    chosen = [dialogues[longest], *(others[int(i * step)] for i in range(n_others))]
     tokenizer = load_tokenizer(directory)
     encoded = encode_all(
         chosen,
