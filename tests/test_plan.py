@@ -146,6 +146,22 @@ def test_a_source_is_counted_as_it_is_extracted(
     assert store({}, {"max_length_tokens": 40}) == store({"max_length_tokens": 40}, None) < plain
 
 
+def test_an_aligned_store_has_the_pivot_s_rows(paper: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = plan(paper, load_hardware("a100-40"))
+    own = room.lengths
+
+    def wordier_sources(workload: Any, model: str, *arguments: Any) -> tuple[Lengths, str]:
+        found, how = own(workload, model, *arguments)
+        return (found if model == paper.pivot else replace(found, sample=found.sample * 3)), how
+
+    monkeypatch.setattr(room, "lengths", wordier_sources)
+    after = plan(paper, load_hardware("a100-40"))
+    assert stage(after, "extract", "qwen").disk_bytes > 2 * stage(before, "extract", "qwen").disk_bytes
+    assert stage(after, "align", "qwen") == stage(before, "align", "qwen")
+    rows = stage(after, "align", "qwen").disk_bytes / (10 * (2 + 2) + 5 + 0.1 * 12 * (4 + 8))
+    assert rows == pytest.approx(94_050 * 600 * 0.75, rel=0.03)
+
+
 def test_packing_is_priced_by_real_lengths() -> None:
     even = Lengths(n_dialogues=100, sample=np.full(100, 30), row_share=1.0, distinct_ids=9)
     assert even.padded_share(4) == pytest.approx(1.0)

@@ -106,18 +106,9 @@ def plan(
     for name, model in models.items():
         rows.append(plan_extraction(name, model.shape, model.lengths, model.extract, hardware, base["extract"]))
     for name in names:
-        source = models[name]
+        source, top_k = models[name].shape, models[name].extract.top_k
         rows.append(
-            plan_alignment(
-                name,
-                pivot.shape,
-                source.shape,
-                source.lengths,
-                source.extract.top_k,
-                config.align,
-                hardware,
-                base["align"],
-            )
+            plan_alignment(name, pivot.shape, pivot.lengths, source, top_k, config.align, hardware, base["align"])
         )
     strategies: dict[str, int] = {}
     trained = (names if config.train.mode == "pairwise" else [MULTI]) + [SFT] * config.train.sft_control

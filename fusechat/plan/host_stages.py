@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from fusechat.align.cells import EXTRA_ENTRIES
 from fusechat.config import AlignConfig, ExtractConfig
 from fusechat.plan.extraction import hf_parts, on_device
 from fusechat.plan.hardware import Hardware
@@ -19,24 +20,32 @@ ALIGN_FIXED_S = 4.4
 MERGE_S_PER_SOURCE_ELEMENT = 2.6e-9
 _ALIGN_BYTES_PER_TOKEN = 5.0
 _ALIGN_TABLE_BYTES = 1200  # per entry of the two vocabularies: byte strings, maps, statistics
-_DIALOGUE_BYTES = 40  # index, five totals, offsets of two axes
+_DIALOGUE_BYTES = 8 + 5 * 4 + 8  # index, five totals, an offset of the rows
 _FINER_SHARE = 0.1  # rows whose prefix cells are stored, assumed
 
 
 def plan_alignment(
     name: str,
     pivot: ModelShape,
-    source: ModelShape,
     lengths: Lengths,
+    source: ModelShape,
     top_k: int,
     config: AlignConfig,
     hardware: Hardware,
     base_bytes: int,
 ) -> StagePlan:
-    """Return what aligning a source's store takes: it streams shards and holds the two vocabularies."""
+    """Return what aligning a source's store takes: it streams shards and holds the two vocabularies.
+
+    `lengths` are in the pivot's tokens: an AlignedStore has one row for each of the pivot's, of `top_k` entries.
+    """
     entry_bytes = id_dtype(pivot.vocab).itemsize + 2
-    cells = _FINER_SHARE * (top_k + 2) * (entry_bytes + 8) if config.granularity == "cells" else 0.0
-    row_bytes = top_k * entry_bytes + 4 + 1 + cells
+    row_bytes: float = top_k * entry_bytes + 1 + 4
+    dialogue_bytes, order_bytes = _DIALOGUE_BYTES, 0
+    if config.granularity == "cells":
+        row_bytes += _FINER_SHARE * (top_k + EXTRA_ENTRIES) * (entry_bytes + 4 + 4)
+        dialogue_bytes += 8  # an offset of the cells
+        order_bytes = 4 * pivot.vocab
+    store = int(lengths.rows * row_bytes + lengths.n_dialogues * dialogue_bytes) + order_bytes
     return StagePlan(
         stage="align",
         name=name,
@@ -48,7 +57,7 @@ def plan_alignment(
             "shards": int(_ALIGN_BYTES_PER_TOKEN * lengths.tokens),
         },
         host_limit_bytes=hardware.host_memory_bytes,
-        disk_parts={"aligned store": int(lengths.rows * row_bytes + lengths.n_dialogues * _DIALOGUE_BYTES)},
+        disk_parts={"aligned store": store},
         seconds=ALIGN_FIXED_S + lengths.tokens / ALIGN_TOKENS_PER_S,
     )
 
