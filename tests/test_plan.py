@@ -162,6 +162,20 @@ def test_an_aligned_store_has_the_pivot_s_rows(paper: RunConfig, monkeypatch: py
     assert rows == pytest.approx(94_050 * 600 * 0.75, rel=0.03)
 
 
+def test_max_steps_are_paid_for_whatever_the_epochs(paper: RunConfig) -> None:
+    def train(**update: object) -> StagePlan:
+        config = paper.model_copy(update={"train": paper.train.model_copy(update={"epochs": 1.0, **update})})
+        return stage(plan(config, load_hardware("a100-40")), "train", "qwen")
+
+    whole = train()
+    steps = int(str(whole.settings["steps"]))
+    for factor in (0.5, 3):
+        some = train(max_steps=int(factor * steps))
+        assert some.settings["steps"] == int(factor * steps)
+        assert some.flops == pytest.approx(factor * whole.flops, rel=0.01)
+        assert some.seconds == pytest.approx(factor * whole.seconds, rel=0.01)
+
+
 def test_packing_is_priced_by_real_lengths() -> None:
     even = Lengths(n_dialogues=100, sample=np.full(100, 30), row_share=1.0, distinct_ids=9)
     assert even.padded_share(4) == pytest.approx(1.0)
