@@ -176,6 +176,24 @@ def test_max_steps_are_paid_for_whatever_the_epochs(paper: RunConfig) -> None:
         assert some.seconds == pytest.approx(factor * whole.seconds, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("gpus", "options", "engines"),
+    [(1, {}, 1), (8, {}, 8), (8, {"engines": 3}, 3), (8, {"device_map": "auto"}, 1), (4, {"device": "cuda:1"}, 1)],
+)
+def test_transformers_extract_on_every_gpu(paper: RunConfig, gpus: int, options: dict[str, Any], engines: int) -> None:
+    def pivot(gpus: int, **update: Any) -> StagePlan:
+        extract = paper.extract.model_copy(update={"backend": "hf", **update})
+        return stage(
+            plan(paper.model_copy(update={"extract": extract}), load_hardware("h200", gpus=gpus)), "extract", "pivot"
+        )
+
+    one, found = pivot(1), pivot(gpus, **options)
+    assert found.settings["engines"] == found.devices == engines
+    assert found.seconds == pytest.approx(one.seconds / engines)
+    assert found.host_bytes == engines * one.host_bytes
+    assert found.device_parts == one.device_parts
+
+
 def test_packing_is_priced_by_real_lengths() -> None:
     even = Lengths(n_dialogues=100, sample=np.full(100, 30), row_share=1.0, distinct_ids=9)
     assert even.padded_share(4) == pytest.approx(1.0)

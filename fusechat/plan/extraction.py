@@ -63,11 +63,21 @@ def plan_extraction(
             **common, devices=0, host_parts=parts, host_limit_bytes=hardware.memory_bytes, settings=settings,
             seconds=flops / hardware.rate("extract", dtype), changes=changes,
         )  # fmt: skip
+    # A named device, or a placement over several, is one engine's.
+    placed = config.device_map is not None or config.device not in ("auto", "cuda")
+    group = 1 if placed else config.tensor_parallel_size
+    engines = 1 if placed else _engines(config, hardware, group)
     return StagePlan(
-        **common, devices=1, device_parts=on_device(parts), device_limit_bytes=hardware.memory_bytes,
-        host_parts={"process": process_bytes}, host_limit_bytes=hardware.host_memory_bytes, settings=settings,
-        seconds=flops / hardware.rate("extract", dtype), changes=("extract.backend: vllm", *changes),
+        **common, devices=engines * group, device_parts=on_device(parts), device_limit_bytes=hardware.memory_bytes,
+        host_parts={"processes": engines * process_bytes}, host_limit_bytes=hardware.host_memory_bytes,
+        settings=settings | {"engines": engines}, seconds=flops / (engines * hardware.rate("extract", dtype)),
+        changes=("extract.backend: vllm", *changes),
     )  # fmt: skip
+
+
+def _engines(config: ExtractConfig, hardware: Hardware, group: int) -> int:
+    """Return how many engines of a group of GPUs each share the shards, as fusechat.extract.backend divides them."""
+    return min(max(1, hardware.devices // group), config.engines or hardware.devices)
 
 
 def on_device(parts: Mapping[str, int]) -> dict[str, int]:
@@ -164,7 +174,7 @@ def _with_vllm(
 
     chosen = next((n for n in sizes if fits(parts_of(n))), sizes[-1])
     parts = parts_of(chosen)
-    engines = min(max(1, hardware.devices // chosen), config.engines or hardware.devices)
+    engines = _engines(config, hardware, chosen)
     used = engines * chosen
     changes: list[str] = []
     if used > hardware.devices:
