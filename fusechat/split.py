@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fusechat.config import RunConfig
+from fusechat.config import DataConfig, RunConfig
 from fusechat.dialogue import LoadReport, load_dialogues, read_dialogues, split_held_out
 from fusechat.records import Dialogue
 
@@ -20,10 +20,15 @@ class Split:
     loaded: LoadReport
 
 
+def read_options(data: DataConfig) -> dict[str, Any]:
+    """Return how the files of a run are read, for `read_dialogues`."""
+    return {"format": data.format, "separator": data.separator, "max_bytes": data.max_bytes}
+
+
 def load_split(config: RunConfig) -> Split:
     """Read the data of a run and cut it, the same way every time."""
     data = config.data
-    options: dict[str, Any] = {"format": data.format, "separator": data.separator, "max_bytes": data.max_bytes}
+    options = read_options(data)
     dialogues, loaded = read_dialogues(data.train, limit=data.limit, **options)
     if data.held_out is not None:
         held_out = load_dialogues(data.held_out, **options)

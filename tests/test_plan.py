@@ -22,6 +22,7 @@ from fusechat.plan.report import print_plan
 from fusechat.plan.stage import StagePlan
 from fusechat.plan.workload import Lengths
 from fusechat.recipe import recipe_path
+from fusechat.split import load_split
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +193,66 @@ def test_transformers_extract_on_every_gpu(paper: RunConfig, gpus: int, options:
     assert found.seconds == pytest.approx(one.seconds / engines)
     assert found.host_bytes == engines * one.host_bytes
     assert found.device_parts == one.device_parts
+
+
+def test_one_target_of_all_sources_is_merged_linearly(paper: RunConfig) -> None:
+    five = stage(plan(paper, load_hardware("a100-40")), "merge", "sce")
+    multi = paper.model_copy(update={"train": paper.train.model_copy(update={"mode": "multi"})})
+    result = plan(multi, load_hardware("a100-40"))
+    one = stage(result, "merge", "linear")
+    assert one.seconds < five.seconds / 2
+    assert one.host_bytes < five.host_bytes
+    assert [s.name for s in result.stages if s.stage == "train"] == ["multi", "sft"]
+
+
+def test_a_sweep_is_merged_and_scored_as_often_as_it_says(paper: RunConfig) -> None:
+    entries = [
+        {"merge_method": "linear", "parameters": {"weight": 1.0}},
+        {"merge_method": "ties", "each": {"density": [0.2, 0.6], "weight": [0.5, 1.0]}},
+    ]
+    swept = paper.model_copy(update={"merge": paper.merge.model_copy(update={"sweep": entries})})
+    before, result = (plan(config, load_hardware("a100-40")) for config in (paper, swept))
+    row = stage(result, "merge", "sweep")
+    assert row.settings["merges"] == 5
+    n_train = 95_000 - 950
+    assert row.settings["validation_dialogues"] == n_train // 10
+    assert row.temporary_disk_bytes == row.disk_bytes == stage(before, "merge", "sce").disk_bytes
+    scored = stage(result, "evaluate", "all")  # pivot, five targets, the control, the merge
+    assert row.flops / 5 / 9405 == pytest.approx(scored.flops / 8 / 950)
+    assert row.device_bytes == pytest.approx(scored.device_bytes, rel=0.05)
+    trained = [stage(p, "train", "qwen").flops for p in (before, result)]
+    assert trained[1] == pytest.approx(0.9 * trained[0], rel=0.001)
+
+
+def test_local_data_is_cut_as_the_run_cuts_it(tiny_world: Any, light: None, tmp_path: Path) -> None:
+    values = {
+        "pivot": str(tiny_world.pivot), "sources": [{"model": str(tiny_world.source)}], "out": str(tmp_path / "run"),
+        "data": {"train": str(tiny_world.dialogues), "held_out_fraction": 0.25, "validation_fraction": 0.5},
+        "train": {"batch_size": 1, "micro_batch_size": 1, "epochs": 1},
+        "merge": {"sweep": [{"merge_method": "linear", "parameters": {"weight": 1.0}}, {"merge_method": "sce"}]},
+    }  # fmt: skip
+    config = parse_config(values, "here")
+    split = load_split(config)
+    result = plan(config, load_hardware("cpu"))
+    assert stage(result, "train", "source").settings["steps"] == len(split.train) == 9
+    row = stage(result, "merge", "sweep")
+    assert row.settings["validation_dialogues"] == len(split.validation) == 9
+    assert row.flops == pytest.approx(2 * 9 / 6 * stage(result, "evaluate", "all").flops / 5, rel=0.5)  # of five models
+    assert row.fits
+
+
+def test_held_out_dialogues_of_another_place_are_counted_or_said(paper: RunConfig, tiny_world: Any) -> None:
+    def held_out(place: str) -> tuple[float, Plan]:
+        config = paper.model_copy(update={"data": paper.data.model_copy(update={"held_out": place})})
+        result = plan(config, load_hardware("a100-40"))
+        assert stage(result, "extract", "pivot").flops > 0
+        return stage(result, "evaluate", "all").flops, result
+
+    share, cut = held_out("somebody/unknown")
+    assert any("950 dialogues in data.held_out, of which nothing is known" in text for text in cut.assumptions)
+    few, counted = held_out(str(tiny_world.dialogues))
+    assert few == pytest.approx(share * 24 / 950)
+    assert not any("held_out" in text for text in counted.assumptions)
 
 
 def test_packing_is_priced_by_real_lengths() -> None:

@@ -179,7 +179,9 @@ def test_a_quantised_source_is_planned_by_its_header(tmp_path: Path, device: str
 
 def test_extraction_holds_one_shard_of_the_data_as_it_is_mixed() -> None:
     shape, _ = model_shape("openchat/openchat_3.5")
-    workload = Workload(train=None, n_train=95_000, n_held_out=0, bytes_per_dialogue=2400.0, assumptions=("",))
+    workload = Workload(
+        train=None, n_train=95_000, n_validation=0, n_held_out=0, bytes_per_dialogue=2400.0, assumptions=("",)
+    )
     found, how = lengths(workload, "openchat/openchat_3.5", ExtractConfig(), 8192)
     assert how == "assumed"
     assert found.sample[0] == found.longest

@@ -6,18 +6,21 @@ Nothing here reads a weight: configs, safetensors headers, and the dialogues' le
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fusechat.artifact import Json
 from fusechat.callable_module import make_callable
 from fusechat.config import ExtractConfig, RunConfig, source_name
 from fusechat.extract.settings import extract_settings
+from fusechat.plan.alignment import plan_alignment
 from fusechat.plan.extraction import plan_extraction
 from fusechat.plan.hardware import Hardware
-from fusechat.plan.host_stages import plan_alignment, plan_evaluation, plan_merge
+from fusechat.plan.merging import plan_merge, plan_sweep
 from fusechat.plan.model_shape import ModelShape
 from fusechat.plan.models import model_shape
 from fusechat.plan.process import GPU_PROCESS_BYTES, process_bytes
+from fusechat.plan.scoring import plan_evaluation
 from fusechat.plan.stage import StagePlan
 from fusechat.plan.training import plan_training
 from fusechat.plan.workload import Lengths, Workload, find_workload, lengths
@@ -51,7 +54,7 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """The most the run needs on the disk: what everything leaves, and one stage's checkpoints."""
+        """The most the run needs on the disk: what everything leaves, and what one stage needs besides."""
         return sum(s.disk_bytes for s in self.stages) + max(s.temporary_disk_bytes for s in self.stages)
 
     @property
@@ -94,7 +97,7 @@ def plan(
     Raises DataError for a model of which nothing is known, FormatError for an unreadable header, ConfigError for a data
     set of which nothing is known.
     """
-    workload = find_workload(config.data, config.seed, dialogues, tokens_per_dialogue)
+    workload = find_workload(config, dialogues, tokens_per_dialogue)
     models, found = _models(config, workload)
     assumptions = [*workload.assumptions, *found]
     names = [source_name(source) for source in config.sources]
@@ -111,18 +114,18 @@ def plan(
             plan_alignment(name, pivot.shape, pivot.lengths, source, top_k, config.align, hardware, base["align"])
         )
     strategies: dict[str, int] = {}
-    trained = (names if config.train.mode == "pairwise" else [MULTI]) + [SFT] * config.train.sft_control
+    targets = names if config.train.mode == "pairwise" else [MULTI]
+    trained = targets + [SFT] * config.train.sft_control
     for name in trained:
         row, table = plan_training(name, pivot.shape, pivot.lengths, config.train, hardware, base["train"])
         rows.append(row)
         strategies = dict(table)
-    rows.append(plan_merge(pivot.shape, len(names), threads, hardware, base["merge"], config.merge.method))
-    if workload.n_held_out:
-        scored = dict(models) if config.eval.sources else {"pivot": pivot}
-        scored |= {f"target {name}": pivot for name in trained}
-        scored |= {"merged": pivot}
-        shapes = {name: (model.shape, model.lengths) for name, model in scored.items()}
-        rows.append(plan_evaluation(shapes, workload.n_held_out, config.extract, hardware, base["extract"]))
+    rows.append(_merge(config, targets, pivot, workload.n_validation, threads, hardware, base))
+    scored = dict(models) if config.eval.sources else {"pivot": pivot}
+    scored |= {f"target {name}": pivot for name in trained}
+    scored |= {"merged": pivot}
+    shapes = {name: (model.shape, model.lengths) for name, model in scored.items()}
+    rows.append(plan_evaluation(shapes, workload.n_held_out, config.extract, hardware, base["extract"]))
     shares = hardware.efficiency
     measured = ", measured now" if hardware.on_cpu else ""
     assumptions += [
@@ -154,3 +157,25 @@ def _models(config: RunConfig, workload: Workload) -> tuple[dict[str, _Model], l
         if how == "assumed" and not workload.assumptions:
             assumptions.append(f"{name}: no tokenizer and template at hand ({where}), 4 bytes a token")
     return models, assumptions
+
+
+def _merge(
+    config: RunConfig,
+    targets: Sequence[str],
+    pivot: _Model,
+    n_validation: int,
+    threads: int,
+    hardware: Hardware,
+    base_bytes: Mapping[str, int],
+) -> StagePlan:
+    """Plan the merge that `fusechat run` makes: one, a linear one where all sources taught one target, or a sweep."""
+    if not config.merge.sweep:
+        method = "linear" if config.train.mode == "multi" else config.merge.method
+        return plan_merge(method, pivot.shape, len(targets), threads, hardware, base_bytes["merge"])
+    from fusechat.merge.sweep import candidates
+
+    models = [{"model": name} for name in targets]
+    recipes = [c.recipe for c in candidates({"base_model": config.pivot, "models": models}, config.merge.sweep)]
+    return plan_sweep(
+        recipes, pivot.shape, pivot.lengths, n_validation, config.extract, threads, hardware, base_bytes["extract"]
+    )

@@ -44,7 +44,7 @@ def plan_extraction(
     """Return what extracting a model takes on the hardware."""
     flops = forward_flops(shape, lengths.tokens, lengths.typical, lengths.rows)
     disk = {"top-k store": store_bytes(lengths, shape.vocab, config.top_k)}
-    dtype = shape.dtype if config.dtype == "auto" else config.dtype
+    dtype = computed_in(shape, config)
     common: dict[str, Any] = {
         "stage": "extract", "name": name, "parameters": count_parameters(shape), "flops": flops, "disk_parts": disk,
     }  # fmt: skip
@@ -78,6 +78,11 @@ def plan_extraction(
 def _engines(config: ExtractConfig, hardware: Hardware, group: int) -> int:
     """Return how many engines of a group of GPUs each share the shards, as fusechat.extract.backend divides them."""
     return min(max(1, hardware.devices // group), config.engines or hardware.devices)
+
+
+def computed_in(shape: ModelShape, config: ExtractConfig) -> str:
+    """Return the dtype of the forward pass."""
+    return shape.dtype if config.dtype == "auto" else config.dtype
 
 
 def on_device(parts: Mapping[str, int]) -> dict[str, int]:
@@ -122,7 +127,7 @@ def hf_parts(shape: ModelShape, lengths: Lengths, config: ExtractConfig, process
     """
     from fusechat.extract.hf import length_batches
 
-    dtype = shape.dtype if config.dtype == "auto" else config.dtype
+    dtype = computed_in(shape, config)
     item = int(ITEM_BYTES[dtype])
     in_file = dtype == shape.dtype or shape.quantisation is not None
     weights = stored_bytes(shape, None if in_file else dtype)

@@ -12,10 +12,11 @@ from typing import Any
 from fusechat.artifact import MANIFEST, read_json
 from fusechat.checkpoint import TensorEntry, open_checkpoint, resolve_model
 from fusechat.config import RunConfig, source_name
-from fusechat.dialogue import read_dialogues
+from fusechat.dialogue import load_dialogues
 from fusechat.errors import ConfigError
 from fusechat.layout import Layout
 from fusechat.run import merge_recipe
+from fusechat.split import read_options
 
 STAGES = ("extract", "align", "train", "merge")
 MERGED_ELEMENTS = 32_000_000
@@ -48,8 +49,7 @@ def prepare(stage: str, config: RunConfig, folder: Path, dialogues: int) -> Piec
     from fusechat.extract.settings import extract_settings
     from fusechat.train import train
 
-    options = {"format": config.data.format, "separator": config.data.separator, "max_bytes": config.data.max_bytes}
-    chosen, _ = read_dialogues(config.data.train, limit=dialogues, **options)  # type: ignore[arg-type]
+    chosen = load_dialogues(config.data.train, limit=dialogues, **read_options(config.data))
     source = config.sources[0]
     name = source_name(source)
     stores = layout.store("pivot"), layout.store(name)
