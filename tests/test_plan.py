@@ -14,10 +14,13 @@ from typer.testing import CliRunner
 
 import fusechat.plan as room
 from fusechat.cli import app
-from fusechat.config import RunConfig, load_config, parse_config
+from fusechat.config import AlignConfig, RunConfig, load_config, parse_config
 from fusechat.errors import ConfigError, DataError
 from fusechat.plan import Plan, plan
+from fusechat.plan.alignment import plan_alignment
 from fusechat.plan.hardware import Hardware, load_hardware
+from fusechat.plan.merging import plan_merge
+from fusechat.plan.models import model_shape
 from fusechat.plan.report import print_plan
 from fusechat.plan.stage import StagePlan
 from fusechat.plan.workload import Lengths
@@ -253,6 +256,38 @@ def test_held_out_dialogues_of_another_place_are_counted_or_said(paper: RunConfi
     few, counted = held_out(str(tiny_world.dialogues))
     assert few == pytest.approx(share * 24 / 950)
     assert not any("held_out" in text for text in counted.assumptions)
+
+
+def test_host_stages_go_by_the_kept_results(paper: RunConfig) -> None:
+    """CPU-seconds of one core, as bench/results of 2026-11-28 has them."""
+    folder = Path(__file__).resolve().parents[1] / "bench" / "results"
+
+    def kept(benchmark: str) -> dict[str, Any]:
+        claims = json.loads((folder / f"{benchmark}-cpu-2026-11-28.json").read_text())["claims"]
+        return {claim["name"]: claim for claim in claims}
+
+    pivot = model_shape("openchat/openchat_3.5")[0]
+    found = Lengths(n_dialogues=100_000, sample=np.full(10, 500), row_share=0.75, distinct_ids=9)
+
+    def align(**options: Any) -> float:
+        return plan_alignment("x", pivot, found, pivot, 10, AlignConfig(**options), load_hardware("h200"), 0).seconds
+
+    claims = kept("align")
+    stage_claim = claims["align, bytes + ms, store to store"]
+    fixed = float(stage_claim["note"].split()[3])
+    assert align() == pytest.approx(fixed + 50 / stage_claim["value"], rel=0.02)
+    warp = 50 / claims["dtw, corpus, 506 tokens a dialogue"]["value"]
+    assert align(tokens="dtw", granularity="first") == pytest.approx(align() + warp, rel=0.02)
+    assert align(preset="paper") == pytest.approx(align() + 2 * warp, rel=0.02)
+
+    small = replace(
+        pivot, hidden=1024, layers=24, vocab=32_000, intermediate=4096, heads=16, kv_heads=16, head_width=64
+    )
+    fast_disk = replace(load_hardware("h200"), disk_rate_bytes=1e15)
+    for name, layers in (("sce 0.1", 24), ("ties 0.6", 3), ("linear", 3)):
+        row = plan_merge(name.split()[0], replace(small, layers=layers), 5, 1, fast_disk, 0)
+        measured = float(kept("merge")[name]["note"].split()[0])
+        assert row.seconds == pytest.approx(measured, rel=0.02)
 
 
 def test_packing_is_priced_by_real_lengths() -> None:

@@ -131,7 +131,8 @@ def plan(
     assumptions += [
         f"{hardware.flops['bfloat16'] / 1e12:.3g} TFLOP/s a device{measured}, of which extraction attains "
         f"{shares['extract']:.0%} and training {shares['train']:.0%}; disk {hardware.disk_rate_bytes / 1e9:.3g} GB/s",
-        f"alignment and merging at the rates of one core of a 2-core Xeon; merging on {threads} threads",
+        "alignment and merging at the rates of one core of a 2-core AMD EPYC (2026-11-28); "
+        f"merging on {threads} threads",
     ]
     return Plan(
         hardware=hardware,

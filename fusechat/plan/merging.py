@@ -16,8 +16,15 @@ from fusechat.plan.scoring import scoring_parts, scoring_work
 from fusechat.plan.stage import StagePlan
 from fusechat.plan.workload import Lengths
 
-# One thread of a 2-core Xeon (bench/results): `sce` with five targets.
-MERGE_S_PER_SOURCE_ELEMENT = 2.6e-9
+# CPU-seconds an element of every model that is read, one thread of a 2-core AMD EPYC, starting the process included
+# (bench/results/merge-cpu-2026-11-28.json): six models of 0.468 billion parameters, of 0.116 but for sce.
+_S_PER_ELEMENT = {
+    "sce": 7.48 / (6 * 0.468e9),
+    "ties": 4.35 / (6 * 0.116e9),
+    "dare_ties": 2.70 / (6 * 0.116e9),
+    "task_arithmetic": 1.55 / (6 * 0.116e9),
+    "linear": 1.27 / (6 * 0.116e9),
+}
 
 
 def plan_merge(
@@ -85,6 +92,6 @@ def plan_sweep(
 def _seconds(
     method: str, pivot: ModelShape, n_targets: int, threads: int, hardware: Hardware
 ) -> tuple[float, float]:  # fmt: skip
-    """Return how long a merge computes, and how long it moves its models from and to the disk."""
-    computing = count_parameters(pivot) * (n_targets + 1) * MERGE_S_PER_SOURCE_ELEMENT / threads
+    """Return how long a merge computes, at the rate of sce where its own was not measured, and how long the disk takes."""
+    computing = count_parameters(pivot) * (n_targets + 1) * _S_PER_ELEMENT.get(method, _S_PER_ELEMENT["sce"]) / threads
     return computing, stored_bytes(pivot) * (n_targets + 2) / hardware.disk_rate_bytes
