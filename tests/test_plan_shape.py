@@ -25,6 +25,7 @@ from fusechat.plan.model_shape import (
 from fusechat.plan.models import model_shape, shipped_models
 from fusechat.plan.training_memory import activation_bytes, lora_parameters
 from fusechat.plan.workload import Lengths, Workload, lengths
+from fusechat.store import id_dtype, make_block, row_positions, write_block
 
 SIZES = {
     "hidden_size": 96,
@@ -196,31 +197,50 @@ def test_extraction_holds_one_shard_of_the_data_as_it_is_mixed() -> None:
     assert hf_parts(shape, few, ExtractConfig(), 0)["results"] == pytest.approx(results / 16, rel=0.01)
 
 
-def test_a_store_is_as_large_as_counted(tmp_path: Path) -> None:
-    from fusechat.store import make_block, write_block
-
+@pytest.mark.parametrize(("vocab", "top_k"), [(32_000, 10), (32_000, 3), (152_064, 10)])
+@pytest.mark.parametrize("gold_among_top", [0.0, 0.2, 0.85, 1.0])
+def test_a_store_is_as_large_as_counted(tmp_path: Path, vocab: int, top_k: int, gold_among_top: float) -> None:
     rng = np.random.default_rng(0)
     records = []
-    for i, n in enumerate((40, 7, 93)):
-        mask = np.arange(n) >= rng.integers(1, n)
-        rows = int(mask[1:].sum())
+    lengths_written, n_turns = rng.integers(20, 400, 300), 0
+    for i, n in enumerate(lengths_written):
+        ends = np.sort(rng.choice(np.arange(2, n), 2 * rng.integers(1, 4), replace=False))  # of prompts and answers
+        turn = np.full(n, -1, np.int32)
+        for number, (begin, end) in enumerate(ends.reshape(-1, 2)):
+            turn[begin:end] = number
+        n_turns += len(ends) // 2
+        ids = rng.integers(0, vocab, n, dtype=np.int32)
+        gold = ids[row_positions(turn >= 0) + 1]
+        row_ids = rng.integers(0, vocab, (len(gold), top_k)).astype(id_dtype(vocab))
+        logprobs = -np.sort(rng.exponential(2.0, row_ids.shape), axis=1).astype(np.float32)
+        gold_logprob = np.full(len(gold), -13.7, np.float32)
+        among = rng.random(len(gold)) < gold_among_top
+        row_ids[among, -1], gold_logprob[among] = gold[among], logprobs[among, -1]
+        width = rng.integers(1, 9, n) * (turn >= 0)
+        before = np.maximum.accumulate(np.where(turn >= 0, 0, np.cumsum(width)))
         records.append(
             {
                 "dialogue.index": np.array([i]),
-                "token.input_ids": np.zeros(n, np.int32),
-                "token.loss_mask": mask,
-                "token.turn": np.where(mask, 1, -1).astype(np.int32),
-                "token.byte_end": np.where(mask, 4 * np.cumsum(mask), -1).astype(np.int32),
-                "row.ids": np.zeros((rows, 10), np.uint16),
-                "row.logprobs": np.zeros((rows, 10), np.float16),
-                "row.gold_logprob": np.zeros(rows, np.float32),
+                "token.input_ids": ids,
+                "token.loss_mask": turn >= 0,
+                "token.turn": turn,
+                "token.byte_end": np.where(turn >= 0, np.cumsum(width) - before, -1).astype(np.int32),
+                "row.ids": row_ids,
+                "row.logprobs": logprobs.astype(np.float16),
+                "row.gold_logprob": gold_logprob,
             }
         )
     write_block(tmp_path / "shard", make_block(records))
     n_rows = sum(len(r["row.ids"]) for r in records)
-    found = Lengths(n_dialogues=3, sample=np.array([40, 7, 93]), row_share=n_rows / 140, distinct_ids=1)
-    header = int.from_bytes((tmp_path / "shard").read_bytes()[:8], "little") + 8
-    assert store_bytes(found, 32_000, 10) == pytest.approx((tmp_path / "shard").stat().st_size - header, abs=100)
+    found = Lengths(
+        n_dialogues=300,
+        sample=lengths_written,
+        row_share=n_rows / int(lengths_written.sum()),
+        distinct_ids=1,
+        turns_per_dialogue=n_turns / 300,
+    )
+    size = (tmp_path / "shard").stat().st_size
+    assert store_bytes(found, vocab, top_k, gold_among_top) == pytest.approx(size, rel=0.01)
 
 
 def test_a_config_without_sizes_is_named() -> None:

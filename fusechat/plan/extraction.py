@@ -26,16 +26,26 @@ from fusechat.store import id_dtype
 HEAP_BLOCK_BYTES = 32 << 20
 HEAD_CHUNK_BYTES = 64 << 20  # fusechat.topk's own budget
 _TOKEN_BYTES = 4 + 1 + 4 + 4  # in memory: input_ids, loss_mask, turn, byte_end
-_DIALOGUE_BYTES = 64  # index, offsets of four axes, two turns
+GOLD_AMONG_TOP = 0.9  # rows whose gold token is one of their k, k = 10 (docs/extraction.md); assumed for every model
 _CUDA_BYTES = 1_000_000_000  # context and libraries
 _SERVER_TOKENS_PER_S = 7000.0  # one API process makes JSON of 750 bytes a token (docs/extraction.md)
 
 
-def store_bytes(lengths: Lengths, vocab: int, top_k: int) -> int:
-    """Return the size of a TopKStore: packed tokens (fusechat/packing.py), k entries and the gold one a row."""
+def store_bytes(lengths: Lengths, vocab: int, top_k: int, gold_among_top: float = GOLD_AMONG_TOP) -> int:
+    """Return the size of a TopKStore's columns and offsets as they lie on disk (fusechat/packing.py).
+
+    A row holds its k entries, a token of the assistant's a width, a turn three places. The gold token and its
+    log-probability go by their place in the row, where that is smaller (fusechat/packed_gold.py).
+    """
     id_bytes = id_dtype(vocab).itemsize
-    row_bytes = top_k * (id_bytes + 2) + 4 + 1
-    return int(lengths.tokens * id_bytes + lengths.rows * row_bytes + lengths.n_dialogues * _DIALOGUE_BYTES)
+    rows, tokens = lengths.rows, lengths.tokens
+    found = gold_among_top * rows
+    by_place = (tokens - rows) * id_bytes + rows + found * 2 + (rows - found) * (id_bytes + 4)
+    as_it_is = tokens * id_bytes + rows * 4
+    n_axes = 7 if by_place < as_it_is else 4
+    dialogue_bytes = 8 + n_axes * 8 + lengths.turns_per_dialogue * 3 * 4
+    entries = rows * (top_k * (id_bytes + 2) + 1)
+    return int(entries + min(by_place, as_it_is) + lengths.n_dialogues * dialogue_bytes)
 
 
 def plan_extraction(

@@ -21,6 +21,7 @@ from fusechat.template import OWN, PLAIN
 SAMPLE_DIALOGUES = 512
 ASSUMED_BYTES_PER_TOKEN = 4.0
 ASSUMED_ROW_SHARE = 0.75
+ASSUMED_TURNS = 2.0
 _ASSUMED_SPREAD = 0.7  # σ of a log-normal: chat data's lengths spread about a factor of two around the median
 
 
@@ -34,6 +35,8 @@ class Lengths:
     row_share: float
     distinct_ids: int
     """How many different tokens occur."""
+    turns_per_dialogue: float = ASSUMED_TURNS
+    """How many runs of assistant tokens a dialogue has."""
 
     @property
     def tokens(self) -> float:
@@ -158,8 +161,13 @@ def lengths(workload: Workload, model: str, config: ExtractConfig, context_token
     counts = np.array([len(ids) for ids, _ in encoded], dtype=np.int64)
     rows = sum(int(mask[1:].sum()) for _, mask in encoded)
     distinct = len(np.unique(np.concatenate([ids for ids, _ in encoded])))
+    turns = sum(int(np.diff(mask, prepend=False, append=False).sum()) // 2 for _, mask in encoded)
     return Lengths(
-        n_dialogues=workload.n_train, sample=counts, row_share=rows / int(counts.sum()), distinct_ids=distinct
+        n_dialogues=workload.n_train,
+        sample=counts,
+        row_share=rows / int(counts.sum()),
+        distinct_ids=distinct,
+        turns_per_dialogue=turns / len(encoded),
     ), "counted"
 
 
