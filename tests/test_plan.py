@@ -337,6 +337,14 @@ def test_what_is_wrong_is_said_in_one_line(arguments: list[str], message: str) -
     assert "\n" not in str(done.exception)
 
 
+def test_the_printed_plan_of_the_docs_is_the_command_s(paper: RunConfig) -> None:
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    print_plan(plan(paper, load_hardware("a100-40"), disk_limit_bytes=2 * 10**12), console)
+    printed = "\n".join(line.rstrip() for line in console.export_text().splitlines())
+    page = (Path(__file__).resolve().parents[1] / "docs" / "plan.md").read_text(encoding="utf-8")
+    assert f"```text\n{printed}\n```" in page, f"docs/plan.md is stale: the command above it prints\n{printed}"
+
+
 def test_the_projection_of_the_docs_is_the_plan_s() -> None:
     from fusechat.plan.projection import authors_utilisation, markdown
 
