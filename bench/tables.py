@@ -1,4 +1,5 @@
-"""The tables of README, docs/performance.md, docs/alignment.md and docs/plan.md from bench/results/*.json; a test finds stale ones.
+"""The tables of README and of docs/performance.md, alignment.md and plan.md from bench/results/*.json; a test finds
+stale ones.
 
     python bench/tables.py
 
@@ -113,11 +114,8 @@ def scaling_table(path: Path) -> str:
 
 def prediction_table(results: Mapping[str, Sequence[Claim]]) -> str:
     """Return what the plan said of every stage's peak memory beside what was measured, on the newest such machine."""
-    machine, claims = next(
-        (machine, ours)
-        for machine, claims in results.items()
-        if (ours := [c for c in claims if c["benchmark"] == "plan"])
-    )
+    planned = {machine: [c for c in claims if c["benchmark"] == "plan"] for machine, claims in results.items()}
+    machine, claims = next((machine, claims) for machine, claims in planned.items() if claims)
     rows = []
     for claim in claims:
         figures = re.match(r"predicted (\d+) MB, measured (\d+) MB; beyond the process (\d+) and (\d+);", claim["note"])

@@ -61,9 +61,7 @@ def plan_sweep(
     `base_bytes` are those of a process that scores.
     """
     merges = [parse_merge_config(recipe, "merge.sweep") for recipe in recipes]
-    merging = sum(
-        max(_seconds(merge.method_name, pivot, len(merge.targets), threads, hardware)) for merge in merges
-    )  # fmt: skip
+    merging = sum(max(_seconds(merge.method_name, pivot, len(merge.targets), threads, hardware)) for merge in merges)
     flops, scoring = scoring_work(pivot, lengths, n_validation, config, hardware)
     engine = max(engine_bytes(len(merge.targets), threads, n_selections(merge)) for merge in merges)
     parts = scoring_parts(pivot, lengths, n_validation, config, base_bytes)
@@ -89,9 +87,7 @@ def plan_sweep(
     )  # fmt: skip
 
 
-def _seconds(
-    method: str, pivot: ModelShape, n_targets: int, threads: int, hardware: Hardware
-) -> tuple[float, float]:  # fmt: skip
-    """Return how long a merge computes, at the rate of sce where its own was not measured, and how long the disk takes."""
+def _seconds(method: str, pivot: ModelShape, n_targets: int, threads: int, hardware: Hardware) -> tuple[float, float]:
+    """Return how long a merge computes (as sce where its own rate was not measured), and how long the disk takes."""
     computing = count_parameters(pivot) * (n_targets + 1) * _S_PER_ELEMENT.get(method, _S_PER_ELEMENT["sce"]) / threads
     return computing, stored_bytes(pivot) * (n_targets + 2) / hardware.disk_rate_bytes

@@ -27,8 +27,8 @@ _ASSUMED_SPREAD = 0.7  # σ of a log-normal: chat data's lengths spread about a 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lengths:
-    """A data set in one model's tokens: a sample of lengths int64[n], the longest first and the
-    others in no order of theirs, and the share of rows."""
+    """A data set in one model's tokens: a sample of lengths int64[n], the longest first and the others in no order of
+    theirs, and the share of rows."""
 
     n_dialogues: int
     sample: npt.NDArray[np.int64]
@@ -125,8 +125,8 @@ def find_workload(config: RunConfig, dialogues: int | None, tokens_per_dialogue:
 
 
 def _set_apart(data: DataConfig, part: str, fraction: float, n_train: int) -> tuple[int, int, str]:
-    """Return how many dialogues `data.held_out` or `data.validation` has, how many of them `train` loses, and what had to
-    be assumed."""
+    """Return how many dialogues `data.held_out` or `data.validation` has, how many of them `train` loses, and what was
+    assumed."""
     place = getattr(data, part)
     share = max(1, round(fraction * n_train))
     if place is None:
