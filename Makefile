@@ -1,20 +1,24 @@
-# make setup | demo | test | test-slow | test-vllm | lint | wheel | bench | bench-check | bench-baseline | docs | readme-table | clean
+# make setup | demo | test | test-slow | setup-vllm | test-vllm | lint | wheel | bench | bench-check | bench-baseline | docs | readme-table
+# | clean
 ROOT := $(dir $(abspath $(lastword $(MAKEFILE_LIST))))
 PYTHON ?= python3
 VENV := $(ROOT).venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.fusechat-installed
 PIP := PIP_CONSTRAINT=$(ROOT)constraints.txt $(RUN) -m pip --disable-pip-version-check
+# In .venv itself, not in an environment for one build: so the next build compiles what has changed and no more, and the
+# sanitizers' has them too.
+BUILD_NEEDS := scikit-build-core pybind11 cmake ninja
 SOURCES := $(shell find $(ROOT)csrc -name '*.?pp') $(ROOT)CMakeLists.txt $(ROOT)pyproject.toml $(ROOT)constraints.txt
 
-.PHONY: setup demo test test-slow test-vllm lint wheel bench bench-check bench-baseline docs readme-table clean
+.PHONY: setup demo test test-slow setup-vllm test-vllm lint wheel bench bench-check bench-baseline docs readme-table clean
 
 setup: $(STAMP)
 
 $(STAMP): $(SOURCES)
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet torch
-	$(PIP) install --quiet --editable "$(ROOT)[dev]"
+	$(PIP) install --quiet --no-compile torch $(BUILD_NEEDS)
+	$(PIP) install --quiet --no-compile --no-build-isolation --editable "$(ROOT)[dev]"
 	touch $@
 
 demo: setup
@@ -41,7 +45,9 @@ VLLM_PIP := PIP_CONSTRAINT=$(ROOT)constraints-vllm.txt $(VLLM_RUN) -m pip --disa
 VLLM_NEEDS := import tomllib; p = tomllib.load(open("$(ROOT)pyproject.toml", "rb"))["project"]; \
 print(*p["dependencies"], *p["optional-dependencies"]["$(VLLM)"], "pytest", "hypothesis", sep="\n")
 
-test-vllm: setup $(VLLM_STAMP)
+setup-vllm: $(VLLM_STAMP)
+
+test-vllm: setup setup-vllm
 	cp -r $(VENV)/lib/python3.*/site-packages/*fusechat* $(VLLM_VENV)/lib/python3.*/site-packages/
 	cd $(ROOT) && $(VLLM_RUN) -m pytest -q -m "vllm and not slow" --durations 5 tests/test_*vllm.py
 

@@ -36,28 +36,23 @@ void pick(const unsigned char *from, Dtype dtype, const std::int32_t *at, int n,
     item_bytes(dtype) == 4 ? copy_items<std::uint32_t>(from, at, n, to) : copy_items<std::uint16_t>(from, at, n, to);
 }
 
-// Moves the selected of `found` candidates to the front and pads them with zeros; returns how many there are.
+// Leaves the selected of `found` candidates, in some order, padded with zeros; returns how many there are.
 int keep_selected(const Selection &selection, std::int64_t begin, int found, std::int32_t *at, int n_targets,
                   Scratch &scratch) {
     alignas(64) double keys[kTile];
     variance_keys(scratch.delta(0), n_targets, found, keys);
-    std::array<std::int32_t, kTile> chosen;
-    int n = 0;
-    for (int i = 0; i < found; ++i) {
+    int n = found;
+    // Nearly all candidates are selected: the last of them takes the place of one that is not.
+    for (int i = found - 1; i >= 0; --i) {
         const bool tied = keys[i] == selection.threshold && begin + at[i] < selection.tie_stop;
-        chosen[n] = i;
-        n += keys[i] > selection.threshold || tied;
+        if (keys[i] > selection.threshold || tied) continue;
+        --n;
+        at[i] = at[n];
+        scratch.base()[i] = scratch.base()[n];
+        for (int j = 0; j < n_targets; ++j) scratch.delta(j)[i] = scratch.delta(j)[n];
     }
-    auto compact = [&](auto *values) {
-        for (int i = 0; i < n; ++i) values[i] = values[chosen[i]];
-    };
-    compact(at);
-    compact(scratch.base());
     std::fill(scratch.base() + n, scratch.base() + pad(n), 0.0f);
-    for (int j = 0; j < n_targets; ++j) {
-        compact(scratch.delta(j));
-        std::fill(scratch.delta(j) + n, scratch.delta(j) + pad(n), 0.0f);
-    }
+    for (int j = 0; j < n_targets; ++j) std::fill(scratch.delta(j) + n, scratch.delta(j) + pad(n), 0.0f);
     return n;
 }
 
