@@ -94,10 +94,6 @@ class ByteTable:
         data, offsets = self.data.tobytes(), self.offsets.tolist()
         return [data[begin:end] for begin, end in itertools.pairwise(offsets)]
 
-    def role(self, token_id: int) -> Role:
-        """Return what one token is for."""
-        return Role(int(self.roles[token_id]))
-
     @property
     def widths(self) -> npt.NDArray[np.int64]:
         """The number of bytes of every token, int64[V]."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -248,9 +248,21 @@ def checkpoint_sha256(directory: Path) -> str:
     return sha256_json({path.name: digest for path, digest in zip(files, hashes)})
 
 
-def resolve_model(model: str, *, weights: bool = True) -> Path:
-    """Return the directory of a local model or of a hub id, downloading the latter, with its weights unless told not.
+def hub_id(model: str) -> tuple[str, str | None]:
+    """Split `owner/name@revision` into the hub's id and the branch, tag or commit, None where it names none."""
+    name, _, revision = model.partition("@")
+    return name, revision or None
 
+
+def hub_commit(directory: Path) -> str | None:
+    """Return the commit of a model that lies in the hub's cache, None for any other directory."""
+    return directory.name if directory.parent.name == "snapshots" else None
+
+
+def resolve_model(model: str, *, weights: bool = True, others: Sequence[str] = ()) -> Path:
+    """Return the directory of a local model, or of a hub id, `owner/name` or `owner/name@revision`, which it downloads.
+
+    Downloaded are weights, unless told not, JSON files, tokenizer and template, and `others`, patterns of names.
     Raises DataError when there is no such directory and the hub has, or can be asked for, no such id.
     """
     path = Path(model).expanduser()
@@ -262,8 +274,9 @@ def resolve_model(model: str, *, weights: bool = True) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        wanted = ["*.json", "*.model", "*.jinja", *["*.safetensors"] * weights]
-        return Path(snapshot_download(model, allow_patterns=wanted))
+        name, revision = hub_id(model)
+        wanted = ["*.json", "*.model", "*.jinja", *["*.safetensors"] * weights, *others]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except (OSError, ValueError, RuntimeError, HFValidationError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"model {model} is neither a directory nor a hub id that can be had ({reason})") from error

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from fusechat.config_values import merged, overridden, resolve_paths, validated
 from fusechat.errors import ConfigError
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-
-_SectionT = TypeVar("_SectionT", bound=_Section)
 
 
 class DataConfig(_Section):
@@ -41,6 +38,23 @@ class DataConfig(_Section):
     limit: int | None = Field(None, gt=0, description="use only the first so many dialogues")
 
 
+_BACKENDS_OF = {
+    "device": ("hf",),
+    "device_map": ("hf",),
+    "tensor_parallel_size": ("vllm",),
+    "quantization": ("vllm", "vllm-server"),
+    "fast_driver": ("vllm",),
+    "engine_args": ("vllm",),
+    "engines": ("hf", "vllm"),
+    "ray": ("hf", "vllm"),
+    "servers": ("vllm-server",),
+    "served_model": ("vllm-server",),
+    "concurrency": ("vllm-server",),
+    "timeout_s": ("vllm-server",),
+}
+"""Keys of `extract` that not every backend takes, by those that do."""
+
+
 class ExtractConfig(_Section):
     """Top-k log-probabilities of every model (design: one row per position that predicts an assistant token)."""
 
@@ -61,7 +75,9 @@ class ExtractConfig(_Section):
     device_map: str | None = Field(None, description="hf: accelerate's placement over several devices, such as auto")
     batch_tokens: int = Field(8192, ge=1, description="hf: padded tokens in one forward pass")
     tensor_parallel_size: int = Field(1, ge=1, description="vllm: GPUs one engine spreads over")
-    quantization: str | None = Field(None, description="vllm: what the checkpoint does not say itself, such as fp8")
+    quantization: str | None = Field(
+        None, description="vllm: what the checkpoint does not say itself, such as fp8; vllm-server: what is served"
+    )
     fast_driver: bool = Field(False, description="vllm: keep the engine's tensors; a patch of vLLM's own code")
     engine_args: dict[str, Any] = Field(default_factory=dict, description="vllm: any other argument of its LLM class")
     servers: list[str] = Field(default_factory=list, description="vllm-server: URLs such as http://host:8000")
@@ -76,6 +92,10 @@ class ExtractConfig(_Section):
         for url in self.servers:
             if not url.startswith(("http://", "https://")):
                 raise ValueError(f"servers: {url!r} is no URL: write http://{url}")
+        for key, backends in _BACKENDS_OF.items():
+            field = ExtractConfig.model_fields[key]
+            if self.backend not in backends and getattr(self, key) != field.get_default(call_default_factory=True):
+                raise ValueError(f"{key} is for backend: {' or '.join(backends)}, not {self.backend}: remove it")
         if self.cache == "sampled" and self.backend != "hf":
             raise ValueError("cache: sampled needs the whole softmax, which only backend: hf has")
         return self
@@ -84,7 +104,7 @@ class ExtractConfig(_Section):
 class SourceConfig(_Section):
     """One source model."""
 
-    model: str = Field(description="directory or hub id")
+    model: str = Field(description="directory or hub id, owner/name or owner/name@revision")
     name: str = Field("", description="short name in folders and tables; the directory's name when empty")
     extract: ExtractConfig | None = Field(None, description="what differs from the run's `extract` for this source")
 
@@ -227,7 +247,7 @@ class EvalConfig(_Section):
 class RunConfig(_Section):
     """One whole fusion."""
 
-    pivot: str = Field(description="directory or hub id of the pivot")
+    pivot: str = Field(description="directory or hub id of the pivot; owner/name@revision is a revision of it")
     sources: list[SourceConfig] = Field(min_length=1, description="a directory or hub id each, or a section of its own")
     data: DataConfig = Field(description="see its section")
     out: str = Field(description="folder of everything the run makes")
@@ -261,8 +281,8 @@ class RunConfig(_Section):
 
 
 def source_name(source: SourceConfig) -> str:
-    """Return the source's short name: the one given, else the last part of its model's path or id."""
-    return source.name or Path(source.model).name
+    """Return the source's short name: the one given, else the last part of its model's path or id, less a revision."""
+    return source.name or Path(source.model).name.partition("@")[0]
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -279,122 +299,48 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping with the keys {', '.join(RunConfig.model_fields)}")
-    _resolve_paths(values, path.resolve().parent)
-    changes: dict[str, Any] = {}
-    for override in overrides:
-        _apply_override(changes, override)
-    _resolve_paths(changes, Path.cwd())
-    return parse_config(_merged(values, changes), str(path))
+    resolve_paths(values, path.resolve().parent)
+    changes = overridden(overrides)
+    resolve_paths(changes, Path.cwd())
+    return parse_config(merged(values, changes), str(path))
 
 
 def parse_config(values: Any, where: str) -> RunConfig:
     """Validate a mapping as a run's configuration; raises ConfigError in one line.
 
-    A source's `extract` holds what differs from the run's.
+    A source's `extract` holds what differs from the run's; of that it takes over what its backend knows.
     """
-    return _validated(RunConfig, _with_source_extract(values), where)
+    return validated(RunConfig, _with_source_extract(values), where)
 
 
 def _with_source_extract(values: Any) -> Any:
     if not isinstance(values, dict) or not isinstance(values.get("sources"), list):
         return values
     common = values.get("extract")
+    if not isinstance(common, dict):
+        return values
     sources = [
-        source | {"extract": _merged(common, source["extract"])}
-        if isinstance(common, dict) and isinstance(source, dict) and isinstance(source.get("extract"), dict)
+        source | {"extract": merged(_for_backend(common, source["extract"]), source["extract"])}
+        if isinstance(source, dict) and isinstance(source.get("extract"), dict)
         else source
         for source in values["sources"]
     ]
     return values | {"sources": sources}
 
 
+def _for_backend(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Return the run's `extract` without what the backend that a source chose for itself does not take."""
+    backend = own.get("backend", common.get("backend", "hf"))
+    if backend == common.get("backend", "hf"):
+        return common
+    return {key: value for key, value in common.items() if backend in _BACKENDS_OF.get(key, (backend,))}
+
+
 def parse_extract(values: dict[str, Any], overrides: Sequence[str] = (), where: str = "extract") -> ExtractConfig:
     """Build extraction settings from values and overrides such as `batch_tokens=4096`; raises ConfigError."""
-    changes: dict[str, Any] = {}
-    for override in overrides:
-        _apply_override(changes, override)
-    return _validated(ExtractConfig, _merged(values, changes), where)
+    return validated(ExtractConfig, merged(values, overridden(overrides)), where)
 
 
 def parse_train(overrides: Sequence[str]) -> TrainConfig:
     """Build training settings from overrides such as `epochs=2`; raises ConfigError in one line."""
-    changes: dict[str, Any] = {}
-    for override in overrides:
-        _apply_override(changes, override)
-    return _validated(TrainConfig, changes, "train")
-
-
-def _validated(model: type[_SectionT], values: Any, where: str) -> _SectionT:
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(f"{where}: {'; '.join(_explain(model, e) for e in error.errors())}") from error
-
-
-def _explain(model: type[BaseModel], error: Any) -> str:
-    place = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        known = _known_keys(model, error["loc"][:-1])
-        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
-        hint = f", did you mean `{near[0]}`?" if near else f"; known here: {', '.join(known)}"
-        return f"unknown key `{place}`{hint}"
-    if error["type"] == "missing":
-        return f"`{place}` is required"
-    message = error["msg"].removeprefix("Value error, ")
-    return f"`{place}`: {message}, got {error['input']!r}" if place else message
-
-
-def _known_keys(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
-    for part in location:
-        if isinstance(part, int):
-            continue
-        annotation: Any = model.model_fields[part].annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
-    return list(model.model_fields)
-
-
-def _apply_override(changes: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"override `{override}` is not of the form key.subkey=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override `{override}`: the value is not valid YAML") from error
-    *parents, last = key.split(".")
-    for parent in parents:
-        changes = changes.setdefault(parent, {})
-    changes[last] = value
-
-
-def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    result = dict(values)
-    for key, change in changes.items():
-        old = result.get(key)
-        result[key] = _merged(old, change) if isinstance(old, dict) and isinstance(change, dict) else change
-    return result
-
-
-def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
-    """Make the paths of a raw configuration absolute, leaving hub ids (which do not exist as paths) alone."""
-
-    def resolve(value: Any, *, must_be_path: bool = False) -> Any:
-        if not isinstance(value, str):
-            return value
-        path = folder / Path(value).expanduser()
-        looks_local = must_be_path or path.exists() or value.startswith((".", "/", "~"))
-        return str(path) if looks_local else value
-
-    for key, must_be_path in (("pivot", False), ("out", True)):
-        if key in values:
-            values[key] = resolve(values[key], must_be_path=must_be_path)
-    sources = values.get("sources")
-    if isinstance(sources, list):
-        named = [{"model": source} if isinstance(source, str) else source for source in sources]
-        values["sources"] = [s | {"model": resolve(s.get("model"))} if isinstance(s, dict) else s for s in named]
-    data = values.get("data")
-    if isinstance(data, dict):
-        for key in ("train", "held_out", "validation"):
-            if key in data:
-                data[key] = resolve(data[key])
+    return validated(TrainConfig, overridden(overrides), "train")

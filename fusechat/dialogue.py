@@ -85,11 +85,11 @@ def read_dialogues(
         count += 1
         name = detect_format(item, where) if format == "auto" else format
         messages = messages_of(item, format=name, where=where)
-        category = category_of(item)
+        category = category_of(item, where)
         if name == "text":
             pieces = list(cut_text(messages[0].content, max_bytes))
             dropped[EMPTY_TEXT] += not pieces
-            dialogues += [_plain(piece, category) for piece in pieces]
+            dialogues += [_plain(piece, category, goes_on=n < len(pieces)) for n, piece in enumerate(pieces, 1)]
         elif kept := clean_messages(messages, dropped):
             dialogues.append(Dialogue(messages=kept, category=category))
     dialogues = dialogues[:limit]
@@ -123,14 +123,15 @@ def _items(path_or_hub_id: str | Path, *, separator: str | Sequence[str] | None,
             yield f"{path} document {number}", {"text": document}
 
 
-def _plain(text: str, category: str) -> Dialogue:
-    return Dialogue(messages=(Message(role="assistant", content=text),), category=category, plain=True)
+def _plain(text: str, category: str, *, goes_on: bool) -> Dialogue:
+    return Dialogue(messages=(Message(role="assistant", content=text),), category=category, plain=True, goes_on=goes_on)
 
 
 def dialogue_key(dialogue: Dialogue) -> str:
     """Return the SHA-256 of a dialogue's messages in canonical JSON; the category is no part of it."""
     messages = [[message.role, message.content] for message in dialogue.messages]
-    return sha256_json({"messages": messages, "plain": dialogue.plain})
+    goes_on = {"goes_on": True} if dialogue.goes_on else {}
+    return sha256_json({"messages": messages, "plain": dialogue.plain, **goes_on})
 
 
 def dataset_fingerprint(dialogues: Sequence[Dialogue]) -> str:

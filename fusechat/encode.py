@@ -53,16 +53,6 @@ class EncodedSet:
         )
 
 
-def encode(
-    dialogue: Dialogue, tokenizer: Any, table: ByteTable, *, template: Template, max_length_tokens: int | None
-) -> tuple[Encoded, int] | Skipped:
-    """Return a dialogue's encoding and how many assistant turns were cut to make it fit, or why it has none."""
-    result = encode_set([dialogue], tokenizer, table, template=template, max_length_tokens=max_length_tokens)
-    if result.skipped:
-        return Skipped(reason=result.skipped[0])
-    return result.encoded[0], result.cut_turns.get(0, 0)
-
-
 def encode_all(
     dialogues: Sequence[Dialogue],
     tokenizer: Any,
@@ -168,7 +158,7 @@ def _label(
     """Return the encoding of a rendered dialogue from its tokens."""
     ends = token_byte_ends(table, ids, rendered.text.encode())
     if dialogue.plain:
-        ids, ends = _with_bos_and_eos(ids, ends, tokenizer)
+        ids, ends = _as_document(ids, ends, tokenizer, goes_on=dialogue.goes_on)
     starts = np.concatenate([[0], ends[:-1]])
     special = table.roles[ids] != Role.TEXT
     turn = np.full(len(ids), -1, np.int32)
@@ -182,7 +172,7 @@ def _label(
         trimmed = len(content[: span.offset].encode())
         turn[first:stop] = n
         byte_end[first:after] = np.minimum(ends[first:after], end) - start + trimmed
-        byte_end[after:stop] = len(content.encode())
+        byte_end[after:stop] = byte_end[after - 1] if after > first else 0  # what ends a turn has no width
     if not (turn >= 0).any():
         raise DataError("no token of it is the assistant's")
     # What follows the last assistant token predicts nothing.
@@ -191,13 +181,18 @@ def _label(
     return Encoded(input_ids=ids[:used], loss_mask=turn >= 0, turn=turn, byte_end=byte_end[:used])
 
 
-def _with_bos_and_eos(
-    ids: npt.NDArray[np.int32], ends: npt.NDArray[np.int64], tokenizer: Any
+def _as_document(
+    ids: npt.NDArray[np.int32], ends: npt.NDArray[np.int64], tokenizer: Any, *, goes_on: bool
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-    """Put BOS before and EOS behind running text, without width, where the tokenizer has them."""
-    if tokenizer.bos_token_id is not None:
-        ids, ends = np.insert(ids, 0, tokenizer.bos_token_id), np.insert(ends, 0, 0)
-    if tokenizer.eos_token_id is not None:
+    """Put BOS before running text and EOS behind it, without width, where the tokenizer has them.
+
+    Without a BOS an EOS stands in front, as between documents: else nothing would predict the first token, and a model
+    without BOS would have it for nothing. Behind a piece whose document goes on there is no EOS to learn.
+    """
+    front = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if front is not None:
+        ids, ends = np.insert(ids, 0, front), np.insert(ends, 0, 0)
+    if tokenizer.eos_token_id is not None and not goes_on:
         ids, ends = np.append(ids, np.int32(tokenizer.eos_token_id)), np.append(ends, ends[-1:])
     return ids, ends
 

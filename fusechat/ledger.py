@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fusechat.artifact import Json
+from fusechat.errors import FusechatError
 from fusechat.reporter import Advance, Reporter
 
 _PACKAGES = ("fusechat", "torch", "transformers", "numpy", "triton", "vllm", "peft")
@@ -80,8 +81,14 @@ class Ledger(Reporter):
         self.reporter.done(name, note)
 
     def _write(self, line: Json) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise FusechatError(
+                f"cannot write {self.path}: {reason}; make room and run the same command again, it resumes"
+            ) from error
 
 
 def read_ledger(path: Path) -> list[Json]:

@@ -1,8 +1,9 @@
-"""A Ray cluster for as long as a stage needs it, and its errors as ours."""
+"""A Ray cluster for as long as a stage needs it: its room, its actors, and its errors as ours."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,3 +44,40 @@ def _ours(error: BaseException) -> FusechatError:
             return cause
         cause = getattr(cause, "cause", None) or cause.__cause__
     return FusechatError(f"a Ray task failed: {(str(error).strip() or type(error).__name__).splitlines()[-1]}")
+
+
+def room_for(ray: Any, *, cpus: int, gpus: int = 0, mend: str) -> int:
+    """Return how many workers of `cpus` cores and `gpus` GPUs each the machines of a cluster hold at once.
+
+    Raises ConfigError, with the mend, when no machine holds one: Ray would wait for such a machine for ever.
+    """
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    wanted = {name: number for name, number in (("CPU", cpus), ("GPU", gpus)) if number}
+    room = sum(min(int(machine.get(name, 0)) // number for name, number in wanted.items()) for machine in machines)
+    if not room:
+        asked = " and ".join(f"{number} {name}s" for name, number in wanted.items())
+        raise ConfigError(f"a worker asks for {asked}, and no machine of the Ray cluster has so many: {mend}")
+    return room
+
+
+def actor_results(
+    ray: Any,
+    actor: type,
+    arguments: tuple[Any, ...],
+    rows: Sequence[dict[str, Any]],
+    *,
+    actors: int,
+    cpus: int,
+    gpus: int = 0,
+) -> Iterator[dict[str, Any]]:
+    """Yield what `actors` instances of a class, made from `arguments`, give for each row, in no fixed order."""
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    results = ray.data.from_items(list(rows), override_num_blocks=len(rows)).map(
+        actor,
+        fn_constructor_args=arguments,
+        concurrency=min(actors, len(rows)),
+        num_cpus=cpus,
+        num_gpus=gpus,
+    )
+    yield from results.iter_rows()

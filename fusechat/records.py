@@ -21,11 +21,15 @@ class Message:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Dialogue:
-    """A list of messages; `plain` marks running text, held as one assistant message and rendered without a template."""
+    """A list of messages; `plain` marks running text, held as one assistant message and rendered without a template.
+
+    `goes_on` marks a piece of running text behind which its document goes on.
+    """
 
     messages: tuple[Message, ...]
     category: str = ""
     plain: bool = False
+    goes_on: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +39,8 @@ class Encoded:
     `input_ids` int32[T]; `loss_mask` bool[T], true where the token is the assistant's (its content and the token that
     ends the turn); `turn` int32[T], the index of the assistant message a masked token belongs to, −1 elsewhere;
     `byte_end` int32[T], where a masked token ends in the UTF-8 bytes of that message's content, tokens after the
-    content at its end, −1 elsewhere. Equal `turn` and `byte_end` in two models' encodings mean the same text so far.
+    content where its last token ends, −1 elsewhere. Equal `turn` and `byte_end` in two models' encodings mean the same
+    text so far.
     """
 
     input_ids: npt.NDArray[np.int32]

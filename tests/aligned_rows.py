@@ -117,7 +117,7 @@ def rows_of(view: RowView, dialogue: int) -> list[dict[str, Any]]:
         if not record["token.loss_mask"][t + 1]:
             continue
         start = int(end[t]) if turn[t] == turn[t + 1] else 0
-        role = view.table.role(int(ids[t + 1]))
+        role = view.table.roles[ids[t + 1]]
         what = "wide" if end[t + 1] > start else "zero" if role == Role.TEXT else "end"
         rows.append({"key": (int(turn[t + 1]), start), "end": int(end[t + 1]), "what": what})
     return rows

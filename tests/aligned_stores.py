@@ -58,8 +58,12 @@ def write_store(
     seed: int,
     skip: Sequence[int] = (),
     data: str = "d" * 64,
+    end: str | None = None,
 ) -> Path:
-    """Write a TopKStore of TEXTS as plain messages, with random rows, as extraction would."""
+    """Write a TopKStore of TEXTS as plain messages, with random rows, as extraction would.
+
+    Turns end with `end`, or with the first token that a turn or a sequence may end with.
+    """
     model = out.with_name(out.name + "-model")
     model.mkdir(parents=True)
     tokenizer.save(str(model / "tokenizer.json"))
@@ -72,10 +76,11 @@ def write_store(
         "tokenizer_sha256": table.sha256,
     }
     writer = ShardedWriter(out, request | {"vocab_size": len(table), "top_k": k, "seed": seed})
-    end = int(np.flatnonzero(np.isin(table.roles, (2, 3)))[0])
+    first_end = int(np.flatnonzero(np.isin(table.roles, (2, 3)))[0])
+    end_id = first_end if end is None else tokenizer.token_to_id(end)
     kept = [i for i in range(len(TEXTS)) if i not in skip]
     for number, begin in enumerate(range(0, len(kept), per_shard)):
-        records = [_record(i, tokenizer, table, end, k, rng) for i in kept[begin : begin + per_shard]]
+        records = [_record(i, tokenizer, table, end_id, k, rng) for i in kept[begin : begin + per_shard]]
         block = make_block(records)
         writer.add(
             f"shard-{number:05d}.safetensors",

@@ -37,9 +37,9 @@ print(f"the wheel of fusechat {fusechat.__version__} works on Python {sys.versio
 """
 
 
-def interpreters() -> list[str]:
-    """Return one Python of every version that is at hand, on the path or among pyenv's."""
-    found = []
+def interpreters() -> dict[str, str]:
+    """Return a Python of every version that is at hand, on the path or among pyenv's."""
+    found = {}
     for version in VERSIONS:
         candidates = [
             f"python{version}",
@@ -51,19 +51,23 @@ def interpreters() -> list[str]:
             except (OSError, subprocess.CalledProcessError):
                 continue  # absent, or a shim of a version that is not active
             if said.startswith(f"Python {version}."):
-                found.append(candidate)
+                found[version] = candidate
                 break
     return found
 
 
-def try_on(python: str) -> None:
+def try_on(version: str, python: str) -> None:
     """Build the wheel for one Python, install it in a new environment and merge there."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         subprocess.run([python, "-m", "venv", folder / "env"], check=True)
         clean = str(folder / "env" / "bin" / "python")
         pip = [clean, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-        subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", folder / "dist", ROOT], check=True)
+        build = [*pip, "wheel"]
+        if version == f"{sys.version_info.major}.{sys.version_info.minor}":
+            # This environment has what builds the wheel, and the engine compiled.
+            build = [sys.executable, *pip[1:], "wheel", "--no-build-isolation"]
+        subprocess.run([*build, "--no-deps", "--wheel-dir", folder / "dist", ROOT], check=True)
         (wheel,) = (folder / "dist").glob("fusechat-*.whl")
         subprocess.run([*pip, "install", *NEEDED], check=True)
         subprocess.run([*pip, "install", "--no-deps", wheel], check=True)
@@ -75,8 +79,8 @@ def try_on(python: str) -> None:
 def main() -> int:
     """Try every interpreter at hand; say which were not."""
     pythons = interpreters()
-    for python in pythons:
-        try_on(python)
+    for version, python in pythons.items():
+        try_on(version, python)
     if len(pythons) < len(VERSIONS):
         print(f"tried {len(pythons)} of Python {', '.join(VERSIONS)}: the others are not at hand")
     return 0 if pythons else 1

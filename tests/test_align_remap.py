@@ -86,7 +86,7 @@ def slow_remap(
                 shares = [(to, p) for to, _ in shares]
             how = int(maps.quality[index[r], token])
             is_gold = kind != RowKind.FINER and token == source.gold[s]
-            if is_gold or (pivot.at_end[r] and source.table.role(token) in (Role.EOS, Role.TURN)):
+            if is_gold or (pivot.at_end[r] and source.table.roles[token] in (Role.EOS, Role.TURN)):
                 shares, how = [(gold, p)], 1
             if not shares:
                 mass[kind, 0] += p
@@ -151,13 +151,12 @@ def test_remapping_is_the_sum_of_probabilities(seed: int, choices: Choices) -> N
 
 
 def same(a: Remapped, b: Remapped) -> None:
-    """Both engines agree to the last bit of what is stored, but for one unit in the last place after a logarithm."""
+    """Both engines agree to the last bit of what is stored, and on the order of what is stored alike."""
+    assert (a.ids == b.ids).all()
+    assert (a.logprobs.view(np.uint16) == b.logprobs.view(np.uint16)).all()
     assert (a.mass == b.mass).all()
     assert (a.lost == b.lost).all()
     assert a.gold_logprob == pytest.approx(b.gold_logprob, abs=1e-6, nan_ok=True)
-    difference = np.abs(a.logprobs.view(np.int16).astype(int) - b.logprobs.view(np.int16).astype(int))
-    zero = (a.logprobs == 0) & (b.logprobs == 0)
-    assert (difference[~zero] <= 1).all()
 
 
 def test_stored_values_come_through_bit_for_bit(backend: str) -> None:

@@ -13,8 +13,12 @@ from hypothesis import strategies as st
 from fusechat.align import RowKind
 from fusechat.align.rows import Matches, RowView, match_rows
 from fusechat.bytetable import ByteTable, token_byte_ends
+from fusechat.demo.tokenizers import KINDS
+from fusechat.encode import encode_all
 from fusechat.errors import FormatError
+from fusechat.records import Dialogue, Message
 from fusechat.store import Block, make_block
+from fusechat.template import load_template
 
 
 def slow_match(pivot: RowView, source: RowView, partner: np.ndarray) -> list[tuple[int, int, int, int]]:
@@ -93,6 +97,26 @@ def test_offsets_that_lie_are_refused(backend: str) -> None:
     lying = RowView.of(Block(columns=pivot.block.columns, offsets=wrong), pivot.table)
     with pytest.raises(ValueError, match="loss mask"):
         match_rows(lying, source, partner)
+
+
+def test_the_end_of_a_turn_has_no_width_where_a_template_trims(backend: str) -> None:
+    """Catches a source's end of turn matched with the line break that its template trimmed and the pivot's kept."""
+    dialogue = Dialogue(messages=(Message(role="user", content="Say hi"), Message(role="assistant", content="Hi.\n")))
+    sides = []
+    for kind in ("byte_level_bpe", "byte_level_with_headers"):
+        tokenizer = KINDS[kind](["Say hi", "Hi there.", "user assistant"], 330)
+        table = ByteTable.from_tokenizer(tokenizer)
+        template = load_template(tokenizer)
+        one = encode_all([dialogue], tokenizer, table, template=template, max_length_tokens=None).encoded[0]
+        record = {"dialogue.index": np.array([0]), "row.ids": np.zeros((one.loss_mask[1:].sum(), 1), np.uint16)}
+        record |= {f"token.{name}": getattr(one, name) for name in ("input_ids", "loss_mask", "turn", "byte_end")}
+        sides.append(RowView.of(make_block([record]), table))
+    pivot, source = sides
+    assert pivot.at_end.tolist() == [False] * (len(pivot.gold) - 1) + [True]
+    assert source.at_end.tolist() == [False] * (len(source.gold) - 1) + [True]
+    assert (pivot.ends[-1], source.ends[-1]) == (4, 3)
+    # Behind "Hi." the pivot writes on, and behind the line break the source has nothing to say.
+    assert match_rows(pivot, source, np.array([0])).kind[-2:].tolist() == [RowKind.NONE, RowKind.NONE]
 
 
 def test_token_ids_outside_the_vocabulary_are_refused() -> None:

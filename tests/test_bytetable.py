@@ -180,7 +180,7 @@ def test_roles_and_padding() -> None:
     tokenizer.add_tokens([AddedToken("    ", normalized=True)])
     size = tokenizer.get_vocab_size()
     table = ByteTable.from_tokenizer(tokenizer, size + 3)
-    roles = {t: table.role(tokenizer.token_to_id(t)) for t in (*SPECIALS[1:], "    ")}
+    roles = {t: table.roles[tokenizer.token_to_id(t)] for t in (*SPECIALS[1:], "    ")}
     assert roles == {
         "<s>": Role.BOS,
         "</s>": Role.EOS,
@@ -189,7 +189,7 @@ def test_roles_and_padding() -> None:
         "    ": Role.TEXT,
     }
     assert table.token(tokenizer.token_to_id("    ")) == b"    "
-    assert [table.role(i) for i in range(size - 1, size + 3)] == [Role.TEXT] + [Role.ABSENT] * 3
+    assert table.roles[size - 1 : size + 3].tolist() == [Role.TEXT] + [Role.ABSENT] * 3
     assert len(table) == size + 3
     with pytest.raises(DataError, match=rf"{size} ids.*only {size - 1} rows"):
         ByteTable.from_tokenizer(tokenizer, size - 1)

@@ -14,7 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from fusechat.checkpoint import checkpoint_sha256, open_checkpoint, read_header, read_tensor
+from fusechat.checkpoint import (
+    checkpoint_sha256,
+    hub_commit,
+    open_checkpoint,
+    read_header,
+    read_tensor,
+    resolve_model,
+)
 from fusechat.errors import DataError, FormatError
 
 
@@ -193,3 +200,24 @@ def test_fingerprint_sees_weights_and_config_but_not_the_place(model: Path, tmp_
     raw[-1] ^= 1
     (model / "two.safetensors").write_bytes(bytes(raw))
     assert checkpoint_sha256(model) != before
+
+
+def test_hub_ids_may_name_a_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a revision taken for a part of the name, and a commit nobody wrote down."""
+    import huggingface_hub
+
+    asked: list[tuple[str, str | None]] = []
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / "0123abc"
+
+    def download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((name, revision))
+        assert "*.safetensors" in allow_patterns
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert hub_commit(resolve_model("owner/name@v1.0")) == "0123abc"
+    assert resolve_model("owner/name") == snapshot
+    assert asked == [("owner/name", "v1.0"), ("owner/name", None)]
+    (tmp_path / "a@b").mkdir()
+    assert resolve_model(str(tmp_path / "a@b")) == tmp_path / "a@b"
+    assert hub_commit(tmp_path / "a@b") is None

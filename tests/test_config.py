@@ -25,6 +25,8 @@ def test_paths_are_relative_to_the_file_and_hub_ids_stay(tmp_path: Path) -> None
     assert config.sources[0].model == str(tmp_path / "a")
     assert config.sources[1].model == "org/b"
     assert [source_name(s) for s in config.sources] == ["a", "bee"]
+    pinned = load_config(_write(tmp_path, MINIMAL), ["sources=[org/b@v1.0]"])
+    assert (pinned.sources[0].model, source_name(pinned.sources[0])) == ("org/b@v1.0", "b")
 
 
 def test_overrides_change_single_keys_and_keep_their_neighbours(tmp_path: Path) -> None:
@@ -42,6 +44,7 @@ def test_overrides_change_single_keys_and_keep_their_neighbours(tmp_path: Path) 
         ("train: {hard_weight: 2}\n", [], "`train.hard_weight`: Input should be less than or equal to 1, got 2"),
         ("train: {batch_size: 7}\n", [], "batch_size must be a multiple of micro_batch_size"),
         ("", ["train.epochs"], "override `train.epochs` is not of the form key.subkey=value"),
+        ("", ["train=3", "train.epochs=2"], "`train` was given a value of its own before"),
         ("", ["sources=[./a, ./b/a]"], "two sources are named 'a'"),
         ("", ["sources=[{model: ./a, name: sft}]"], "may not be named 'sft'"),
         ("", ["sources=[]"], "at least 1 item"),
@@ -67,18 +70,19 @@ def test_training_settings_alone() -> None:
 
 
 def test_a_source_says_only_what_differs_for_it(tmp_path: Path) -> None:
-    text = MINIMAL.replace("name: bee}", "name: bee, extract: {backend: vllm, engine_args: {seed: 1}}}")
-    config = load_config(_write(tmp_path, text + "extract: {top_k: 7, engine_args: {block_size: 16}}\n"))
+    text = MINIMAL.replace("name: bee}", "name: bee, extract: {max_length_tokens: 9, engine_args: {seed: 1}}}")
+    common = "extract: {backend: vllm, top_k: 7, engine_args: {block_size: 16}}\n"
+    config = load_config(_write(tmp_path, text + common))
     assert config.sources[0].extract is None
     bee = config.sources[1].extract
     assert bee is not None
     assert (bee.backend, bee.top_k, bee.engine_args) == ("vllm", 7, {"block_size": 16, "seed": 1})
-    assert config.extract.backend == "hf"
+    assert (bee.max_length_tokens, config.extract.max_length_tokens) == (9, 2048)
     assert parse_config(config.model_dump(), "again") == config
     with pytest.raises(ConfigError, match=r"`sources.1.extract.bakcend`, did you mean `backend`"):
-        load_config(_write(tmp_path, text.replace("backend", "bakcend")))
+        load_config(_write(tmp_path, text.replace("max_length_tokens", "bakcend")))
     with pytest.raises(ConfigError, match="needs servers"):
-        load_config(_write(tmp_path, text.replace("backend: vllm", "backend: vllm-server")))
+        load_config(_write(tmp_path, text.replace("max_length_tokens: 9", "backend: vllm-server") + common))
 
 
 def test_draws_cannot_be_tempered(tmp_path: Path) -> None:
@@ -89,7 +93,66 @@ def test_draws_cannot_be_tempered(tmp_path: Path) -> None:
 
 
 def test_extraction_settings_alone() -> None:
-    config = parse_extract({"top_k": 4}, ["engine_args.seed=2", "fast_driver=true"])
+    config = parse_extract({"top_k": 4, "backend": "vllm"}, ["engine_args.seed=2", "fast_driver=true"])
     assert (config.top_k, config.engine_args, config.fast_driver) == (4, {"seed": 2}, True)
     with pytest.raises(ConfigError, match="did you mean `concurrency`"):
         parse_extract({}, ["concurency=2"])
+
+
+@pytest.mark.parametrize(
+    ("backend", "key", "value", "whose"),
+    [
+        ("hf", "quantization", "fp8", "vllm or vllm-server"),
+        ("hf", "tensor_parallel_size", 2, "vllm"),
+        ("hf", "fast_driver", True, "vllm"),
+        ("hf", "engine_args", {"seed": 1}, "vllm"),
+        ("hf", "servers", ["http://a:8000"], "vllm-server"),
+        ("hf", "served_model", "m", "vllm-server"),
+        ("vllm", "device", "cuda:1", "hf"),
+        ("vllm", "concurrency", 3, "vllm-server"),
+        ("vllm-server", "engines", 2, "hf or vllm"),
+        ("vllm-server", "ray", "local", "hf or vllm"),
+        ("vllm-server", "engine_args", {"seed": 1}, "vllm"),
+    ],
+)
+def test_keys_of_another_backend_are_refused(backend: str, key: str, value: object, whose: str) -> None:
+    """Catches a setting that is ignored, and a manifest that says it was not."""
+    values = {"backend": backend, key: value} | ({"servers": ["http://a:8000"]} if backend == "vllm-server" else {})
+    with pytest.raises(ConfigError, match=f"{key} is for backend: {whose}, not {backend}"):
+        parse_extract(values)
+    default = parse_extract({}).model_dump()[key]
+    assert parse_extract(values | {key: default}).backend == backend  # as the command line, which states all keys
+
+
+def test_a_source_with_a_backend_of_its_own_takes_over_what_that_knows(tmp_path: Path) -> None:
+    """Catches a run whose vLLM settings forbid a source that is served, and settings of the run that are lost."""
+    served = "extract: {backend: vllm-server, servers: ['http://a:8000']}"
+    text = MINIMAL.replace("name: bee}", f"name: bee, {served}}}")
+    common = "extract: {backend: vllm, top_k: 7, tensor_parallel_size: 2, quantization: fp8, engine_args: {seed: 1}}\n"
+    bee = load_config(_write(tmp_path, text + common)).sources[1].extract
+    assert bee is not None
+    assert (bee.top_k, bee.quantization, bee.tensor_parallel_size, bee.engine_args) == (7, "fp8", 1, {})
+    with pytest.raises(ConfigError, match="cache: sampled needs the whole softmax"):
+        load_config(_write(tmp_path, text + "extract: {cache: sampled}\n"))
+
+
+def test_templates_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a template looked for where the command was given, and own, pivot, plain or a hub id taken for a path."""
+    (tmp_path / "own").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for given, meant in {
+        "chat.jinja": str(tmp_path / "chat.jinja"),
+        "./tokenizer": str(tmp_path / "tokenizer"),
+        "own": "own",
+        "pivot": "pivot",
+        "plain": "plain",
+        "org/name": "org/name",
+    }.items():
+        text = MINIMAL.replace("name: bee}", f"name: bee, extract: {{template: {given}}}}}")
+        config = load_config(_write(tmp_path, text + f"extract: {{template: {given}}}\n"))
+        assert config.extract.template == meant
+        assert config.sources[1].extract is not None
+        assert config.sources[1].extract.template == meant
+    here = load_config(_write(tmp_path, MINIMAL), ["extract.template=x.jinja"])
+    assert here.extract.template == str(tmp_path / "elsewhere" / "x.jinja")

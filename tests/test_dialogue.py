@@ -19,6 +19,7 @@ from fusechat.data.cleaning import (
     EMPTY_SYSTEM,
     LEADING_ASSISTANT,
     NO_ASSISTANT,
+    UNANSWERED_SYSTEM,
     UNANSWERED_USER,
     clean_messages,
     cut_text,
@@ -99,6 +100,7 @@ def test_a_json_file_of_lines_and_unicode_line_ends_inside_strings(tmp_path: Pat
         ("uaUeua", "uaua", {EMPTY_ASSISTANT: 1}),
         ("uaae", "uaa", {EMPTY_ASSISTANT: 1}),
         ("xua", "ua", {EMPTY_SYSTEM: 1}),
+        ("uas", "ua", {UNANSWERED_SYSTEM: 1}),
         ("u", "", {UNANSWERED_USER: 1, NO_ASSISTANT: 1}),
         ("ue", "", {EMPTY_ASSISTANT: 1, NO_ASSISTANT: 1}),
         ("a", "", {LEADING_ASSISTANT: 1, NO_ASSISTANT: 1}),
@@ -145,6 +147,12 @@ def test_report_counts_items_turns_and_losses(tmp_path: Path) -> None:
         ),
         ('{"messages": [{"role": null, "content": "x"}]}', r"unknown role None"),
         ('{"messages": [{"role": "user", "content": "\\ud83d"}]}', r"half a surrogate pair"),
+        ('{"conversations": [], "system": "\\ud800"}', r"line 1 'system' has half a surrogate pair"),
+        ('{"conversations": [], "system": 3}', r"'system' has a content of type int"),
+        ('{"text": "a", "category": "\\ud800"}', r"category has half a surrogate pair"),
+        ("[" * 100_000, r"bad\.jsonl line 1 cannot be read as JSON: .*recursion"),
+        ('{"text": "a"}\n{"text": ' + "[" * 100_000, r"line 2 cannot be read as JSON: .*recursion"),
+        ('{"text": ' + "1" * 5000 + "}", r"line 1 cannot be read as JSON: .*4300 digits"),
         ('{"instruction": "a"}', r"alpaca needs 'instruction' and 'output'"),
         ('{"messages": []}', r"no dialogue to learn from"),
         ("", r"no dialogue to learn from"),
@@ -198,14 +206,16 @@ def test_data_sets_load_through_datasets(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_running_text_is_split_at_the_separator_and_marked_plain(tmp_path: Path) -> None:
-    """Catches documents glued together, empty documents kept, and a byte order mark read as text."""
+    """Catches documents glued together, empty ones kept, a byte order mark read as text, pieces taken for wholes."""
     path = tmp_path / "stories.txt"
     path.write_bytes("\ufeffOne.\n<|end|>\n\n<|end|>\nTwo é.\n".encode())
     dialogues, report = read_dialogues(path, separator="<|end|>")
     assert [contents(d) for d in dialogues] == [[("assistant", "One.")], [("assistant", "Two é.")]]
     assert all(d.plain for d in dialogues)
     assert (report.format, report.items, report.dropped) == ("text", 2, {})
-    assert len(load_dialogues(write(tmp_path / "t.jsonl", [{"text": "a b"}]), max_bytes=1)) == 2
+    pieces = load_dialogues(write(tmp_path / "t.jsonl", [{"text": "a b"}, {"text": "a"}]), max_bytes=1)
+    assert [(d.messages[0].content, d.goes_on) for d in pieces] == [("a", True), ("b", False), ("a", False)]
+    assert len({dialogue_key(d) for d in pieces}) == 3
 
 
 @settings(max_examples=200, deadline=None)

@@ -14,10 +14,12 @@ from extract_world import check_store, shard_bytes
 from safetensors.torch import load_file, save_file
 
 import fusechat
+from fusechat.artifact import ShardedWriter
 from fusechat.dialogue import load_dialogues
 from fusechat.errors import DataError, MismatchError
 from fusechat.extract import left_out
-from fusechat.extract.hf import length_batches
+from fusechat.extract.hf import length_batches, open_hf
+from fusechat.extract.task import open_work
 from fusechat.model import check_head, load_model
 from fusechat.records import Dialogue, Message
 from fusechat.store import open_topk, row_positions
@@ -275,3 +277,48 @@ def test_an_unknown_change_of_the_logits_is_detected() -> None:
         model.lm_head.weight.mul_(50)
     with pytest.raises(DataError, match="Odd changes its logits"):
         check_head(model, np.arange(20, dtype=np.int32))
+
+
+def test_what_changes_the_rounding_is_of_the_request(
+    tiny_world: Any, dialogues: list[Dialogue], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a store of two halves that were computed in different batches, or by engines told different things."""
+    some = dialogues[:4]
+    fusechat.extract(str(tiny_world.pivot), some, tmp_path / "half", dtype="bfloat16", batch_tokens=64)
+    with pytest.raises(MismatchError, match="batch_tokens: 64 there, 8192 here"):
+        fusechat.extract(str(tiny_world.pivot), some, tmp_path / "half", dtype="bfloat16")
+    fusechat.extract(str(tiny_world.pivot), some, tmp_path / "whole", dtype="float32", batch_tokens=64)
+    fusechat.extract(str(tiny_world.pivot), some, tmp_path / "whole", dtype="float32")
+    monkeypatch.setattr("fusechat.extract.engines_of", lambda task, earlier: [open_work(task, open_hf)])
+    vllm: Any = {"backend": "vllm", "dtype": "float32"}  # its settings alone: vLLM need not be here
+    fusechat.extract(str(tiny_world.pivot), some, tmp_path / "vllm", engine_args={"seed": 1}, **vllm)
+    with pytest.raises(MismatchError, match="engine_args"):
+        fusechat.extract(str(tiny_world.pivot), some, tmp_path / "vllm", engine_args={"seed": 2}, **vllm)
+
+
+def test_nothing_to_make_starts_no_engine(
+    tiny_world: Any, dialogues: list[Dialogue], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a model loaded, and GPUs taken, by a run that was killed after its last shard."""
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardedWriter, "finish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fusechat.extract(str(tiny_world.pivot), dialogues, tmp_path / "s", shard_dialogues=7)
+    monkeypatch.setattr("fusechat.extract.engines_of", lambda *_: pytest.fail("an engine was started"))
+    manifest = fusechat.extract(str(tiny_world.pivot), dialogues, tmp_path / "s", shard_dialogues=7)
+    assert sum(shard["n_dialogues"] for shard in manifest["shards"]) == len(dialogues)
+
+
+def test_the_manifest_says_which_model_by_its_name_and_commit(
+    tiny_world: Any, dialogues: list[Dialogue], tmp_path: Path
+) -> None:
+    """Catches a store whose model can no longer be named once the folder is gone."""
+    cached = tmp_path / "models--owner--name" / "snapshots" / "0123abc"
+    shutil.copytree(tiny_world.pivot, cached)
+    for model, commit in ((cached, "0123abc"), (tiny_world.pivot, None)):
+        manifest = fusechat.extract(str(model), dialogues[:2], tmp_path / f"{commit}")
+        assert (manifest["model_id"], manifest["revision"]) == (str(model), commit)

@@ -147,6 +147,9 @@ def test_the_key_is_read_from_the_environment_and_asked_for(
         stub.before = lambda stub, body: (401, {"error": {"message": "no"}})
         with pytest.raises(DataError, match=server.API_KEY):
             _extract(directory, dialogues[:3], tmp_path / "t", stub)
+        stub.before = lambda stub, body: (400, {"error": {"message": "no such thing as 'Bearer secret'"}})
+        with pytest.raises(DataError, match="no such thing as 'Bearer …'"):
+            _extract(directory, dialogues[:3], tmp_path / "t", stub)
     assert "secret" not in (tmp_path / "s" / "manifest.json").read_text()
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import pytest
+
+from fusechat.errors import FusechatError
 from fusechat.ledger import Ledger, read_ledger
 from fusechat.reporter import Advance, Reporter
 
@@ -62,3 +65,10 @@ def test_a_stage_found_done_leaves_no_line_and_a_killed_one_its_beginning(tmp_pa
         file.write('{"event": "end", "sta')
     assert [(line["event"], line["stage"]) for line in read_ledger(tmp_path / "stages.jsonl")] == [("begin", "merge")]
     assert read_ledger(tmp_path / "absent.jsonl") == []
+
+
+def test_a_full_disk_is_one_line() -> None:
+    """Catches a traceback from the run's own notes."""
+    ledger = Ledger(Reporter(), Path("/dev/full"))
+    with pytest.raises(FusechatError, match="cannot write /dev/full: No space left on device; make room"):
+        ledger.stage("merge", "bytes")(1, 9)

@@ -13,7 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusechat.artifact import ShardedWriter, atomic_write, differences, full_disk_is_named, require_free_bytes
+from fusechat.artifact import (
+    ShardedWriter,
+    atomic_write,
+    differences,
+    full_disk_is_named,
+    read_json,
+    require_free_bytes,
+)
 from fusechat.errors import FormatError, FusechatError, MismatchError
 from fusechat.store import TOPK_FORMAT, TOPK_VERSION, Block, id_dtype, make_block, open_topk, row_positions, write_block
 
@@ -198,3 +205,13 @@ def test_a_write_without_room_is_one_line_though_the_disk_is_free(tmp_path: Path
     wrapped.__cause__ = error
     with pytest.raises(FusechatError, match="could not be written to its end"), full_disk_is_named(tmp_path):
         raise wrapped
+
+
+def test_json_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    """Catches tracebacks for a folder in a file's place, and for what is too deep, too long or no text at all."""
+    for name, content in {"deep": b"[" * 100_000, "long": b"1" * 5000, "latin": b'"\xe9"'}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(FormatError, match=f"{name} is not valid JSON"):
+            read_json(tmp_path / name)
+    with pytest.raises(FormatError, match="cannot be read: Is a directory"):
+        read_json(tmp_path)

@@ -37,10 +37,12 @@ def twin(tiny_world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _config(world: Any, twin: Path, out: Path) -> Path:
+    chosen_on = out.with_suffix(".jsonl")
+    chosen_on.write_text("\n".join(world.dialogues.read_text().splitlines()[:5]))  # which are fused on no longer
     values = {
         "pivot": str(world.pivot),
         "sources": [str(world.source), str(twin)],
-        "data": {"train": str(world.dialogues), "held_out_fraction": 0.25, "validation": str(world.dialogues)},
+        "data": {"train": str(world.dialogues), "held_out_fraction": 0.25, "validation": str(chosen_on)},
         "out": str(out),
         "extract": {"top_k": 4, "max_length_tokens": 200},
         "train": {

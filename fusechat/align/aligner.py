@@ -21,7 +21,10 @@ from fusechat.store import Array, Block, Store, map_block
 
 @dataclass(slots=True, kw_only=True)
 class Aligner:
-    """Both vocabularies and the choices; the maps for turns' first tokens are made when a lead is first seen."""
+    """Both vocabularies and the choices; the maps for turns' first tokens are made when a lead is first seen.
+
+    `turn_end` is the token that ends the pivot's turns, None where none does.
+    """
 
     pivot: Vocabulary
     source: Vocabulary
@@ -29,6 +32,7 @@ class Aligner:
     vocab: str
     choices: Choices
     threads: int
+    turn_end: int | None
     counts: PairCounts | None = None
     _encode: Encode | None = None
     _index: dict[tuple[str, bytes, bytes], int] = field(default_factory=dict)
@@ -58,6 +62,7 @@ class Aligner:
                 pivot_spelling=self.pivot.spelling() if upstream else None,
                 source_lead=source_lead,
                 pivot_lead=pivot_lead,
+                pivot_end=self.turn_end,
                 prefix=prefix,
                 threads=self.threads,
             )
@@ -144,6 +149,15 @@ class Aligner:
 def fresh_shard(store: Store, number: int) -> Block:
     """Map one shard anew: the store's own maps would keep every page they ever touched for as long as it is open."""
     return map_block(store.directory / store.manifest["shards"][number]["file"])
+
+
+def find_turn_end(store: Store, vocabulary: Vocabulary) -> int | None:
+    """Return the special token that most often ends a turn of a TopKStore, None where turns end without one."""
+    counts = np.zeros(len(vocabulary.table), np.int64)
+    for number in range(store.n_shards):
+        rows = RowView.of(fresh_shard(store, number), vocabulary.table)
+        counts += np.bincount(rows.gold[rows.at_end], minlength=len(counts))
+    return int(counts.argmax()) if counts.any() else None
 
 
 def count_shard(aligner: Aligner, pivot_block: Block, source: Store) -> PairCounts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numba
@@ -187,7 +188,7 @@ def _remap(
             )  # fmt: skip
             if finer != 1:
                 if k:
-                    out_ids[r, 0], out[r, 0] = to_gold, (0.0 if finer == 2 else out_gold[r])
+                    out_ids[r, 0], out[r, 0] = to_gold, (0.0 if finer == 2 else -abs(out_gold[r]))
                 continue
         on_gold = np.exp(np.float64(gold_logprob[s]))
         n, in_order = 0, True
@@ -218,13 +219,14 @@ def _remap(
                         # As stored, not as log(exp(·)): an entry without collision comes through bit for bit.
                         slot_logprob[n] = -_half(magnitude[s, j])
                     else:
-                        slot_logprob[n], in_order = min(np.log(share), 0.0), False
+                        slot_logprob[n] = _log_half(share)
                     n += 1
                 elif sums:
                     in_order = False
                     slot = slot_of[to]
                     total[slot] += share
-                    slot_logprob[slot] = min(np.log(total[slot]), 0.0)
+                    slot_logprob[slot] = _log_half(total[slot])
+                in_order &= fixed or width == 1
         if not in_order:
             _sort(slot_id, slot_logprob, n)
         for j in range(min(n, k)):
@@ -239,6 +241,15 @@ def _remap(
 def _half(bits: int) -> float:
     exponent, fraction = np.int64(bits) >> 10, np.float64(np.int64(bits) & 0x3FF)
     return fraction * 2.0**-24 if exponent == 0 else (1024.0 + fraction) * 2.0 ** (exponent - 25)
+
+
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def _log_half(probability: float) -> Any:
+    """The logarithm as it will be stored, to the nearest half: rows are put in the order of what is stored."""
+    size = abs(np.float64(np.float32(min(np.log(probability), 0.0))))
+    _, exponent = math.frexp(size)
+    unit = 2.0 ** max(exponent - 11, -24)
+    return -np.rint(size / unit) * unit
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusechat.align.aligner import Aligner, align_shard, count_shard, fresh_shard
+from fusechat.align.aligner import Aligner, align_shard, count_shard, find_turn_end, fresh_shard
 from fusechat.align.rows import Choices
 from fusechat.align.statistics import PairCounts
 from fusechat.align.tokenizer import store_vocabulary
@@ -24,21 +24,40 @@ class Task:
     threads: int
 
 
-class ShardWork:
-    """Both stores and vocabularies opened, and the vocabulary maps made so far."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Corpus:
+    """What the maps need to know of all shards together: the token that ends the pivot's turns, and counts of pairs."""
 
-    def __init__(self, task: Task, counts: PairCounts | None = None) -> None:
+    turn_end: int | None
+    counts: PairCounts | None = None
+
+
+class ShardWork:
+    """Both stores, checked before, and their vocabularies opened, and the vocabulary maps made so far.
+
+    Without `corpus` the pivot's store is read for the token that ends its turns.
+    """
+
+    def __init__(self, task: Task, corpus: Corpus | None = None) -> None:
         self.task = task
-        self.pivot, self.source = open_topk(task.pivot_store), open_topk(task.source_store)
+        self.pivot, self.source = (open_topk(store, verify=False) for store in (task.pivot_store, task.source_store))
+        pivot, source = (store_vocabulary(store.directory, store.manifest) for store in (self.pivot, self.source))
+        corpus = corpus or Corpus(turn_end=find_turn_end(self.pivot, pivot))
         self.aligner = Aligner(
-            pivot=store_vocabulary(self.pivot.directory, self.pivot.manifest),
-            source=store_vocabulary(self.source.directory, self.source.manifest),
+            pivot=pivot,
+            source=source,
             tokens=task.chosen["tokens"],
             vocab=task.chosen["vocab"],
             choices=Choices(**{key: task.chosen[key] for key in ("granularity", "unaligned", "collisions")}),
             threads=task.threads,
-            counts=counts,
+            turn_end=corpus.turn_end,
+            counts=corpus.counts,
         )
+
+    @property
+    def corpus(self) -> Corpus:
+        """What is known of all shards so far."""
+        return Corpus(turn_end=self.aligner.turn_end, counts=self.aligner.counts)
 
     def count(self, number: int) -> PairCounts:
         """Count the pairs of tokens of one shard."""

@@ -105,7 +105,7 @@ def align(
 def _make_missing(work: ShardWork, cluster: Any, writer: ShardedWriter, progress: Progress | None) -> None:
     def results(what: str, numbers: list[int]) -> Iterator[tuple[int, Any]]:
         if cluster is not None:
-            return map_on_ray(cluster, work.task, what, numbers, work.aligner.counts)
+            return map_on_ray(cluster, work.task, work.corpus, what, numbers)
         return ((number, getattr(work, what)(number)) for number in numbers)
 
     shards = work.pivot.manifest["shards"]

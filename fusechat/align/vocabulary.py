@@ -79,6 +79,7 @@ def vocab_map(
     pivot_spelling: Spelling | None = None,
     source_lead: bytes = b"",
     pivot_lead: bytes = b"",
+    pivot_end: int | None = None,
     prefix: VocabMap | None = None,
     threads: int = 1,
 ) -> VocabMap:
@@ -91,7 +92,8 @@ def vocab_map(
     has in `counts`. `ms-soft`: byte twin, else its four most frequent partners by their shares. Tokens that `counts`
     has not seen fall back to `prefix`, which is made unless it is given. `ms-upstream`: the research code's map, which
     needs both spellings.
-    Ends of turns and of sequences map to the pivot's end of turn, other specials to a special of the same spelling.
+    Ends of turns and of sequences map to `pivot_end`, the token that ends the pivot's turns (without it, to the first
+    of its vocabulary with that role), other specials to a special of the same spelling.
     With leads, tokens stand for their bytes after `source_lead` was cut and `pivot_lead` put in front: a turn's first
     token may carry a dummy space in one tokenizer and none in the other.
     Raises ConfigError for an unknown method, and for one whose counts or spellings are missing.
@@ -116,7 +118,7 @@ def vocab_map(
             target[token_id] = twin
         elif data:
             without_twin[token_id] = data
-    _map_specials(source, pivot, target)
+    _map_specials(source, pivot, target, end_by_role(pivot) if pivot_end is None else pivot_end)
     exact = target >= 0
     targets, weights = target[:, None], exact.astype(np.float32)[:, None]
     if counts is not None and method == "ms-soft":
@@ -170,8 +172,11 @@ def _upstream(counts: PairCounts, source: Spelling, pivot: Spelling) -> VocabMap
     return VocabMap(target=target[:, None], weight=np.ones((len(target), 1), np.float32), quality=quality)
 
 
-def end_of_turn(table: ByteTable) -> int | None:
-    """Return the id that ends a turn in this vocabulary: its turn separator, else its end of sequence, else None."""
+def end_by_role(table: ByteTable) -> int | None:
+    """Return the first id whose role is to end a turn, else to end a sequence, else None.
+
+    Only a text tells which of several does: Llama-3.1 has <|eom_id|> before <|eot_id|>.
+    """
     for role in (Role.TURN, Role.EOS):
         ids = np.flatnonzero(table.roles == role)
         if len(ids):
@@ -186,8 +191,7 @@ def _by_bytes(table: ByteTable, role: Role) -> dict[bytes, int]:
     return {tokens[i]: i for i in np.flatnonzero(table.roles == role).tolist()}
 
 
-def _map_specials(source: ByteTable, pivot: ByteTable, target: npt.NDArray[np.int32]) -> None:
-    end = end_of_turn(pivot)
+def _map_specials(source: ByteTable, pivot: ByteTable, target: npt.NDArray[np.int32], end: int | None) -> None:
     if end is not None:
         target[np.isin(source.roles, (Role.EOS, Role.TURN))] = end
     bos = np.flatnonzero(pivot.roles == Role.BOS)

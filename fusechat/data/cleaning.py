@@ -11,6 +11,7 @@ from fusechat.records import Message
 EMPTY_ASSISTANT = "empty assistant turn, with the user turn it answers"
 LEADING_ASSISTANT = "assistant turn before any user turn"
 UNANSWERED_USER = "last user turn without an answer"
+UNANSWERED_SYSTEM = "last system turn without an answer"
 EMPTY_SYSTEM = "empty system turn"
 NO_ASSISTANT = "dialogue without an answered user turn"
 EMPTY_TEXT = "empty running text"
@@ -22,8 +23,8 @@ def clean_messages(messages: Sequence[Message], dropped: Counter[str]) -> tuple[
     """Return the messages that are a target or lead to one, and count in `dropped` what goes and why.
 
     An empty answer goes together with its question, so that the roles still alternate; an assistant turn that comes
-    before any user turn goes, for many templates refuse it; user turns after the last answer go, for they predict
-    nothing. Empty user turns stay: their answers are targets all the same.
+    before any user turn goes, for many templates refuse it; turns after the last answer go, for they predict nothing.
+    Empty user turns stay: their answers are targets all the same.
     """
     kept: list[Message] = []
     waiting: list[Message] = []
@@ -44,6 +45,7 @@ def clean_messages(messages: Sequence[Message], dropped: Counter[str]) -> tuple[
             kept += [*waiting, message]
             waiting = []
     dropped[UNANSWERED_USER] += sum(m.role == "user" for m in waiting)
+    dropped[UNANSWERED_SYSTEM] += sum(m.role == "system" for m in waiting)
     if not kept:
         dropped[NO_ASSISTANT] += 1
     return tuple(kept)

@@ -60,22 +60,23 @@ def _json_items(path: Path) -> Iterator[Located]:
     text = read_text(path)
     # The ending says little: many a ".json" holds one object a line.
     if text.lstrip().startswith("["):
-        try:
-            items = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path} line {error.lineno} is malformed JSON: {error.msg}") from error
-        for number, item in enumerate(items, 1):
+        for number, item in enumerate(_parsed(text, path), 1):
             yield f"{path} item {number}", item
         return
     # Not splitlines(): U+2028 and its kin are legal inside a JSON string.
     for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path} line {number} is malformed JSON: {error.msg} (column {error.colno})") from error
-        yield f"{path} line {number}", item
+        if line.strip():
+            yield f"{path} line {number}", _parsed(line, path, first_line=number)
+
+
+def _parsed(text: str, path: Path, first_line: int = 1) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"{path} line {first_line + error.lineno - 1}"
+        raise DataError(f"{place} is malformed JSON: {error.msg} (column {error.colno})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, a thousand brackets
+        raise DataError(f"{path} line {first_line} cannot be read as JSON: {error}; repair or remove it") from error
 
 
 def _parquet_items(path: Path) -> Iterator[Located]:

@@ -53,9 +53,9 @@ def messages_of(item: Any, *, format: str, where: str) -> list[Message]:
     return _READERS[format](item, where)
 
 
-def category_of(item: Mapping[str, Any]) -> str:
-    """Return the item's category (or topic), the empty string if it has none."""
-    return str(item.get("category") or item.get("topic") or "")
+def category_of(item: Mapping[str, Any], where: str) -> str:
+    """Return the item's category (or topic), the empty string if it has none; raises DataError for half a character."""
+    return _text(str(item.get("category") or item.get("topic") or ""), f"{where} category")
 
 
 def _turns(item: Mapping[str, Any], column: str, where: str) -> list[Message]:
@@ -64,8 +64,8 @@ def _turns(item: Mapping[str, Any], column: str, where: str) -> list[Message]:
         raise DataError(f"{where}: '{column}' is a {type(turns).__name__}, expected a list of turns")
     messages = []
     # LLaMA-Factory puts the system prompt beside the turns.
-    if isinstance(item.get("system"), str) and item["system"].strip():
-        messages.append(Message(role="system", content=item["system"]))
+    if (system := _text(item.get("system"), f"{where} 'system'")).strip():
+        messages.append(Message(role="system", content=system))
     for number, turn in enumerate(turns, 1):
         place = f"{where} turn {number}"
         if not isinstance(turn, Mapping):

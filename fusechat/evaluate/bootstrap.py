@@ -31,11 +31,6 @@ class Interval:
     low: float
     high: float
 
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether 0 lies outside the bounds."""
-        return self.low > 0 or self.high < 0
-
     def triple(self) -> list[float]:
         """Return [value, low, high], the form in every JSON."""
         return [self.value, self.low, self.high]

@@ -6,7 +6,6 @@ model. A ReplyError concerns one request; the others go on, up to a limit beyond
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from urllib3.util import Retry
 
 from fusechat.artifact import Json
 from fusechat.errors import ConfigError, FusechatError
+from fusechat.http_reply import reply_text
 
 _TRY_AGAIN = (408, 425, 429, 500, 502, 503, 504)
 _LONGEST_WAIT_S = 120
@@ -153,18 +153,7 @@ class Client:
         time.sleep(max(0.0, start_s - time.monotonic()))
 
     def _shown(self, reply: requests.Response) -> str:
-        """Return what a reply says in one short line, without the key that some servers repeat."""
-        text = reply.text
-        try:
-            value = json.loads(text)
-            error = value.get("error", value) if isinstance(value, dict) else value
-            text = str(error.get("message", error) if isinstance(error, dict) else error)
-        except ValueError:
-            pass
-        if self.endpoint.api_key:
-            text = text.replace(self.endpoint.api_key, "…")
-        text = " ".join(text.split())
-        return (text if len(text) <= 160 else text[:160] + "…") or "an empty reply"
+        return reply_text(reply, self.endpoint.api_key)
 
     def _refused(self, reply: requests.Response) -> EndpointError:
         one, why = self.endpoint, f"HTTP {reply.status_code}, {self._shown(reply)}"

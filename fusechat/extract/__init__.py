@@ -11,6 +11,7 @@ that the mass outside the top k stays known. Token ids are stored, never text.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 from fusechat.artifact import Json, ShardedWriter, sha256_file, sha256_json
 from fusechat.bytetable import ByteTable
 from fusechat.callable_module import make_callable
-from fusechat.checkpoint import checkpoint_sha256, resolve_model
+from fusechat.checkpoint import checkpoint_sha256, hub_commit, resolve_model
 from fusechat.config import ExtractConfig, parse_extract
 from fusechat.dialogue import dataset_fingerprint
 from fusechat.encode import encode_set
@@ -100,6 +101,7 @@ def extract(
         "id_dtype": id_dtype(facts.vocab_size).name,
         "logprob_dtype": "float16",
         "shard_dialogues": config.shard_dialogues,
+        **_what_rounding_depends_on(config, facts),
         **({"cache": "sampled", "seed": seed} if config.cache == "sampled" else {}),
     }
     with ShardedWriter(task.out, request) as writer:
@@ -116,6 +118,14 @@ def left_out(manifest: Json) -> str:
     why = "; ".join(f"{count} × {reason}" for reason, count in reasons)
     skipped = f", {len(manifest['skipped']):,} dialogues skipped ({why})" if reasons else ""
     return skipped + (f", {len(manifest['cut_turns']):,} cut" if manifest["cut_turns"] else "")
+
+
+def _what_rounding_depends_on(config: ExtractConfig, facts: ModelFacts) -> Json:
+    """The settings, beside those every store names, that change what is stored."""
+    if config.engine_args:
+        return {"engine_args": config.engine_args}
+    in_batches = config.backend == "hf" and facts.dtype != "float32"
+    return {"batch_tokens": config.batch_tokens} if in_batches else {}
 
 
 def _model_sha256(task: Task) -> str:
@@ -170,7 +180,11 @@ def _make_missing(
             empty.append(result)
         advance(0)
 
-    missing = (s for s in _shards(dialogues, task.config.shard_dialogues) if s.name not in writer.done)
+    lacking = (s for s in _shards(dialogues, task.config.shard_dialogues) if s.name not in writer.done)
+    first = next(lacking, None)
+    if first is None:  # no engine need load its model to find nothing to do
+        return empty
+    missing = itertools.chain([first], lacking)
     if task.config.ray is not None:
         from fusechat.extract.on_ray import run_on_ray
 
@@ -200,6 +214,8 @@ def _finish(task: Task, writer: ShardedWriter, empty: list[Json]) -> Json:
         )
     return writer.finish(
         model=str(task.directory.resolve()),
+        model_id=task.model,
+        revision=hub_commit(task.directory),
         template=task.config.template,
         engines=engines,
         skipped=dict(sorted(skipped.items(), key=lambda item: int(item[0]))),

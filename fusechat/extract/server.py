@@ -21,11 +21,13 @@ from requests.adapters import HTTPAdapter
 from urllib3.util.retry import Retry
 
 from fusechat.artifact import Json
+from fusechat.checkpoint import hub_id
 from fusechat.errors import DataError
 from fusechat.extract.engines import EngineLostError
 from fusechat.extract.probe import Probe
 from fusechat.extract.scores import Advance, RowScores, Scorer, rows_of_prompt
 from fusechat.extract.task import Task
+from fusechat.http_reply import reply_text
 from fusechat.records import Encoded
 
 API_KEY = "FUSECHAT_SERVER_API_KEY"
@@ -76,26 +78,19 @@ class Endpoint:
         except requests.RequestException as error:
             reason = type(error).__name__
             raise EngineLostError(f"{self.url} does not answer ({reason}): is the server up?") from error
+        said = reply_text(answer, os.environ.get(API_KEY)) if answer.status_code >= 400 else ""
         if answer.status_code in _PASSING:
-            raise EngineLostError(f"{self.url} keeps answering {answer.status_code}: {_reason(answer)}")
+            raise EngineLostError(f"{self.url} keeps answering {answer.status_code}: {said}")
         if answer.status_code in (401, 403):
             raise DataError(f"{self.url} wants an API key ({answer.status_code}): put it into {API_KEY}")
         if answer.status_code >= 400:
-            raise DataError(f"{self.url}{path} refuses ({answer.status_code}): {_reason(answer)}")
+            raise DataError(f"{self.url}{path} refuses ({answer.status_code}): {said}")
         try:
             return answer.json()
         except requests.JSONDecodeError as error:
             raise DataError(
                 f"{self.url}{path} answers with something that is not JSON: is it a vLLM server?"
             ) from error
-
-
-def _reason(answer: requests.Response) -> str:
-    try:
-        content = answer.json()
-        return " ".join(str(content.get("error", content).get("message", content)).split())[:300]
-    except (requests.JSONDecodeError, AttributeError):
-        return " ".join(answer.text.split())[:120] or str(answer.reason)
 
 
 @contextmanager
@@ -164,9 +159,10 @@ def check_model(endpoint: Endpoint, task: Task) -> Json:
 def _is_same(task: Task, name: str, card: Json) -> bool:
     if task.config.served_model is not None:
         return name == task.config.served_model
-    ours = {task.model, str(task.directory), str(task.directory.resolve())}
+    model, _ = hub_id(task.model)
+    ours = {model, str(task.directory), str(task.directory.resolve())}
     theirs = {name, str(card.get("root"))}
-    return bool(ours & theirs) or Path(name).name == Path(task.model).name
+    return bool(ours & theirs) or Path(name).name == Path(model).name
 
 
 def prompt_logprobs(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusechat.artifact import Json, sha256_bytes, sha256_json
-from fusechat.checkpoint import Checkpoint, TensorEntry, open_checkpoint
+from fusechat.checkpoint import Checkpoint, TensorEntry, open_checkpoint, resolve_model
 from fusechat.errors import DataError, FusechatError
 from fusechat.merge.adapter import Adapter, open_adapter
 from fusechat.merge.config import ModelRef, Vocab
@@ -76,23 +76,8 @@ def open_model(ref: ModelRef) -> Model:
 
 
 def locate(model: str) -> Path:
-    """Return the directory of a local model or of a hub id, downloading the latter.
-
-    Raises DataError when there is neither. Unlike fusechat.model's, this needs no torch.
-    """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_absolute() or model.startswith("."):
-        raise DataError(f"model {model} does not exist: give a directory with config.json and safetensors, or a hub id")
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
-    try:
-        return Path(snapshot_download(model, allow_patterns=patterns))
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"model {model} is neither a directory nor a hub id that can be had ({reason})") from error
+    """Return a model's directory with all that a merge copies, from the hub if need be; raises DataError for none."""
+    return resolve_model(model, others=("*.txt", "*.py"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

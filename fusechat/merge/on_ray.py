@@ -14,7 +14,7 @@ from fusechat.merge.inputs import Handles
 from fusechat.merge.layout import Shard
 from fusechat.merge.output import Workplace, open_shard
 from fusechat.merge.tensor import Job, merge_one
-from fusechat.ray import ray_cluster
+from fusechat.ray import ray_cluster, room_for
 
 
 def merge_shard(job: Job, shard: Shard, directory: Path, finished: frozenset[str]) -> dict[str, Json]:
@@ -37,11 +37,13 @@ def write_on_ray(
 ) -> None:
     """Merge every shard as a task of the Ray cluster at `address` ("local" starts one here).
 
-    Raises ConfigError when Ray is absent or cannot be reached, and whatever a task raised.
+    Raises ConfigError when Ray is absent, cannot be reached, or has no machine of so many threads, and whatever a task
+    raised.
     """
     with ray_cluster(address) as ray:
         # Descriptors do not travel: every task opens its own.
         travelling = replace(job, handles=None)
+        room_for(ray, cpus=job.threads, mend="lower --threads")
         remote: Any = ray.remote(num_cpus=job.threads)(merge_shard)
         finished = frozenset(workplace.finished)
         waiting = {remote.remote(travelling, shard, workplace.directory, finished): shard for shard in shards}

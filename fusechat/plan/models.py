@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fusechat.artifact import Json, read_json
-from fusechat.checkpoint import INDEX_FILE, ITEM_BYTES, SINGLE_FILE, read_weights
+from fusechat.checkpoint import INDEX_FILE, ITEM_BYTES, SINGLE_FILE, hub_id, read_weights
 from fusechat.errors import DataError, FormatError
 from fusechat.plan.model_shape import ModelShape, count_parameters, shape_from_config
 
@@ -38,8 +38,9 @@ def model_shape(model: str) -> tuple[ModelShape, str]:
     if directory.is_dir():
         return _local(directory), "its headers"
     known = shipped_models()
-    if model in known:
-        return shape_from_config(model, known[model]), "shipped facts"
+    name, _ = hub_id(model)
+    if name in known:
+        return shape_from_config(name, known[name]), "shipped facts"
     if directory.is_absolute() or model.startswith("."):
         raise DataError(f"model {model} does not exist: give a directory with config.json and safetensors, or a hub id")
     return _hub(model, sorted(known)), "the hub's headers"
@@ -85,8 +86,9 @@ def _hub(model: str, known: list[str]) -> ModelShape:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        config: Any = read_json(Path(hf_hub_download(model, "config.json")))
-        stored = get_safetensors_metadata(model).parameter_count
+        name, revision = hub_id(model)
+        config: Any = read_json(Path(hf_hub_download(name, "config.json", revision=revision)))
+        stored = get_safetensors_metadata(name, revision=revision).parameter_count
     except (OSError, ValueError, RuntimeError, HFValidationError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(

@@ -1,0 +1,48 @@
+"""What a Ray cluster has room for; a cluster itself is in the stages' own tests."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fusechat.errors import ConfigError
+from fusechat.ray import room_for
+
+
+def cluster(*machines: dict[str, float]) -> Any:
+    """A cluster of these machines, and of one that is gone."""
+    nodes = [{"Alive": True, "Resources": machine} for machine in machines]
+    return SimpleNamespace(nodes=lambda: [*nodes, {"Alive": False, "Resources": {"CPU": 99.0, "GPU": 99.0}}])
+
+
+@pytest.mark.parametrize(
+    ("machines", "share", "room"),
+    [
+        ([{"CPU": 8}], {"cpus": 3}, 2),
+        ([{"CPU": 2}, {"CPU": 5}], {"cpus": 2}, 3),
+        ([{"CPU": 64, "GPU": 8}, {"CPU": 64}], {"cpus": 0, "gpus": 4}, 2),
+        ([{"CPU": 4, "GPU": 8}], {"cpus": 2, "gpus": 1}, 2),
+    ],
+)
+def test_workers_fit_machines_not_the_sum_of_them(
+    machines: list[dict[str, float]], share: dict[str, int], room: int
+) -> None:
+    assert room_for(cluster(*machines), **share, mend="") == room
+
+
+@pytest.mark.parametrize(
+    ("machines", "share", "named"),
+    [
+        ([{"CPU": 2}, {"CPU": 2}], {"cpus": 4}, "asks for 4 CPUs, and no machine .*: lower it"),
+        ([{"CPU": 8, "GPU": 1}] * 2, {"cpus": 0, "gpus": 2}, "asks for 2 GPUs"),
+        ([], {"cpus": 1}, "no machine"),
+    ],
+)
+def test_a_worker_that_fits_no_machine_is_refused(
+    machines: list[dict[str, float]], share: dict[str, int], named: str
+) -> None:
+    """Catches a run that waits for ever for what the cluster has not."""
+    with pytest.raises(ConfigError, match=named):
+        room_for(cluster(*machines), **share, mend="lower it")
