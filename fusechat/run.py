@@ -94,16 +94,16 @@ def _write_config(config: RunConfig, layout: Layout) -> None:
 
 def _extract_all(config: RunConfig, layout: Layout, dialogues: list[Dialogue], report: Reporter) -> None:
     from fusechat.extract import extract, left_out
+    from fusechat.extract.settings import extract_settings
 
-    models = {"pivot": (config.pivot, config.extract)}
-    models |= {source_name(s): (s.model, s.extract or config.extract) for s in config.sources}
+    models = {"pivot": (config.pivot, extract_settings(config))}
+    models |= {source_name(s): (s.model, extract_settings(config, s)) for s in config.sources}
     for name, (model, options) in models.items():
-        template = config.pivot if options.template == "pivot" else options.template
         manifest = extract(
             model,
             dialogues,
             layout.store(name),
-            options.model_copy(update={"template": template}),
+            options,
             seed=config.seed,
             progress=report.stage(f"extract {name}", "tokens"),
         )

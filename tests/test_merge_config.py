@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fusechat.errors import ConfigError
 from fusechat.merge.config import load_merge_config, parse_merge_config
 from fusechat.merge.settings import parse_setting
-from fusechat.merge.size import parse_size
+from fusechat.quantity import parse_size
 
 TIES = """
 models:

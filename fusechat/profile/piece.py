@@ -12,11 +12,12 @@ from typing import Any
 from fusechat.artifact import MANIFEST, read_json
 from fusechat.checkpoint import TensorEntry, open_checkpoint, resolve_model
 from fusechat.config import RunConfig, source_name
-from fusechat.dialogue import read_dialogues
+from fusechat.dialogue import load_dialogues
 from fusechat.errors import ConfigError
 from fusechat.layout import Layout
 from fusechat.records import Dialogue
 from fusechat.run import merge_recipe, target_settings
+from fusechat.split import read_options
 
 STAGES = ("extract", "align", "train", "merge")
 MERGED_ELEMENTS = 32_000_000
@@ -46,18 +47,16 @@ def prepare(stage: str, config: RunConfig, folder: Path, dialogues: int) -> Piec
         raise ConfigError(f"no stage {stage!r} to profile: there are {', '.join(STAGES)} and kernels")
     from fusechat.align import align
     from fusechat.extract import extract
+    from fusechat.extract.settings import extract_settings
     from fusechat.train import train
 
-    options = {"format": config.data.format, "separator": config.data.separator, "max_bytes": config.data.max_bytes}
-    chosen, _ = read_dialogues(config.data.train, limit=dialogues, **options)  # type: ignore[arg-type]
+    chosen = load_dialogues(config.data.train, limit=dialogues, **read_options(config.data))
     source = config.sources[0]
     name = source_name(source)
     stores = layout.store("pivot"), layout.store(name)
 
     def extract_model(which: str, model: str, out: Path) -> Any:
-        own = (source.extract if which == name else None) or config.extract
-        template = config.pivot if own.template == "pivot" else own.template
-        return extract(model, chosen, out, own.model_copy(update={"template": template}))
+        return extract(model, chosen, out, extract_settings(config, source if which == name else None))
 
     if stage == "extract":
         if config.extract.backend == "hf":
