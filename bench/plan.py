@@ -1,6 +1,7 @@
 """The plan against what the stages take: peak memory of extraction, training and merge, two model sizes, on the CPU.
 
-    python bench/plan.py [--json OUT] [--check] [--size 22M,89M]
+    fusechat bench plan [--size small|paper] [--json OUT] [--check]
+    python bench/plan.py …
 
 Makes the models, asks `fusechat.plan`, then runs every stage in a process of its own and reads its largest resident
 size (VmHWM). The prediction includes the interpreter and its libraries, which the plan measures by itself.
@@ -18,11 +19,13 @@ from fusechat.bench.claims import Claim, at_most
 from fusechat.bench.plan_world import SIZES, write_world
 from fusechat.bench.report import parser, report
 from fusechat.config import SourceConfig, load_config
+from fusechat.errors import ConfigError
 from fusechat.plan import plan
 from fusechat.plan.hardware import this_computer
 
 TOLERANCE = 0.15
 STAGES = ("extract pivot", "extract source", "align source", "train source", "merge")
+CHOICES = {"small": list(SIZES)[:1], "paper": list(SIZES)}
 
 
 def measure(size: str, folder: Path) -> list[dict[str, Any]]:
@@ -69,9 +72,10 @@ def claims(found: list[dict[str, Any]]) -> list[Claim]:
 def main() -> int:
     """Measure everything and report."""
     arguments = parser(__doc__ or "").parse_args()
-    chosen = [size for size in SIZES if size in arguments.size.split(",")] or list(SIZES)
+    if arguments.size not in CHOICES:
+        raise ConfigError(f"--size {arguments.size}: there are {', '.join(CHOICES)}")
     with tempfile.TemporaryDirectory() as temporary:
-        found = [entry for size in chosen for entry in measure(size, Path(temporary))]
+        found = [entry for size in CHOICES[arguments.size] for entry in measure(size, Path(temporary))]
     return report("plan", claims(found), arguments)
 
 

@@ -1,4 +1,5 @@
-"""The tables of README, docs/performance.md and docs/alignment.md from bench/results/*.json; a test finds stale ones.
+"""The tables of README and of docs/performance.md, alignment.md and plan.md from bench/results/*.json; a test finds
+stale ones.
 
     python bench/tables.py
 
@@ -10,6 +11,7 @@ the newest.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -110,6 +112,22 @@ def scaling_table(path: Path) -> str:
     return f"{where}:\n\n" + _table(("what", "with", "from – to", "exponent", "expected"), rows)
 
 
+def prediction_table(results: Mapping[str, Sequence[Claim]]) -> str:
+    """Return what the plan said of every stage's peak memory beside what was measured, on the newest such machine."""
+    planned = {machine: [c for c in claims if c["benchmark"] == "plan"] for machine, claims in results.items()}
+    machine, claims = next((machine, claims) for machine, claims in planned.items() if claims)
+    rows = []
+    for claim in claims:
+        figures = re.match(r"predicted (\d+) MB, measured (\d+) MB; beyond the process (\d+) and (\d+);", claim["note"])
+        assert figures is not None, claim["note"]
+        predicted, measured, *beyond = map(int, figures.groups())
+        sizes = [f"{size:,} MB" for size in (predicted, measured, *beyond)]
+        what = claim["name"].removeprefix("plan: ")
+        rows.append((what, *sizes[:2], f"{predicted / measured - 1:+.1%}", *sizes[2:]))
+    heads = ("stage, parameters", "predicted", "measured", "off", "predicted beyond the process", "measured beyond it")
+    return f"Peak resident size, {machine}, {max(c['date'] for c in claims)}:\n\n{_table(heads, rows)}"
+
+
 def rewritten(text: str, name: str, content: str) -> str:
     """Put `content` between the markers called `name`; raises ValueError when the page has none."""
     begin, end = BEGIN.format(name=name), END.format(name=name)
@@ -127,12 +145,14 @@ def pages(results: Mapping[str, Sequence[Claim]]) -> dict[Path, str]:
     scaling = sorted(RESULTS.glob("scaling-*.json"))
     if scaling:
         text = rewritten(text, "scaling", scaling_table(scaling[-1]))
+    plan = ROOT / "docs" / "plan.md"
     alignment = ROOT / "docs" / "alignment.md"
     quality = quality_tables(sorted(RESULTS.glob("quality-align-*.json")))
     return {
         alignment: rewritten(alignment.read_text(encoding="utf-8"), "quality", quality),
         readme: rewritten(readme.read_text(encoding="utf-8"), "headline", headline_table(results)),
         performance: text,
+        plan: rewritten(plan.read_text(encoding="utf-8"), "predictions", prediction_table(results)),
     }
 
 

@@ -22,7 +22,7 @@ import yaml
 
 from fusechat.artifact import MANIFEST, Json, atomic_write, read_json, write_json
 from fusechat.callable_module import make_callable
-from fusechat.config import ExtractConfig, RunConfig, load_config, source_name
+from fusechat.config import RunConfig, TrainConfig, load_config, source_name
 from fusechat.dialogue import dataset_fingerprint
 from fusechat.errors import FormatError, MismatchError
 from fusechat.layout import Layout
@@ -101,25 +101,21 @@ def _write_config(config: RunConfig, layout: Layout) -> None:
 
 def _extract_all(config: RunConfig, layout: Layout, dialogues: list[Dialogue], report: Reporter) -> None:
     from fusechat.extract import extract, left_out
+    from fusechat.extract.settings import extract_settings
 
-    models = {"pivot": (config.pivot, config.extract)}
-    models |= {source_name(s): (s.model, s.extract or config.extract) for s in config.sources}
+    models = {"pivot": (config.pivot, extract_settings(config))}
+    models |= {source_name(s): (s.model, extract_settings(config, s)) for s in config.sources}
     for name, (model, options) in models.items():
         manifest = extract(
             model,
             dialogues,
             layout.store(name),
-            options.model_copy(update={"template": _template(config, options)}),
+            options,
             seed=config.seed,
             progress=report.stage(f"extract {name}", "tokens"),
         )
         rows = sum(shard["n_rows"] for shard in manifest["shards"])
         report.done(f"extract {name}", f"{rows:,} rows, top {manifest['top_k']}{left_out(manifest)}")
-
-
-def _template(config: RunConfig, options: ExtractConfig) -> str:
-    """Return the template that a model's dialogues are written in, as `load_template` names it."""
-    return config.pivot if options.template == "pivot" else options.template
 
 
 def _write_categories(dialogues: list[Dialogue], layout: Layout) -> None:
@@ -164,19 +160,17 @@ def _taught_by(layout: Layout, names: list[str]) -> list[Path]:
 def _train_all(config: RunConfig, layout: Layout, names: list[str], held_out: list[Dialogue], report: Reporter) -> None:
     from fusechat.train import train
 
-    stores = _taught_by(layout, names)
-    targets: dict[str, list[Path]] = {name: [store] for name, store in zip(names, stores)}
-    if config.train.mode == "multi":
-        targets = {MULTI: stores}
+    stores = dict(zip(names, _taught_by(layout, names)))
+    targets = {MULTI: names} if config.train.mode == "multi" else {name: [name] for name in names}
     if config.train.sft_control:
         targets[SFT] = []
     for name, taught_by in targets.items():
         provenance = train(
             config.pivot,
             layout.store("pivot"),
-            taught_by,
+            [stores[source] for source in taught_by],
             layout.target(name),
-            config.train,
+            target_settings(config, taught_by),
             seed=config.seed,
             held_out=held_out,
             progress=report.stage(f"train {name}", "steps"),
@@ -190,9 +184,15 @@ def _merged_models(config: RunConfig, layout: Layout, names: list[str]) -> Json:
     return {"base_model": config.pivot, "models": [{"model": str(layout.target(name))} for name in names]}
 
 
+def target_settings(config: RunConfig, taught_by: Sequence[str]) -> TrainConfig:
+    """Return the settings of the target that these sources teach: of the sources' weights, only theirs."""
+    weights = {k: w for k, w in config.train.source_weights.items() if k == "pivot" or k in taught_by}
+    return config.train.model_copy(update={"source_weights": weights})
+
+
 def merge_recipe(config: RunConfig, layout: Layout, names: list[str]) -> Json:
     """Return the merge of the run's targets onto the pivot in the YAML form `fusechat merge` reads."""
-    weights = [1.0] * len(names) if names == [MULTI] else config.merge.weights or [1.0] * len(names)
+    weights = config.merge.weights or [1.0] * len(names)
     common = _merged_models(config, layout, names)
     if config.merge.method == "linear" or names == [MULTI]:
         return {
@@ -211,6 +211,7 @@ def _merge(config: RunConfig, layout: Layout, names: list[str], validation: list
     from fusechat.merge import merge
 
     if config.merge.sweep:
+        from fusechat.extract.settings import extract_settings
         from fusechat.merge.sweep import sweep
 
         table = sweep(
@@ -218,7 +219,7 @@ def _merge(config: RunConfig, layout: Layout, names: list[str], validation: list
             config.merge.sweep,
             layout.merged,
             validation,
-            template=_template(config, config.extract),
+            template=extract_settings(config).template,
             max_length_tokens=config.extract.max_length_tokens,
             dtype=config.extract.dtype,
             batch_tokens=config.extract.batch_tokens,
@@ -231,25 +232,27 @@ def _merge(config: RunConfig, layout: Layout, names: list[str], validation: list
         return
     recipe = merge_recipe(config, layout, names)
     provenance = merge(recipe, layout.merged, progress=report.stage("merge", "bytes"))
-    report.done("merge", f"{config.merge.method}, {provenance['n_tensors']} tensors")
+    how = "the one target as it is" if names == [MULTI] else recipe["merge_method"]
+    report.done("merge", f"{how}, {provenance['n_tensors']} tensors")
 
 
 def _evaluate(config: RunConfig, layout: Layout, names: list[str], held_out: list[Dialogue], report: Reporter) -> Json:
     from fusechat.checkpoint import checkpoint_sha256, resolve_model
     from fusechat.evaluate.bpb import SCORES_FORMAT, paired_differences, results_table, score_models
+    from fusechat.extract.settings import extract_settings
 
     targets = names + [SFT] * config.train.sft_control
     models: dict[str, Any] = {"pivot": config.pivot}
     # The weights of a served source may be nowhere near, and may be many.
-    served = [source_name(s) for s in config.sources if (s.extract or config.extract).backend == "vllm-server"]
+    served = [source_name(s) for s in config.sources if extract_settings(config, s).backend == "vllm-server"]
     scored = [s for s in config.sources if config.eval.sources and source_name(s) not in served]
     sources = {f"source {source_name(s)}": s for s in scored}
     models |= {name: source.model for name, source in sources.items()}
     models |= {SFT if name == SFT else f"target {name}": layout.target(name) for name in targets}
     models["merged"] = layout.merged
     # Targets and the merge speak as the pivot was fused on.
-    templates = dict.fromkeys(models, _template(config, config.extract))
-    templates |= {name: _template(config, s.extract or config.extract) for name, s in sources.items()}
+    templates = dict.fromkeys(models, extract_settings(config).template)
+    templates |= {name: extract_settings(config, s).template for name, s in sources.items()}
     stores = dict.fromkeys(models, "pivot") | {name: source_name(s) for name, s in sources.items()}
     others = {
         name: store_manifest(layout.store(stores[name]), TOPK_FORMAT)["template_sha256"]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fusechat.config import RunConfig
+from fusechat.config import DataConfig, RunConfig
 from fusechat.dialogue import LoadReport, dialogue_key, load_dialogues, read_dialogues, split_held_out
 from fusechat.errors import DataError
 from fusechat.records import Dialogue
@@ -25,6 +25,11 @@ class Split:
     loaded: LoadReport
 
 
+def read_options(data: DataConfig) -> dict[str, Any]:
+    """Return how the files of a run are read, for `read_dialogues`."""
+    return {"format": data.format, "separator": data.separator, "max_bytes": data.max_bytes}
+
+
 def load_split(config: RunConfig) -> Split:
     """Read the data of a run and cut it, the same way every time.
 
@@ -33,7 +38,7 @@ def load_split(config: RunConfig) -> Split:
     left.
     """
     data = config.data
-    options: dict[str, Any] = {"format": data.format, "separator": data.separator, "max_bytes": data.max_bytes}
+    options = read_options(data)
     dialogues, loaded = read_dialogues(data.train, limit=data.limit, **options)
     dropped: dict[str, int] = {}
     others: list[Dialogue] = []  # what was not cut off from `dialogues`, and may have some in common with them

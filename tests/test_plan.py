@@ -14,14 +14,18 @@ from typer.testing import CliRunner
 
 import fusechat.plan as room
 from fusechat.cli import app
-from fusechat.config import RunConfig, load_config, parse_config
+from fusechat.config import AlignConfig, RunConfig, load_config, parse_config
 from fusechat.errors import ConfigError, DataError
 from fusechat.plan import Plan, plan
+from fusechat.plan.alignment import plan_alignment
 from fusechat.plan.hardware import Hardware, load_hardware
+from fusechat.plan.merging import plan_merge
+from fusechat.plan.models import model_shape
 from fusechat.plan.report import print_plan
 from fusechat.plan.stage import StagePlan
 from fusechat.plan.workload import Lengths
 from fusechat.recipe import recipe_path
+from fusechat.split import load_split
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +130,166 @@ def test_local_dialogues_are_counted_and_assumed_ones_said(tiny_world: Any, ligh
     assert any("1,000 dialogues of 50 tokens" in text for text in more.assumptions)
 
 
+def test_a_source_is_counted_as_it_is_extracted(
+    tiny_world: Any, light: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where no folder is called `pivot`
+
+    def store(run: dict[str, Any], own: dict[str, Any] | None) -> int:
+        values = {
+            "pivot": str(tiny_world.pivot), "out": str(tmp_path / "run"), "data": {"train": str(tiny_world.dialogues)},
+            "sources": [{"model": str(tiny_world.source), "extract": own}], "extract": run,
+        }  # fmt: skip
+        result = plan(parse_config(values, "here"), load_hardware("cpu"))
+        assert not any("bytes a token" in text for text in result.assumptions)
+        return stage(result, "extract", "source").disk_bytes
+
+    plain = store({}, None)
+    assert store({"template": "pivot"}, None) == store({"template": str(tiny_world.pivot)}, None) != plain
+    assert store({}, {"template": "pivot"}) == store({"template": "pivot"}, None)
+    assert store({}, {"max_length_tokens": 40}) == store({"max_length_tokens": 40}, None) < plain
+
+
+def test_an_aligned_store_has_the_pivot_s_rows(paper: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = plan(paper, load_hardware("a100-40"))
+    own = room.lengths
+
+    def wordier_sources(workload: Any, model: str, *arguments: Any) -> tuple[Lengths, str]:
+        found, how = own(workload, model, *arguments)
+        return (found if model == paper.pivot else replace(found, sample=found.sample * 3)), how
+
+    monkeypatch.setattr(room, "lengths", wordier_sources)
+    after = plan(paper, load_hardware("a100-40"))
+    assert stage(after, "extract", "qwen").disk_bytes > 2 * stage(before, "extract", "qwen").disk_bytes
+    assert stage(after, "align", "qwen") == stage(before, "align", "qwen")
+    rows = stage(after, "align", "qwen").disk_bytes / (10 * (2 + 2) + 5 + 0.1 * 12 * (4 + 8))
+    assert rows == pytest.approx(94_050 * 600 * 0.75, rel=0.03)
+
+
+def test_max_steps_are_paid_for_whatever_the_epochs(paper: RunConfig) -> None:
+    def train(**update: object) -> StagePlan:
+        config = paper.model_copy(update={"train": paper.train.model_copy(update={"epochs": 1.0, **update})})
+        return stage(plan(config, load_hardware("a100-40")), "train", "qwen")
+
+    whole = train()
+    steps = int(str(whole.settings["steps"]))
+    for factor in (0.5, 3):
+        some = train(max_steps=int(factor * steps))
+        assert some.settings["steps"] == int(factor * steps)
+        assert some.flops == pytest.approx(factor * whole.flops, rel=0.01)
+        assert some.seconds == pytest.approx(factor * whole.seconds, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "options", "engines"),
+    [(1, {}, 1), (8, {}, 8), (8, {"engines": 3}, 3), (8, {"device_map": "auto"}, 1), (4, {"device": "cuda:1"}, 1)],
+)
+def test_transformers_extract_on_every_gpu(paper: RunConfig, gpus: int, options: dict[str, Any], engines: int) -> None:
+    def pivot(gpus: int, **update: Any) -> StagePlan:
+        extract = paper.extract.model_copy(update={"backend": "hf", **update})
+        return stage(
+            plan(paper.model_copy(update={"extract": extract}), load_hardware("h200", gpus=gpus)), "extract", "pivot"
+        )
+
+    one, found = pivot(1), pivot(gpus, **options)
+    assert found.settings["engines"] == found.devices == engines
+    assert found.seconds == pytest.approx(one.seconds / engines)
+    assert found.host_bytes == engines * one.host_bytes
+    assert found.device_parts == one.device_parts
+
+
+def test_one_target_of_all_sources_is_merged_linearly(paper: RunConfig) -> None:
+    five = stage(plan(paper, load_hardware("a100-40")), "merge", "sce")
+    multi = paper.model_copy(update={"train": paper.train.model_copy(update={"mode": "multi"})})
+    result = plan(multi, load_hardware("a100-40"))
+    one = stage(result, "merge", "linear")
+    assert one.seconds < five.seconds / 2
+    assert one.host_bytes < five.host_bytes
+    assert [s.name for s in result.stages if s.stage == "train"] == ["multi", "sft"]
+
+
+def test_a_sweep_is_merged_and_scored_as_often_as_it_says(paper: RunConfig) -> None:
+    entries = [
+        {"merge_method": "linear", "parameters": {"weight": 1.0}},
+        {"merge_method": "ties", "each": {"density": [0.2, 0.6], "weight": [0.5, 1.0]}},
+    ]
+    swept = paper.model_copy(update={"merge": paper.merge.model_copy(update={"sweep": entries})})
+    before, result = (plan(config, load_hardware("a100-40")) for config in (paper, swept))
+    row = stage(result, "merge", "sweep")
+    assert row.settings["merges"] == 5
+    n_train = 95_000 - 950
+    assert row.settings["validation_dialogues"] == n_train // 10
+    assert row.temporary_disk_bytes == row.disk_bytes == stage(before, "merge", "sce").disk_bytes
+    scored = stage(result, "evaluate", "all")  # pivot, five targets, the control, the merge
+    assert row.flops / 5 / 9405 == pytest.approx(scored.flops / 8 / 950)
+    assert row.device_bytes == pytest.approx(scored.device_bytes, rel=0.05)
+    trained = [stage(p, "train", "qwen").flops for p in (before, result)]
+    assert trained[1] == pytest.approx(0.9 * trained[0], rel=0.001)
+
+
+def test_local_data_is_cut_as_the_run_cuts_it(tiny_world: Any, light: None, tmp_path: Path) -> None:
+    values = {
+        "pivot": str(tiny_world.pivot), "sources": [{"model": str(tiny_world.source)}], "out": str(tmp_path / "run"),
+        "data": {"train": str(tiny_world.dialogues), "held_out_fraction": 0.25, "validation_fraction": 0.5},
+        "train": {"batch_size": 1, "micro_batch_size": 1, "epochs": 1},
+        "merge": {"sweep": [{"merge_method": "linear", "parameters": {"weight": 1.0}}, {"merge_method": "sce"}]},
+    }  # fmt: skip
+    config = parse_config(values, "here")
+    split = load_split(config)
+    result = plan(config, load_hardware("cpu"))
+    assert stage(result, "train", "source").settings["steps"] == len(split.train) == 9
+    row = stage(result, "merge", "sweep")
+    assert row.settings["validation_dialogues"] == len(split.validation) == 9
+    assert row.flops == pytest.approx(2 * 9 / 6 * stage(result, "evaluate", "all").flops / 5, rel=0.5)  # of five models
+    assert row.fits
+
+
+def test_held_out_dialogues_of_another_place_are_counted_or_said(paper: RunConfig, tiny_world: Any) -> None:
+    def held_out(place: str) -> tuple[float, Plan]:
+        config = paper.model_copy(update={"data": paper.data.model_copy(update={"held_out": place})})
+        result = plan(config, load_hardware("a100-40"))
+        assert stage(result, "extract", "pivot").flops > 0
+        return stage(result, "evaluate", "all").flops, result
+
+    share, cut = held_out("somebody/unknown")
+    assert any("950 dialogues in data.held_out, of which nothing is known" in text for text in cut.assumptions)
+    few, counted = held_out(str(tiny_world.dialogues))
+    assert few == pytest.approx(share * 24 / 950)
+    assert not any("held_out" in text for text in counted.assumptions)
+
+
+def test_host_stages_go_by_the_kept_results(paper: RunConfig) -> None:
+    """CPU-seconds of one core, as bench/results of 2026-11-28 has them."""
+    folder = Path(__file__).resolve().parents[1] / "bench" / "results"
+
+    def kept(benchmark: str) -> dict[str, Any]:
+        claims = json.loads((folder / f"{benchmark}-cpu-2026-11-28.json").read_text())["claims"]
+        return {claim["name"]: claim for claim in claims}
+
+    pivot = model_shape("openchat/openchat_3.5")[0]
+    found = Lengths(n_dialogues=100_000, sample=np.full(10, 500), row_share=0.75, distinct_ids=9)
+
+    def align(**options: Any) -> float:
+        return plan_alignment("x", pivot, found, pivot, 10, AlignConfig(**options), load_hardware("h200"), 0).seconds
+
+    claims = kept("align")
+    stage_claim = claims["align, bytes + ms, store to store"]
+    fixed = float(stage_claim["note"].split()[3])
+    assert align() == pytest.approx(fixed + 50 / stage_claim["value"], rel=0.02)
+    warp = 50 / claims["dtw, corpus, 506 tokens a dialogue"]["value"]
+    assert align(tokens="dtw", granularity="first") == pytest.approx(align() + warp, rel=0.02)
+    assert align(preset="paper") == pytest.approx(align() + 2 * warp, rel=0.02)
+
+    small = replace(
+        pivot, hidden=1024, layers=24, vocab=32_000, intermediate=4096, heads=16, kv_heads=16, head_width=64
+    )
+    fast_disk = replace(load_hardware("h200"), disk_rate_bytes=1e15)
+    for name, layers in (("sce 0.1", 24), ("ties 0.6", 3), ("linear", 3)):
+        row = plan_merge(name.split()[0], replace(small, layers=layers), 5, 1, fast_disk, 0)
+        measured = float(kept("merge")[name]["note"].split()[0])
+        assert row.seconds == pytest.approx(measured, rel=0.02)
+
+
 def test_packing_is_priced_by_real_lengths() -> None:
     even = Lengths(n_dialogues=100, sample=np.full(100, 30), row_share=1.0, distinct_ids=9)
     assert even.padded_share(4) == pytest.approx(1.0)
@@ -171,6 +335,14 @@ def test_what_is_wrong_is_said_in_one_line(arguments: list[str], message: str) -
     assert isinstance(done.exception, (ConfigError, DataError))
     assert message in str(done.exception)
     assert "\n" not in str(done.exception)
+
+
+def test_the_printed_plan_of_the_docs_is_the_command_s(paper: RunConfig) -> None:
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    print_plan(plan(paper, load_hardware("a100-40"), disk_limit_bytes=2 * 10**12), console)
+    printed = "\n".join(line.rstrip() for line in console.export_text().splitlines())
+    page = (Path(__file__).resolve().parents[1] / "docs" / "plan.md").read_text(encoding="utf-8")
+    assert f"```text\n{printed}\n```" in page, f"docs/plan.md is stale: the command above it prints\n{printed}"
 
 
 def test_the_projection_of_the_docs_is_the_plan_s() -> None:

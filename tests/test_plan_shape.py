@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from fusechat.config import ExtractConfig
 from fusechat.errors import DataError, FormatError
-from fusechat.plan.extraction import store_bytes
+from fusechat.plan.extraction import hf_parts, plan_extraction, store_bytes
+from fusechat.plan.hardware import load_hardware, this_computer
 from fusechat.plan.model_shape import (
     ModelShape,
     count_parameters,
@@ -20,7 +24,8 @@ from fusechat.plan.model_shape import (
 )
 from fusechat.plan.models import model_shape, shipped_models
 from fusechat.plan.training_memory import activation_bytes, lora_parameters
-from fusechat.plan.workload import Lengths
+from fusechat.plan.workload import Lengths, Workload, lengths
+from fusechat.store import id_dtype, make_block, row_positions, write_block
 
 SIZES = {
     "hidden_size": 96,
@@ -31,6 +36,7 @@ SIZES = {
     "vocab_size": 500,
     "max_position_embeddings": 64,
 }
+CHAT = Lengths(n_dialogues=20, sample=np.array([60, 20, 40, 30]), row_share=0.75, distinct_ids=100)
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"tie_word_embeddings": False}),
     ("llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
@@ -138,31 +144,103 @@ def test_quantised_weights_keep_their_ends_wide() -> None:
     assert kv_bytes_per_token(shape) == 2 * 80 * 64 * 128 * 2
 
 
-def test_a_store_is_as_large_as_counted(tmp_path: Path) -> None:
-    from fusechat.store import make_block, write_block
+@pytest.mark.parametrize("device", ["cpu", "a100-40"])
+def test_a_quantised_source_is_planned_by_its_header(tmp_path: Path, device: str) -> None:
+    """AWQ's layers are int32, its scales, norms and ends float16; most bytes are int32."""
+    hidden, vocab = 64, 100
+    stored = {
+        "model.embed_tokens.weight": ("F16", [vocab, hidden]), "lm_head.weight": ("F16", [vocab, hidden]),
+        "model.layers.0.mlp.up_proj.qweight": ("I32", [hidden * 16, hidden]),
+        "model.layers.0.mlp.up_proj.scales": ("F16", [hidden, 4]),
+    }  # fmt: skip
+    header: dict[str, Any] = {}
+    end = 0
+    for name, (dtype, shape) in stored.items():
+        begin, end = end, end + (4 if dtype == "I32" else 2) * int(np.prod(shape))
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(end))
+    config = {
+        "model_type": "qwen2",
+        "torch_dtype": "float16",
+        "quantization_config": {"quant_method": "awq", "bits": 4},
+    }
+    sizes = SIZES | {"hidden_size": hidden, "vocab_size": vocab, "num_attention_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config | sizes))
+    found, _ = model_shape(str(tmp_path))
+    assert (found.dtype, found.quantisation, found.weight_bytes) == ("float16", "awq", end)
+    hardware = load_hardware(device) if device != "cpu" else this_computer()
+    for backend in ("hf", "vllm"):
+        for dtype in ("auto", "float32"):  # what it computes in changes nothing of what is stored
+            settings = ExtractConfig(backend=backend, dtype=dtype)
+            row = plan_extraction("awq", found, CHAT, settings, hardware, 10**8)
+            assert (row.device_parts or row.host_parts)["weights"] == end
+            assert row.fits
 
+
+def test_extraction_holds_one_shard_of_the_data_as_it_is_mixed() -> None:
+    shape, _ = model_shape("openchat/openchat_3.5")
+    workload = Workload(
+        train=None, n_train=95_000, n_validation=0, n_held_out=0, bytes_per_dialogue=2400.0, assumptions=("",)
+    )
+    found, how = lengths(workload, "openchat/openchat_3.5", ExtractConfig(), 8192)
+    assert how == "assumed"
+    assert found.sample[0] == found.longest
+    assert found.sample[:512].mean() == pytest.approx(found.sample.mean(), rel=0.05)
+    results = hf_parts(shape, found, ExtractConfig(), 0)["results"]
+    by_hand = 512 * found.sample.mean() * (13 + 0.75 * (10 * 14 + 8))
+    assert results == pytest.approx(by_hand, rel=1e-3)
+    assert hf_parts(shape, found, ExtractConfig(shard_dialogues=64), 0)["results"] == pytest.approx(
+        results / 8, rel=0.01
+    )
+    few = replace(found, n_dialogues=32)
+    assert hf_parts(shape, few, ExtractConfig(), 0)["results"] == pytest.approx(results / 16, rel=0.01)
+
+
+@pytest.mark.parametrize(("vocab", "top_k"), [(32_000, 10), (32_000, 3), (152_064, 10)])
+@pytest.mark.parametrize("gold_among_top", [0.0, 0.2, 0.85, 1.0])
+def test_a_store_is_as_large_as_counted(tmp_path: Path, vocab: int, top_k: int, gold_among_top: float) -> None:
     rng = np.random.default_rng(0)
     records = []
-    for i, n in enumerate((40, 7, 93)):
-        mask = np.arange(n) >= rng.integers(1, n)
-        rows = int(mask[1:].sum())
+    lengths_written, n_turns = rng.integers(20, 400, 300), 0
+    for i, n in enumerate(lengths_written):
+        ends = np.sort(rng.choice(np.arange(2, n), 2 * rng.integers(1, 4), replace=False))  # of prompts and answers
+        turn = np.full(n, -1, np.int32)
+        for number, (begin, end) in enumerate(ends.reshape(-1, 2)):
+            turn[begin:end] = number
+        n_turns += len(ends) // 2
+        ids = rng.integers(0, vocab, n, dtype=np.int32)
+        gold = ids[row_positions(turn >= 0) + 1]
+        row_ids = rng.integers(0, vocab, (len(gold), top_k)).astype(id_dtype(vocab))
+        logprobs = -np.sort(rng.exponential(2.0, row_ids.shape), axis=1).astype(np.float32)
+        gold_logprob = np.full(len(gold), -13.7, np.float32)
+        among = rng.random(len(gold)) < gold_among_top
+        row_ids[among, -1], gold_logprob[among] = gold[among], logprobs[among, -1]
+        width = rng.integers(1, 9, n) * (turn >= 0)
+        before = np.maximum.accumulate(np.where(turn >= 0, 0, np.cumsum(width)))
         records.append(
             {
                 "dialogue.index": np.array([i]),
-                "token.input_ids": np.zeros(n, np.int32),
-                "token.loss_mask": mask,
-                "token.turn": np.where(mask, 1, -1).astype(np.int32),
-                "token.byte_end": np.where(mask, 4 * np.cumsum(mask), -1).astype(np.int32),
-                "row.ids": np.zeros((rows, 10), np.uint16),
-                "row.logprobs": np.zeros((rows, 10), np.float16),
-                "row.gold_logprob": np.zeros(rows, np.float32),
+                "token.input_ids": ids,
+                "token.loss_mask": turn >= 0,
+                "token.turn": turn,
+                "token.byte_end": np.where(turn >= 0, np.cumsum(width) - before, -1).astype(np.int32),
+                "row.ids": row_ids,
+                "row.logprobs": logprobs.astype(np.float16),
+                "row.gold_logprob": gold_logprob,
             }
         )
     write_block(tmp_path / "shard", make_block(records))
     n_rows = sum(len(r["row.ids"]) for r in records)
-    found = Lengths(n_dialogues=3, sample=np.array([40, 7, 93]), row_share=n_rows / 140, distinct_ids=1)
-    header = int.from_bytes((tmp_path / "shard").read_bytes()[:8], "little") + 8
-    assert store_bytes(found, 32_000, 10) == pytest.approx((tmp_path / "shard").stat().st_size - header, abs=100)
+    found = Lengths(
+        n_dialogues=300,
+        sample=lengths_written,
+        row_share=n_rows / int(lengths_written.sum()),
+        distinct_ids=1,
+        turns_per_dialogue=n_turns / 300,
+    )
+    size = (tmp_path / "shard").stat().st_size
+    assert store_bytes(found, vocab, top_k, gold_among_top) == pytest.approx(size, rel=0.01)
 
 
 def test_a_config_without_sizes_is_named() -> None:

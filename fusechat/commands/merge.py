@@ -50,7 +50,7 @@ def _at_least_one(text: str) -> int:
 def merge(arguments: Sequence[str]) -> None:
     """Run the command with its arguments."""
     from fusechat.errors import ConfigError
-    from fusechat.merge.size import parse_size
+    from fusechat.quantity import parse_size
 
     given = parser().parse_args(arguments)
     if given.verify is not None:

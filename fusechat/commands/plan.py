@@ -28,10 +28,10 @@ def plan(
     from rich.console import Console
 
     from fusechat.config import load_config
-    from fusechat.merge.size import parse_size
     from fusechat.plan import plan as make_plan
     from fusechat.plan.hardware import load_hardware
     from fusechat.plan.report import print_plan
+    from fusechat.quantity import parse_size
     from fusechat.recipe import PREFIX, recipe_path
 
     settings = load_config(recipe_path(config), overrides or [])

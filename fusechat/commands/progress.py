@@ -11,21 +11,14 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.text import Text
 
 from fusechat.processes import rank
+from fusechat.quantity import prefixed
 from fusechat.reporter import Advance, Reporter
-
-
-def human(number: float) -> str:
-    """Write a number with three digits and a unit prefix (1234 → 1.23k)."""
-    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= limit:
-            return f"{number / limit:.3g}{suffix}"
-    return f"{number:.3g}"
 
 
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text(f"{human(speed)} {task.fields['unit']}/s" if speed else "", style="cyan")
+        return Text(f"{prefixed(speed)} {task.fields['unit']}/s" if speed else "", style="cyan")
 
 
 class TerminalReporter(Reporter):

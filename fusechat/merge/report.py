@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fusechat.artifact import Json, read_json
 from fusechat.merge.output import STATISTICS
-from fusechat.merge.size import human_bytes
+from fusechat.quantity import human_bytes
 
 
 def needs(estimate: Json, out: Path) -> str:

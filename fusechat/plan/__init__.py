@@ -6,20 +6,24 @@ Nothing here reads a weight: configs, safetensors headers, and the dialogues' le
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fusechat.artifact import Json
 from fusechat.callable_module import make_callable
-from fusechat.config import RunConfig, source_name
+from fusechat.config import ExtractConfig, RunConfig, source_name
+from fusechat.extract.settings import extract_settings
+from fusechat.plan.alignment import plan_alignment
 from fusechat.plan.extraction import plan_extraction
 from fusechat.plan.hardware import Hardware
-from fusechat.plan.host_stages import plan_alignment, plan_evaluation, plan_merge
+from fusechat.plan.merging import plan_merge, plan_sweep
 from fusechat.plan.model_shape import ModelShape
 from fusechat.plan.models import model_shape
 from fusechat.plan.process import GPU_PROCESS_BYTES, process_bytes
+from fusechat.plan.scoring import plan_evaluation
 from fusechat.plan.stage import StagePlan
 from fusechat.plan.training import plan_training
-from fusechat.plan.workload import Lengths, find_workload, lengths
+from fusechat.plan.workload import Lengths, Workload, find_workload, lengths
 
 __all__ = ["Plan", "plan"]
 make_callable(__name__)
@@ -27,6 +31,15 @@ make_callable(__name__)
 SFT, MULTI = "sft", "multi"
 _GPU_HOST_THREADS = 16
 _GPU_HOST_BYTES = {"extract": GPU_PROCESS_BYTES, "train": GPU_PROCESS_BYTES, "align": 250_000_000, "merge": 40_000_000}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Model:
+    """A model of the run: its sizes, the data set in its tokens, and what it is extracted with."""
+
+    shape: ModelShape
+    lengths: Lengths
+    extract: ExtractConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +54,7 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """The most the run needs on the disk: what everything leaves, and one stage's checkpoints."""
+        """The most the run needs on the disk: what everything leaves, and what one stage needs besides."""
         return sum(s.disk_bytes for s in self.stages) + max(s.temporary_disk_bytes for s in self.stages)
 
     @property
@@ -84,49 +97,42 @@ def plan(
     Raises DataError for a model of which nothing is known, FormatError for an unreadable header, ConfigError for a data
     set of which nothing is known.
     """
-    workload = find_workload(config.data, config.seed, dialogues, tokens_per_dialogue)
+    workload = find_workload(config, dialogues, tokens_per_dialogue)
+    models, found = _models(config, workload)
+    assumptions = [*workload.assumptions, *found]
     names = [source_name(source) for source in config.sources]
-    models: dict[str, tuple[ModelShape, Lengths]] = {}
-    assumptions = list(workload.assumptions)
-    for name, model in {"pivot": config.pivot, **dict(zip(names, (s.model for s in config.sources)))}.items():
-        shape, where = model_shape(model)
-        found, how = lengths(workload, model, config.extract, shape.context_tokens)
-        models[name] = (shape, found)
-        if not shape.known:
-            assumptions.append(f"{name}: architecture {shape.family!r} is counted like a Llama")
-        if how == "assumed" and not workload.assumptions:
-            assumptions.append(f"{name}: no tokenizer at hand ({where}), 4 bytes a token")
     stages = ("extract", "train", "align", "merge")
     base = process_bytes(stages) if hardware.on_cpu else _GPU_HOST_BYTES
-    pivot, pivot_lengths = models["pivot"]
+    pivot = models["pivot"]
     threads = len(os.sched_getaffinity(0)) if hardware.on_cpu else _GPU_HOST_THREADS
     rows: list[StagePlan] = []
-    own = {source_name(source): source.extract for source in config.sources}
-    for name, (shape, found) in models.items():
-        settings = own.get(name) or config.extract
-        rows.append(plan_extraction(name, shape, found, settings, hardware, base["extract"]))
+    for name, model in models.items():
+        rows.append(plan_extraction(name, model.shape, model.lengths, model.extract, hardware, base["extract"]))
     for name in names:
-        shape, found = models[name]
-        top_k = (own[name] or config.extract).top_k
-        rows.append(plan_alignment(name, pivot, shape, found, top_k, config.align, hardware, base["align"]))
+        source, top_k = models[name].shape, models[name].extract.top_k
+        rows.append(
+            plan_alignment(name, pivot.shape, pivot.lengths, source, top_k, config.align, hardware, base["align"])
+        )
     strategies: dict[str, int] = {}
-    trained = (names if config.train.mode == "pairwise" else [MULTI]) + [SFT] * config.train.sft_control
+    targets = names if config.train.mode == "pairwise" else [MULTI]
+    trained = targets + [SFT] * config.train.sft_control
     for name in trained:
-        row, table = plan_training(name, pivot, pivot_lengths, config.train, hardware, base["train"])
+        row, table = plan_training(name, pivot.shape, pivot.lengths, config.train, hardware, base["train"])
         rows.append(row)
         strategies = dict(table)
-    rows.append(plan_merge(pivot, len(names), threads, hardware, base["merge"], config.merge.method))
-    if workload.n_held_out:
-        scored = dict(models) if config.eval.sources else {"pivot": models["pivot"]}
-        scored |= {f"target {name}": models["pivot"] for name in trained}
-        scored |= {"merged": models["pivot"]}
-        rows.append(plan_evaluation(scored, workload.n_held_out, config.extract, hardware, base["extract"]))
+    rows.append(_merge(config, targets, pivot, workload.n_validation, threads, hardware, base))
+    scored = dict(models) if config.eval.sources else {"pivot": pivot}
+    scored |= {f"target {name}": pivot for name in trained}
+    scored |= {"merged": pivot}
+    shapes = {name: (model.shape, model.lengths) for name, model in scored.items()}
+    rows.append(plan_evaluation(shapes, workload.n_held_out, config.extract, hardware, base["extract"]))
     shares = hardware.efficiency
     measured = ", measured now" if hardware.on_cpu else ""
     assumptions += [
         f"{hardware.flops['bfloat16'] / 1e12:.3g} TFLOP/s a device{measured}, of which extraction attains "
         f"{shares['extract']:.0%} and training {shares['train']:.0%}; disk {hardware.disk_rate_bytes / 1e9:.3g} GB/s",
-        f"alignment and merging at the rates of one core of a 2-core Xeon; merging on {threads} threads",
+        "alignment and merging at the rates of one core of a 2-core AMD EPYC (2026-11-28); "
+        f"merging on {threads} threads",
     ]
     return Plan(
         hardware=hardware,
@@ -134,4 +140,43 @@ def plan(
         strategies=strategies,
         disk_limit_bytes=disk_limit_bytes,
         assumptions=tuple(assumptions),
+    )
+
+
+def _models(config: RunConfig, workload: Workload) -> tuple[dict[str, _Model], list[str]]:
+    """Return the pivot and the sources by name, and what had to be assumed of them."""
+    models: dict[str, _Model] = {}
+    assumptions: list[str] = []
+    described = [("pivot", config.pivot, extract_settings(config))]
+    described += [(source_name(s), s.model, extract_settings(config, s)) for s in config.sources]
+    for name, model, settings in described:
+        shape, where = model_shape(model)
+        found, how = lengths(workload, model, settings, shape.context_tokens)
+        models[name] = _Model(shape=shape, lengths=found, extract=settings)
+        if not shape.known:
+            assumptions.append(f"{name}: architecture {shape.family!r} is counted like a Llama")
+        if how == "assumed" and not workload.assumptions:
+            assumptions.append(f"{name}: no tokenizer and template at hand ({where}), 4 bytes a token")
+    return models, assumptions
+
+
+def _merge(
+    config: RunConfig,
+    targets: Sequence[str],
+    pivot: _Model,
+    n_validation: int,
+    threads: int,
+    hardware: Hardware,
+    base_bytes: Mapping[str, int],
+) -> StagePlan:
+    """Plan the merge that `fusechat run` makes: one, a linear one where all sources taught one target, or a sweep."""
+    if not config.merge.sweep:
+        method = "linear" if config.train.mode == "multi" else config.merge.method
+        return plan_merge(method, pivot.shape, len(targets), threads, hardware, base_bytes["merge"])
+    from fusechat.merge.sweep import candidates
+
+    models = [{"model": name} for name in targets]
+    recipes = [c.recipe for c in candidates({"base_model": config.pivot, "models": models}, config.merge.sweep)]
+    return plan_sweep(
+        recipes, pivot.shape, pivot.lengths, n_validation, config.extract, threads, hardware, base_bytes["extract"]
     )

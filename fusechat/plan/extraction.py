@@ -26,16 +26,26 @@ from fusechat.store import id_dtype
 HEAP_BLOCK_BYTES = 32 << 20
 HEAD_CHUNK_BYTES = 64 << 20  # fusechat.topk's own budget
 _TOKEN_BYTES = 4 + 1 + 4 + 4  # in memory: input_ids, loss_mask, turn, byte_end
-_DIALOGUE_BYTES = 64  # index, offsets of four axes, two turns
+GOLD_AMONG_TOP = 0.9  # rows whose gold token is one of their k, k = 10 (docs/extraction.md); assumed for every model
 _CUDA_BYTES = 1_000_000_000  # context and libraries
 _SERVER_TOKENS_PER_S = 7000.0  # one API process makes JSON of 750 bytes a token (docs/extraction.md)
 
 
-def store_bytes(lengths: Lengths, vocab: int, top_k: int) -> int:
-    """Return the size of a TopKStore: packed tokens (fusechat/packing.py), k entries and the gold one a row."""
+def store_bytes(lengths: Lengths, vocab: int, top_k: int, gold_among_top: float = GOLD_AMONG_TOP) -> int:
+    """Return the size of a TopKStore's columns and offsets as they lie on disk (fusechat/packing.py).
+
+    A row holds its k entries, a token of the assistant's a width, a turn three places. The gold token and its
+    log-probability go by their place in the row, where that is smaller (fusechat/packed_gold.py).
+    """
     id_bytes = id_dtype(vocab).itemsize
-    row_bytes = top_k * (id_bytes + 2) + 4 + 1
-    return int(lengths.tokens * id_bytes + lengths.rows * row_bytes + lengths.n_dialogues * _DIALOGUE_BYTES)
+    rows, tokens = lengths.rows, lengths.tokens
+    found = gold_among_top * rows
+    by_place = (tokens - rows) * id_bytes + rows + found * 2 + (rows - found) * (id_bytes + 4)
+    as_it_is = tokens * id_bytes + rows * 4
+    n_axes = 7 if by_place < as_it_is else 4
+    dialogue_bytes = 8 + n_axes * 8 + lengths.turns_per_dialogue * 3 * 4
+    entries = rows * (top_k * (id_bytes + 2) + 1)
+    return int(entries + min(by_place, as_it_is) + lengths.n_dialogues * dialogue_bytes)
 
 
 def plan_extraction(
@@ -44,7 +54,7 @@ def plan_extraction(
     """Return what extracting a model takes on the hardware."""
     flops = forward_flops(shape, lengths.tokens, lengths.typical, lengths.rows)
     disk = {"top-k store": store_bytes(lengths, shape.vocab, config.top_k)}
-    dtype = shape.dtype if config.dtype == "auto" else config.dtype
+    dtype = computed_in(shape, config)
     common: dict[str, Any] = {
         "stage": "extract", "name": name, "parameters": count_parameters(shape), "flops": flops, "disk_parts": disk,
     }  # fmt: skip
@@ -63,11 +73,26 @@ def plan_extraction(
             **common, devices=0, host_parts=parts, host_limit_bytes=hardware.memory_bytes, settings=settings,
             seconds=flops / hardware.rate("extract", dtype), changes=changes,
         )  # fmt: skip
+    # A named device, or a placement over several, is one engine's.
+    placed = config.device_map is not None or config.device not in ("auto", "cuda")
+    group = 1 if placed else config.tensor_parallel_size
+    engines = 1 if placed else _engines(config, hardware, group)
     return StagePlan(
-        **common, devices=1, device_parts=on_device(parts), device_limit_bytes=hardware.memory_bytes,
-        host_parts={"process": process_bytes}, host_limit_bytes=hardware.host_memory_bytes, settings=settings,
-        seconds=flops / hardware.rate("extract", dtype), changes=("extract.backend: vllm", *changes),
+        **common, devices=engines * group, device_parts=on_device(parts), device_limit_bytes=hardware.memory_bytes,
+        host_parts={"processes": engines * process_bytes}, host_limit_bytes=hardware.host_memory_bytes,
+        settings=settings | {"engines": engines}, seconds=flops / (engines * hardware.rate("extract", dtype)),
+        changes=("extract.backend: vllm", *changes),
     )  # fmt: skip
+
+
+def _engines(config: ExtractConfig, hardware: Hardware, group: int) -> int:
+    """Return how many engines of a group of GPUs each share the shards, as fusechat.extract.backend divides them."""
+    return min(max(1, hardware.devices // group), config.engines or hardware.devices)
+
+
+def computed_in(shape: ModelShape, config: ExtractConfig) -> str:
+    """Return the dtype of the forward pass."""
+    return shape.dtype if config.dtype == "auto" else config.dtype
 
 
 def on_device(parts: Mapping[str, int]) -> dict[str, int]:
@@ -76,16 +101,24 @@ def on_device(parts: Mapping[str, int]) -> dict[str, int]:
 
 
 def gpu_parts(
-    shape: ModelShape, max_length_tokens: int, memory_bytes: int, tensor_parallel: int, dtype: str
+    shape: ModelShape,
+    max_length_tokens: int,
+    memory_bytes: int,
+    tensor_parallel: int,
+    dtype: str,
+    quantised_to: str | None = None,
 ) -> dict[str, int]:
     """Return what one GPU of an engine holds: its share of the weights, CUDA, the cache of one longest sequence, what a
-    step's tokens take inside the layers, and what vLLM does not count: the logits and log-softmax of a step."""
-    item = int(ITEM_BYTES.get(dtype, 2))
+    step's tokens take inside the layers, and what vLLM does not count: the logits and log-softmax of a step.
+
+    `dtype` is the forward pass's; `quantised_to` tells how it would be with weights of fp8 or int4.
+    """
+    item = int(ITEM_BYTES[dtype])
     step = max_batched_tokens(shape.vocab, memory_bytes, dtype_bytes=item)
     kept = max(max_length_tokens + 1, step)
     width = 4 * shape.hidden + 3 * shape.intermediate // tensor_parallel
-    quantised = shape.quantisation is not None or dtype not in ITEM_BYTES
-    weights = stored_bytes(shape) if quantised else stored_bytes(shape, dtype)
+    as_stored = shape.quantisation is not None and quantised_to is None
+    weights = stored_bytes(shape, None if as_stored else quantised_to or dtype)
     return {
         "weights": -(-weights // tensor_parallel),
         "kv cache": kept * kv_bytes_per_token(shape, item) // min(tensor_parallel, shape.kv_heads),
@@ -100,16 +133,17 @@ def hf_parts(shape: ModelShape, lengths: Lengths, config: ExtractConfig, process
 
     Weights of the asked dtype are pages of their file, and of an untied embedding only the rows that occur are read.
     The widest moment of a layer is its MLP (three intermediate widths) or its attention; in half precision sequences
-    are padded to batches, and under a mask keys and values are widened to all heads.
+    are padded to batches, and under a mask keys and values are widened to all heads. Results are those of one shard.
     """
     from fusechat.extract.hf import length_batches
 
-    dtype = shape.dtype if config.dtype == "auto" else config.dtype
+    dtype = computed_in(shape, config)
     item = int(ITEM_BYTES[dtype])
-    in_file = dtype == shape.dtype
+    in_file = dtype == shape.dtype or shape.quantisation is not None
     weights = stored_bytes(shape, None if in_file else dtype)
     unread = 0 if shape.tied or not in_file else (shape.vocab - min(shape.vocab, lengths.distinct_ids)) * shape.hidden
-    sample = lengths.sample[: config.shard_dialogues].tolist()
+    n_held = min(config.shard_dialogues, lengths.n_dialogues)
+    sample = lengths.sample[:n_held].tolist()
     count, longest = 1, max(sample)
     if item < 4:
         batches = [(len(batch), sample[batch[0]]) for batch in length_batches(sample, config.batch_tokens)]
@@ -124,6 +158,7 @@ def hf_parts(shape: ModelShape, lengths: Lengths, config: ExtractConfig, process
     head = int(chunk * shape.vocab * (8 + (item if item < 4 else 0)))
     heap = forward * (padded * shape.intermediate * item < HEAP_BLOCK_BYTES)
     heap += head * (chunk * shape.vocab * 4 < HEAP_BLOCK_BYTES)
+    row_bytes = config.top_k * 14 + 8
     mask = count * longest**2 * (1 + item) if count > 1 else 0
     return {
         "process": process_bytes,
@@ -131,7 +166,7 @@ def hf_parts(shape: ModelShape, lengths: Lengths, config: ExtractConfig, process
         "forward": forward + mask + int(rows) * shape.hidden * item,
         "logits": head,
         "kept by the heap": int(heap),
-        "results": int(lengths.tokens * _TOKEN_BYTES + sum(sample) * lengths.row_share * (config.top_k * 14 + 8)),
+        "results": int(n_held * lengths.tokens / lengths.n_dialogues * (_TOKEN_BYTES + lengths.row_share * row_bytes)),
     }
 
 
@@ -142,6 +177,9 @@ def _with_vllm(
     wanted = config.tensor_parallel_size
     sizes = [n for n in (1, 2, 4, 8, 16) if wanted <= n <= hardware.devices and shape.heads % n == 0] or [wanted]
 
+    def parts_of(tensor_parallel: int, quantised_to: str | None = None) -> dict[str, int]:
+        return gpu_parts(shape, limit, hardware.memory_bytes, tensor_parallel, dtype, quantised_to)
+
     def fits(parts: dict[str, int]) -> bool:
         inside = sum(size for part, size in parts.items() if part not in ("logits", "cuda"))
         return (
@@ -149,21 +187,21 @@ def _with_vllm(
             and sum(parts.values()) <= hardware.memory_bytes
         )  # fmt: skip
 
-    chosen = next((n for n in sizes if fits(gpu_parts(shape, limit, hardware.memory_bytes, n, dtype))), sizes[-1])
-    parts = gpu_parts(shape, limit, hardware.memory_bytes, chosen, dtype)
-    engines = min(max(1, hardware.devices // chosen), config.engines or hardware.devices)
+    chosen = next((n for n in sizes if fits(parts_of(n))), sizes[-1])
+    parts = parts_of(chosen)
+    engines = _engines(config, hardware, chosen)
     used = engines * chosen
     changes: list[str] = []
     if used > hardware.devices:
         changes.append(f"extract.tensor_parallel_size {chosen} asks for more than {hardware.devices} GPUs")
     if not fits(parts):
         for smaller in ("fp8", "int4"):
-            least = next((n for n in sizes if fits(gpu_parts(shape, limit, hardware.memory_bytes, n, smaller))), None)
+            least = next((n for n in sizes if fits(parts_of(n, smaller))), None)
             if least is not None:
                 changes.append(f"its model to one quantised to {smaller}, on {least} GPU" + "s" * (least > 1))
                 break
         changes.append("extract.backend: vllm-server, where it runs elsewhere")
-    step = max_batched_tokens(shape.vocab, hardware.memory_bytes, dtype_bytes=int(ITEM_BYTES.get(dtype, 2)))
+    step = max_batched_tokens(shape.vocab, hardware.memory_bytes, dtype_bytes=int(ITEM_BYTES[dtype]))
     return StagePlan(
         **common, devices=used, device_parts=parts, device_limit_bytes=hardware.memory_bytes,
         host_parts={"processes": GPU_PROCESS_BYTES * used}, host_limit_bytes=hardware.host_memory_bytes,

@@ -13,8 +13,8 @@ import yaml
 
 from fusechat.artifact import Json
 from fusechat.errors import ConfigError
-from fusechat.merge.size import parse_size
 from fusechat.plan.models import shipped
+from fusechat.quantity import parse_size
 
 _KEYS = ("device", "memory", "host_memory", "devices", "tflops", "disk_rate", "efficiency")
 

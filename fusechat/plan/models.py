@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fusechat.artifact import Json, read_json
-from fusechat.checkpoint import INDEX_FILE, SINGLE_FILE, hub_id, read_weights
+from fusechat.checkpoint import INDEX_FILE, ITEM_BYTES, SINGLE_FILE, hub_id, read_weights
 from fusechat.errors import DataError, FormatError
 from fusechat.plan.model_shape import ModelShape, count_parameters, shape_from_config
 
 _FOLDER = Path(__file__).parent / "facts"
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "fp8", "F8_E5M2": "fp8", "I8": "int8"}
 _WEIGHTS = ("*.safetensors", INDEX_FILE, "*.bin", "*.pth")
+_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def shipped(name: str) -> Json:
@@ -54,18 +55,25 @@ def _local(directory: Path) -> tuple[ModelShape, str]:
         raise FormatError(f"{directory / 'config.json'} is not a JSON object")
     if not any(any(directory.glob(pattern)) for pattern in _WEIGHTS):  # of a served source: they are the server's
         return shape_from_config(directory.name, config), "its config"
-    entries = read_weights(directory, SINGLE_FILE, INDEX_FILE).values()
-    dtypes: dict[str, int] = {}
-    for entry in entries:
-        dtypes[entry.dtype] = dtypes.get(entry.dtype, 0) + entry.size_bytes
-    widest = max(dtypes, key=lambda dtype: dtypes[dtype])
-    n_elements = sum(entry.n_elements for entry in entries)
-    stored = _DTYPES.get(widest, widest)
-    return _with_headers(directory.name, config, sum(dtypes.values()), n_elements, stored), "its headers"
+    elements: dict[str, int] = {}
+    for entry in read_weights(directory, SINGLE_FILE, INDEX_FILE).values():
+        elements[entry.dtype] = elements.get(entry.dtype, 0) + entry.n_elements
+    return _with_headers(directory.name, config, elements), "its headers"
 
 
-def _with_headers(name: str, config: Json, size_bytes: int, n_elements: int, dtype: str) -> ModelShape:
-    shape = replace(shape_from_config(name, config), dtype=dtype, weight_bytes=size_bytes)
+def _with_headers(name: str, config: Json, elements: Mapping[str, int]) -> ModelShape:
+    """Return the shape of a config with the size of its weights, and the dtype a forward pass has by itself.
+
+    `elements` counts the stored ones by safetensors' dtypes. A quantised model computes in the dtype its config states:
+    its floats are scales and ends.
+    """
+    shape = shape_from_config(name, config)
+    n_elements = sum(elements.values())
+    floats = {_FLOATS[dtype]: n for dtype, n in elements.items() if dtype in _FLOATS}
+    computed = shape.dtype if shape.quantisation and shape.dtype in _FLOATS.values() else ""
+    computed = computed or max(floats, key=lambda dtype: floats[dtype], default="float32")
+    size_bytes = sum(n * ITEM_BYTES.get(dtype, 1) for dtype, n in elements.items())
+    shape = replace(shape, dtype=computed, weight_bytes=size_bytes)
     counted = count_parameters(shape)
     # Rotary tables, odd extra heads: small. A config of another model than the weights: not small.
     if shape.quantisation is None and shape.known and not math.isclose(counted, n_elements, rel_tol=0.02):
@@ -83,15 +91,11 @@ def _hub(model: str, known: list[str]) -> ModelShape:
     try:
         name, revision = hub_id(model)
         config: Any = read_json(Path(hf_hub_download(name, "config.json", revision=revision)))
-        sizes = get_safetensors_metadata(name, revision=revision).parameter_count
+        stored = get_safetensors_metadata(name, revision=revision).parameter_count
     except (OSError, ValueError, RuntimeError, HFValidationError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(
             f"nothing is known of model {model}: no directory, no answer from the hub ({reason}), and the shipped "
             f"facts are of {', '.join(known)}"
         ) from error
-    n_elements = sum(sizes.values())
-    widest = max(sizes, key=lambda dtype: sizes[dtype])
-    item = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4}
-    size_bytes = sum(n * item.get(dtype, 1) for dtype, n in sizes.items())
-    return _with_headers(model, config, size_bytes, n_elements, _DTYPES.get(widest, widest))
+    return _with_headers(model, config, {str(dtype): n for dtype, n in stored.items()})

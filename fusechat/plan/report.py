@@ -5,32 +5,9 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from fusechat.merge.size import human_bytes
 from fusechat.plan import Plan
 from fusechat.plan.stage import StagePlan
-
-
-def human_count(n: float) -> str:
-    """Write a number of parameters or operations with three digits."""
-    for limit, suffix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if n >= limit:
-            return f"{n / limit:.3g}{suffix}"
-    return f"{n:.0f}"
-
-
-def human_flops(n: float) -> str:
-    """Write floating-point operations with three digits and an SI prefix."""
-    return human_count(n).replace("B", "G") if n else "–"
-
-
-def human_time(seconds: float) -> str:
-    """Write a duration in the unit that suits it."""
-    if seconds < 1:
-        return "< 1 s"
-    for limit, unit in ((86_400 * 2, "d"), (5_400, "h"), (90, "min")):
-        if seconds >= limit:
-            return f"{seconds / {'d': 86_400, 'h': 3_600, 'min': 60}[unit]:.1f} {unit}"
-    return f"{seconds:.0f} s"
+from fusechat.quantity import duration, human_bytes, prefixed
 
 
 def print_plan(plan: Plan, console: Console) -> None:
@@ -46,7 +23,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     total = sum(stage.seconds for stage in plan.stages)
     left = "" if plan.disk_limit_bytes is None else f" of {human_bytes(plan.disk_limit_bytes)}"
     console.print(
-        f"together {human_time(total)}, {human_bytes(plan.disk_bytes)}{left} on the disk", highlight=False, style="bold"
+        f"together {duration(total)}, {human_bytes(plan.disk_bytes)}{left} on the disk", highlight=False, style="bold"
     )
     if plan.strategies:
         cells = [
@@ -82,13 +59,13 @@ def _stages(plan: Plan) -> Table:
         table.add_row(
             stage.stage,
             stage.name,
-            human_count(stage.parameters),
+            prefixed(stage.parameters, giga="B"),
             str(stage.devices or "–"),
             human_bytes(stage.device_bytes) if stage.devices else "–",
             human_bytes(stage.host_bytes),
             human_bytes(stage.disk_bytes) if stage.disk_bytes else "–",
-            human_flops(stage.flops),
-            human_time(stage.seconds),
+            prefixed(stage.flops) if stage.flops else "–",
+            duration(stage.seconds),
             "[green]fits[/]" if stage.fits else "[red]no[/]",
         )
     return table

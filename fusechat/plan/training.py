@@ -37,10 +37,12 @@ def plan_training(
     """
     padded = 1.0 if config.packing else lengths.padded_share(config.micro_batch_size)
     frozen = config.lora is not None
-    steps = config.max_steps if config.max_steps > 0 else math.ceil(
-        math.ceil(lengths.n_dialogues / config.batch_size) * config.epochs
-    )  # fmt: skip
-    seen = min(steps * config.batch_size / lengths.n_dialogues, config.epochs)
+    if config.max_steps > 0:  # whatever `epochs` says
+        steps = config.max_steps
+        seen = steps * config.batch_size / lengths.n_dialogues
+    else:
+        steps = math.ceil(math.ceil(lengths.n_dialogues / config.batch_size) * config.epochs)
+        seen = config.epochs
     flops = seen * training_flops(shape, lengths.tokens, lengths.typical, lengths.rows, frozen=frozen)
     done = seen * training_flops(shape, lengths.tokens * padded, lengths.typical, lengths.rows, frozen=frozen)
     done *= (4 / 3 if not frozen else 3 / 2) if config.gradient_checkpointing else 1.0

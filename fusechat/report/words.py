@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fusechat.merge.size import human_bytes
+from fusechat import quantity
 
 UNKNOWN = "n/a"
 
@@ -35,31 +35,17 @@ def count(value: float | None) -> str:
 
 def short(value: float | None) -> str:
     """Write a number with three digits and a unit prefix (1234 → 1.23k)."""
-    if value is None:
-        return UNKNOWN
-    for limit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= limit:
-            return f"{value / limit:.3g}{suffix}"
-    return f"{value:.3g}"
+    return UNKNOWN if value is None else quantity.prefixed(value)
 
 
 def size(value_bytes: float | None) -> str:
     """Write a number of bytes."""
-    return UNKNOWN if value_bytes is None else human_bytes(value_bytes)
+    return UNKNOWN if value_bytes is None else quantity.human_bytes(value_bytes)
 
 
 def duration(seconds: float | None) -> str:
     """Write a time in its two largest units."""
-    if seconds is None:
-        return UNKNOWN
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    if whole < 86400:
-        return f"{whole // 3600} h {whole % 3600 // 60} min"
-    return f"{whole // 86400} d {whole % 86400 // 3600} h"
+    return UNKNOWN if seconds is None else quantity.duration(seconds)
 
 
 def rate(per_second: float | None, unit: str) -> str:

@@ -1,0 +1,11 @@
+"""What each model of a run is extracted with."""
+
+from __future__ import annotations
+
+from fusechat.config import ExtractConfig, RunConfig, SourceConfig
+
+
+def extract_settings(config: RunConfig, source: SourceConfig | None = None) -> ExtractConfig:
+    """Return the settings of the pivot, or of a source: its own where it has some, `template: pivot` by its place."""
+    own = (source.extract if source else None) or config.extract
+    return own.model_copy(update={"template": config.pivot}) if own.template == "pivot" else own
