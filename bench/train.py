@@ -26,7 +26,17 @@ from fusechat.artifact import ShardedWriter, sha256_file
 from fusechat.bench.claims import Claim, absent, at_least, at_most
 from fusechat.bench.report import parser, report, sizes
 from fusechat.bench.timing import interleave, ratio
-from fusechat.store import ALIGNED_FORMAT, TOPK_FORMAT, TOPK_VERSION, Block, make_block, open_topk, write_block
+from fusechat.packing import is_packed
+from fusechat.store import (
+    ALIGNED_FORMAT,
+    TOPK_FORMAT,
+    TOPK_VERSION,
+    Block,
+    make_block,
+    map_stored,
+    open_topk,
+    write_block,
+)
 from fusechat.train.batch import TOKEN_COLUMNS, fusion_batch
 from fusechat.train.batches import StepBatches
 from fusechat.train.collate import collate
@@ -58,16 +68,21 @@ def write_stores(folder: Path, n_dialogues: int, length: int) -> tuple[Path, dic
             "row.gold_logprob": np.log(rng.random(n_rows)).astype(np.float32),
         }
 
+    # As a run's own: the mask is the turns', and nine gold tokens of ten are of their row's K, so that it lies packed.
+    mask, found = np.arange(length) > 0, np.arange(n_rows) % 10 > 0
     pivots, aligned = [], []
     for index in range(n_dialogues):
+        input_ids, rows = rng.integers(0, VOCABULARY, length).astype(np.int32), distribution()
+        rows["row.ids"][found, 0] = input_ids[1:][found]
+        rows["row.gold_logprob"][found] = rows["row.logprobs"][found, 0]
         pivots.append(
             {
                 "dialogue.index": np.array([index]),
-                "token.input_ids": rng.integers(0, VOCABULARY, length).astype(np.int32),
-                "token.loss_mask": np.arange(length) > 0,
-                "token.turn": np.ones(length, np.int32),
-                "token.byte_end": np.arange(length, dtype=np.int32) * 4,
-                **distribution(),
+                "token.input_ids": input_ids,
+                "token.loss_mask": mask,
+                "token.turn": np.where(mask, 0, -1).astype(np.int32),
+                "token.byte_end": np.where(mask, 4 * np.arange(length), -1).astype(np.int32),
+                **rows,
             }
         )
         aligned.append(
@@ -127,6 +142,7 @@ def data_claims(size: dict[str, int]) -> list[Claim]:
     with tempfile.TemporaryDirectory() as temporary:
         pivot_path, paths = write_stores(Path(temporary), batch, size["length"])
         pivot = open_topk(pivot_path)
+        assert is_packed(map_stored(pivot_path / "shard-00000.safetensors").columns)
         calls = {}
         for name, (rule, granularity) in rules.items():
             # The pivot and one source: two candidates. Read before, so that the pages are in memory.

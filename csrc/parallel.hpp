@@ -7,12 +7,13 @@
 #include <cstdint>
 #include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
 namespace fusechat {
 
-// Calls body(begin, end) for consecutive ranges that cover [0, n), at most `grain` items each, on `threads` threads.
+// Calls body(begin, end) for consecutive ranges that cover [0, n), at most `grain` items each, on `threads` threads at most.
 // The first exception thrown by a body is rethrown here after all threads have stopped.
 template <class Body>
 void parallel_for(std::int64_t n, std::int64_t grain, int threads, Body &&body) {
@@ -40,7 +41,11 @@ void parallel_for(std::int64_t n, std::int64_t grain, int threads, Body &&body) 
     };
     std::vector<std::thread> pool;
     pool.reserve(workers - 1);
-    for (int i = 1; i < workers; ++i) pool.emplace_back(work);
+    try {
+        for (int i = 1; i < workers; ++i) pool.emplace_back(work);
+    } catch (const std::system_error &) {
+        // The system gives no more threads: those that run, and this one, do all of it.
+    }
     work();
     for (auto &thread : pool) thread.join();
     if (failure) std::rethrow_exception(failure);

@@ -174,7 +174,7 @@ class ShardedWriter:
         if self._lock is not None:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock_directory(self.directory)
+        self._lock = lock_directory(self.directory)
         if not (self.directory / REQUEST).exists():
             write_json(self.directory / REQUEST, self.request)
 
@@ -232,7 +232,7 @@ def write_shard(directory: Path, name: str, write: Any, **facts: Any) -> Json:
     return shard
 
 
-def _lock_directory(directory: Path) -> int:
+def lock_directory(directory: Path) -> int:
     """Lock a directory for writing and return the lock's descriptor; raises FusechatError when another process has it.
 
     A killed process's lock is gone with it; only its file stays, and is taken over.

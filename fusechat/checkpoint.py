@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,8 @@ _NUMPY_DTYPES = {
     "F32": "<f4", "F64": "<f8", "I64": "<i8", "U64": "<u8", "C64": "<c8",
 }  # fmt: skip
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+# Configuration, tokenizers of every kind, and code, which is copied beside a merged model and never run.
+_SMALL_FILES = ("*.json", "*.model", "*.txt", "*.tiktoken", "*.jinja", "*.py")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -259,10 +261,10 @@ def hub_commit(directory: Path) -> str | None:
     return directory.name if directory.parent.name == "snapshots" else None
 
 
-def resolve_model(model: str, *, weights: bool = True, others: Sequence[str] = ()) -> Path:
+def resolve_model(model: str, *, weights: bool = True) -> Path:
     """Return the directory of a local model, or of a hub id, `owner/name` or `owner/name@revision`, which it downloads.
 
-    Downloaded are weights, unless told not, JSON files, tokenizer and template, and `others`, patterns of names.
+    Downloaded are weights, unless told not, and what is small: configuration, tokenizer, template, code.
     Raises DataError when there is no such directory and the hub has, or can be asked for, no such id.
     """
     path = Path(model).expanduser()
@@ -275,7 +277,7 @@ def resolve_model(model: str, *, weights: bool = True, others: Sequence[str] = (
 
     try:
         name, revision = hub_id(model)
-        wanted = ["*.json", "*.model", "*.jinja", *["*.safetensors"] * weights, *others]
+        wanted = [*_SMALL_FILES, *["*.safetensors"] * weights]
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except (OSError, ValueError, RuntimeError, HFValidationError) as error:
         reason = str(error).splitlines()[0]

@@ -218,13 +218,15 @@ class TrainConfig(_Section):
             raise ValueError(f"objective {self.objective} takes select min_ce or source, per sequence")
         if self.objective == "alm" and (self.label_smoothing or self.z_loss):
             raise ValueError("objective alm takes neither label_smoothing nor z_loss")
+        if self.objective == "uld" and self.z_loss:
+            raise ValueError("objective uld takes no z_loss: set it to 0")
         if self.source_weights and (self.select != "weighted" or min(self.source_weights.values()) < 0):
             raise ValueError("source_weights are numbers of 0 or more, for select: weighted")
         return self
 
 
 class MergeConfig(_Section):
-    """How the targets become one model."""
+    """How the targets become one model; with `train.mode: multi` there is one, and only `sweep` is of use."""
 
     method: Literal["sce", "linear"] = Field("sce", description="any other by `sweep`, or by `fusechat merge`")
     variant: Literal["fuseai", "paper", "mergekit"] = Field("fuseai", description="sce: which of its three readings")
@@ -234,6 +236,21 @@ class MergeConfig(_Section):
         None,
         description="merges to compare on validation dialogues, in place of the above: merge_method, parameters, each",
     )
+
+    @model_validator(mode="after")
+    def _belongs_to_the_method(self) -> MergeConfig:
+        foreign = {"weights"} if self.method == "sce" else {"variant", "select_topk"}
+        for name, default in self.changed().items():
+            if name in foreign:
+                raise ValueError(f"{name} is not of method: {self.method}: leave it out (default {default})")
+        if self.weights is not None and sum(self.weights) == 0:
+            raise ValueError("weights sum to zero, and linear divides by their sum: give others")
+        return self
+
+    def changed(self) -> dict[str, Any]:
+        """Return the defaults of the keys that have other values."""
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
+        return {name: default for name, default in defaults.items() if getattr(self, name) != default}
 
 
 class EvalConfig(_Section):
@@ -259,17 +276,39 @@ class RunConfig(_Section):
     eval: EvalConfig = EvalConfig()
 
     @model_validator(mode="after")
-    def _names_differ(self) -> RunConfig:
+    def _sources_are_told_apart(self) -> RunConfig:
         names = [source_name(source) for source in self.sources]
         for name in {"pivot", "sft", "merged", "multi"} & set(names):
             raise ValueError(f"a source may not be named {name!r}")
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two sources are named {name!r}: give them a `name`")
+        unknown = sorted(set(self.train.source_weights) - {"pivot", *names})
+        if unknown:
+            raise ValueError(
+                f"train.source_weights names {', '.join(unknown)}: there are pivot and the sources {', '.join(names)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_test_chooses_nothing(self) -> RunConfig:
         if self.train.final == "best" and self.data.validation is None:
             raise ValueError(
                 "train.final: best needs data.validation: chosen by the held-out dialogues, the results would flatter"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _merge_fits_the_targets(self) -> RunConfig:
+        idle = {name: default for name, default in self.merge.changed().items() if name != "sweep"}
+        if self.train.mode == "multi" and idle:
+            raise ValueError(
+                "train.mode: multi makes one target, which is the result: leave out "
+                + ", ".join(f"merge.{name} (default {default})" for name, default in idle.items())
+            )
+        weights = self.merge.weights
+        if weights is not None and len(weights) != len(self.sources):
+            raise ValueError(f"merge.weights has {len(weights)} numbers for {len(self.sources)} sources: give one each")
         return self
 
     @model_validator(mode="after")

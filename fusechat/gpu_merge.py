@@ -1,7 +1,8 @@
 """The compiled engine's `merge_tensor` for SCE on a GPU: the same call, the same report, over kernels/sce.py.
 
-Thresholds and elected signs are the CPU engine's, bit for bit; η differs from it by the order of a float64 sum. The
-report's energies are of every element, where the CPU engine measures one tile in sixteen.
+What is selected and elected is the CPU engine's, bit for bit; η differs from it by the order of a float64 sum. A
+reported threshold may be a bound just below the smallest selected variance. The report's energies are of every element,
+where the CPU engine measures one tile in sixteen.
 """
 
 from __future__ import annotations

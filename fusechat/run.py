@@ -22,7 +22,7 @@ import yaml
 
 from fusechat.artifact import MANIFEST, Json, atomic_write, read_json, write_json
 from fusechat.callable_module import make_callable
-from fusechat.config import RunConfig, load_config, source_name
+from fusechat.config import RunConfig, TrainConfig, load_config, source_name
 from fusechat.dialogue import dataset_fingerprint
 from fusechat.errors import FormatError, MismatchError
 from fusechat.layout import Layout
@@ -153,19 +153,17 @@ def _taught_by(layout: Layout, names: list[str]) -> list[Path]:
 def _train_all(config: RunConfig, layout: Layout, names: list[str], held_out: list[Dialogue], report: Reporter) -> None:
     from fusechat.train import train
 
-    stores = _taught_by(layout, names)
-    targets: dict[str, list[Path]] = {name: [store] for name, store in zip(names, stores)}
-    if config.train.mode == "multi":
-        targets = {MULTI: stores}
+    stores = dict(zip(names, _taught_by(layout, names)))
+    targets = {MULTI: names} if config.train.mode == "multi" else {name: [name] for name in names}
     if config.train.sft_control:
         targets[SFT] = []
     for name, taught_by in targets.items():
         provenance = train(
             config.pivot,
             layout.store("pivot"),
-            taught_by,
+            [stores[source] for source in taught_by],
             layout.target(name),
-            config.train,
+            target_settings(config, taught_by),
             seed=config.seed,
             held_out=held_out,
             progress=report.stage(f"train {name}", "steps"),
@@ -174,9 +172,15 @@ def _train_all(config: RunConfig, layout: Layout, names: list[str], held_out: li
         report.done(f"train {name}", f"loss {provenance['losses'][-1]:.4f}{share}" if provenance["losses"] else "done")
 
 
+def target_settings(config: RunConfig, taught_by: Sequence[str]) -> TrainConfig:
+    """Return the settings of the target that these sources teach: of the sources' weights, only theirs."""
+    weights = {k: w for k, w in config.train.source_weights.items() if k == "pivot" or k in taught_by}
+    return config.train.model_copy(update={"source_weights": weights})
+
+
 def merge_recipe(config: RunConfig, layout: Layout, names: list[str]) -> Json:
     """Return the merge of the run's targets onto the pivot in the YAML form `fusechat merge` reads."""
-    weights = [1.0] * len(names) if names == [MULTI] else config.merge.weights or [1.0] * len(names)
+    weights = config.merge.weights or [1.0] * len(names)
     models = [{"model": str(layout.target(name))} for name in names]
     if config.merge.method == "linear" or names == [MULTI]:
         return {
@@ -216,7 +220,8 @@ def _merge(config: RunConfig, layout: Layout, names: list[str], validation: list
         return
     recipe = merge_recipe(config, layout, names)
     provenance = merge(recipe, layout.merged, progress=report.stage("merge", "bytes"))
-    report.done("merge", f"{config.merge.method}, {provenance['n_tensors']} tensors")
+    how = "the one target as it is" if names == [MULTI] else recipe["merge_method"]
+    report.done("merge", f"{how}, {provenance['n_tensors']} tensors")
 
 
 def _evaluate(config: RunConfig, layout: Layout, names: list[str], held_out: list[Dialogue], report: Reporter) -> Json:

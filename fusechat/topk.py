@@ -66,7 +66,7 @@ def topk_logprob(
     ids = torch.empty(n_rows, k, dtype=torch.int32, device=hidden.device)
     logprobs = torch.empty(n_rows, k, dtype=torch.float32, device=hidden.device)
     lse = torch.empty(n_rows, dtype=torch.float32, device=hidden.device)
-    label_logprob = torch.full((n_rows,), float("nan"), device=hidden.device)
+    label_logprob = torch.full((n_rows,), float("nan"), dtype=torch.float32, device=hidden.device)
     if scale is None and hidden.dtype in NATIVE_FORMATS and backend_for(hidden.device) != "torch":
         known = torch.full((n_rows,), -1, device=hidden.device) if labels is None else labels.long()
         step = budget_bytes // row_bytes

@@ -7,7 +7,7 @@ import torch
 from dense_loss import dense_loss, make_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_loss import FORMS, assert_elementwise, run_ours
+from test_loss import FORMS, assert_elementwise, rising_rows, run_ours
 from test_loss_cells import make_cells
 
 from fusechat.kernels import reference
@@ -136,6 +136,15 @@ def test_ranges_leave_the_logits_where_no_gradient_is_wanted():
         bool(labels[1] != -100),
         False,
     ]
+
+
+def test_a_low_temperature_of_rows_whose_logits_rise():
+    """Catches sums that keep an earlier block's maximum."""
+    common = {"hard_weight": 0.4, "missing": "tail", "student_temperature": 0.1}
+    loss, gradient, size, _, _ = dense_loss(*rising_rows(), **common)
+    out, ours = run_ours(*rising_rows(), **common)
+    torch.testing.assert_close(out.loss.double(), loss, rtol=3e-6, atol=1e-6)
+    assert_elementwise(ours, gradient, size / 0.1)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 4.0])

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -23,6 +25,7 @@ from fusechat.checkpoint import (
     resolve_model,
 )
 from fusechat.errors import DataError, FormatError
+from fusechat.merge import output
 
 
 def write_raw(path: Path, header: Any, data: bytes = b"", *, declared: int | None = None) -> Path:
@@ -221,3 +224,15 @@ def test_hub_ids_may_name_a_revision(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "a@b").mkdir()
     assert resolve_model(str(tmp_path / "a@b")) == tmp_path / "a@b"
     assert hub_commit(tmp_path / "a@b") is None
+
+
+def test_everything_that_a_merge_copies_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a tokenizer that a model of the hub has and the models made from it lack."""
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda _, **options: asked.update(options) or tmp_path)
+    for weights in (True, False):
+        assert resolve_model("somebody/model", weights=weights) == tmp_path
+        patterns = asked["allow_patterns"]
+        for name in (*output._TOKENIZER_FILES, *output._BASE_FILES, "config.json"):
+            assert any(fnmatch(name.replace("*", "qwen"), pattern) for pattern in patterns), name
+        assert any(fnmatch("model.safetensors", pattern) for pattern in patterns) == weights

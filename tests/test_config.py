@@ -48,6 +48,21 @@ def test_overrides_change_single_keys_and_keep_their_neighbours(tmp_path: Path) 
         ("", ["sources=[./a, ./b/a]"], "two sources are named 'a'"),
         ("", ["sources=[{model: ./a, name: sft}]"], "may not be named 'sft'"),
         ("", ["sources=[]"], "at least 1 item"),
+        ("train: {objective: uld, z_loss: 0.1}\n", [], "objective uld takes no z_loss"),
+        (
+            "train: {select: weighted, source_weights: {a: 1, c: 2}}\n",
+            [],
+            "names c: there are pivot and the sources a, bee",
+        ),
+        (
+            "merge: {method: linear, weights: [1, 2, 3]}\n",
+            [],
+            "merge.weights has 3 numbers for 2 sources: give one each",
+        ),
+        ("merge: {method: linear, weights: [1, -1]}\n", [], "weights sum to zero"),
+        ("merge: {weights: [1, 2]}\n", [], "weights is not of method: sce: leave it out (default None)"),
+        ("merge: {select_topk: 1}\n", ["merge.method=linear"], "select_topk is not of method: linear: leave it out"),
+        ("merge: {variant: paper}\n", ["train.mode=multi"], "leave out merge.variant (default fuseai)"),
         ("x: [", [], "is not valid YAML"),
     ],
 )
@@ -56,6 +71,15 @@ def test_mistakes_are_named_in_one_line(tmp_path: Path, addition: str, overrides
         load_config(_write(tmp_path, MINIMAL + addition), overrides)
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_what_belongs_together_is_taken(tmp_path: Path) -> None:
+    path = _write(tmp_path, MINIMAL)
+    weighted = ["train.select=weighted", "train.source_weights={pivot: 0, a: 1, bee: 2}"]
+    assert load_config(path, weighted).train.source_weights["bee"] == 2
+    assert load_config(path, ["merge.method=linear", "merge.weights=[1, 3]"]).merge.weights == [1, 3]
+    multi = load_config(path, ["train.mode=multi", "merge.select_topk=0.1"])  # a default written out is no wish
+    assert parse_config(multi.model_dump(), "again") == multi
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

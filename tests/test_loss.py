@@ -287,3 +287,38 @@ def test_an_infinite_or_absent_number_is_not_hidden():
     assert out.hard[1].isnan()
     assert out.hard[[0, 2]].isfinite().all()
     assert gradient[[0, 2]].isfinite().all()
+
+
+def rising_rows():
+    """Return rows of several blocks of the compiled loop whose later blocks hold logits up to ten above the first's."""
+    rows = make_rows(17, 6, 5000, 6)
+    rows[0][:, :2000].clamp_(max=0.0)
+    rows[0][:, 4000:].add_(4.0)
+    return rows
+
+
+def test_a_low_temperature_of_rows_whose_logits_rise():
+    """Catches a block that is scaled by an earlier one's maximum: at τ = 0.1 ten logits more are an exponent of 100."""
+    common = {"hard_weight": 0.4, "missing": "tail", "student_temperature": 0.1}
+    loss, gradient, size, _, soft = dense_loss(*rising_rows(), **common)
+    out, ours = run_ours(*rising_rows(), **common)
+    torch.testing.assert_close(out.loss.double(), loss, rtol=3e-6, atol=1e-6)
+    torch.testing.assert_close(out.soft.double(), soft, rtol=1e-5, atol=3e-6)
+    assert_elementwise(ours, gradient, size / 0.1)
+
+
+def test_the_default_dtype_does_not_reach_the_loss():
+    """Catches λ and the normaliser rounded to bfloat16 in a process that sets it for its model."""
+    rows = make_rows(18, 30, 77, 5)
+    expected, gradient = run_ours(*rows, hard_weight=0.3)
+    upstream = torch.tensor(1.0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        z = rows[0].clone().requires_grad_(True)
+        found = sparse_soft_ce(z * 1, *rows[1:], hard_weight=0.3)
+        (ours,) = torch.autograd.grad(found.loss, z, upstream)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for value, exact in zip((*found, ours), (*expected, gradient)):
+        assert value.dtype == exact.dtype
+        assert torch.equal(value, exact)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from dense_loss import make_rows
 
+from fusechat.errors import ConfigError
 from fusechat.loss import sparse_soft_ce
 from fusechat.loss.backend import backend_for
 
@@ -16,6 +17,7 @@ OPTIONS = [
     {"missing": "tail", "divergence": "jsd"},
     {"missing": "uniform", "label_smoothing": 0.1},
     {"missing": "tail", "student_temperature": 2.0, "softcap": 9.0, "z_loss": 1e-4},
+    {"missing": "tail", "student_temperature": 0.1},
 ]
 
 
@@ -129,3 +131,21 @@ def test_the_backend_is_chosen_and_can_be_forced(monkeypatch):
     monkeypatch.setenv("FUSECHAT_LOSS", "numpy")
     with pytest.raises(ValueError, match="use native, triton or torch"):
         backend_for(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "logits", [torch.zeros(3, 8, dtype=torch.float64), torch.zeros(8, 3).t()], ids=["f64", "columns"]
+)
+def test_a_forced_backend_is_used_or_refused(logits, monkeypatch):
+    """Catches a comparison of backends that measures torch's twice."""
+    rows = (torch.zeros(3).long(), torch.zeros(3, 2).long(), torch.zeros(3, 2))
+    for forced in ("native", "triton"):
+        monkeypatch.setenv("FUSECHAT_LOSS", forced)
+        with pytest.raises(ConfigError, match=f"FUSECHAT_LOSS is {forced}, which takes float32"):
+            sparse_soft_ce(logits, *rows, hard_weight=0.5)
+    for free in ("", "torch"):
+        monkeypatch.setenv("FUSECHAT_LOSS", free)
+        assert sparse_soft_ce(logits, *rows, hard_weight=0.5).loss.isfinite()
+    monkeypatch.setenv("FUSECHAT_LOSS", "native")
+    with pytest.raises(ConfigError, match="runs on the CPU, but the tensors are on cuda:0"):
+        backend_for(torch.device("cuda:0"))

@@ -12,7 +12,10 @@ from dense_loss import dense_loss, make_rows
 from test_loss import FORMS, assert_elementwise
 
 from fusechat.errors import ConfigError
-from fusechat.loss.tensor_parallel import sharded_sparse_soft_ce
+from fusechat.loss import sparse_soft_ce, tensor_parallel
+from fusechat.loss.options import LossOptions
+from fusechat.loss.rows import check_rows
+from fusechat.loss.tensor_parallel import shard_loss, sharded_sparse_soft_ce
 
 N, V, K = 12, 61, 9
 FIRST = (0, 23)  # shards of different width
@@ -71,3 +74,37 @@ def test_columns_outside_the_vocabulary_are_refused():
     for first in (-1, 5):
         with pytest.raises(ConfigError, match="not within the vocabulary of 14"):
             sharded_sparse_soft_ce(logits, labels, ids, logprobs, first=first, vocabulary=14, hard_weight=0.5)
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """Let this process be the only rank, which holds every column."""
+    monkeypatch.setattr(tensor_parallel, "_reduce", lambda values, *_: values)
+
+
+@pytest.mark.parametrize("form", [{"missing": "tail"}, {"missing": "uniform"}, {"softcap": 5.0}], ids=str)
+def test_a_token_that_is_impossible_leaves_numbers(alone, form):
+    """Catches 0 · −∞: a model that masks tokens gives their logits as −∞."""
+    logits, labels, ids, logprobs = make_rows(3, N, V, K)
+    logits[:, 5] = -float("inf")
+    labels[labels == 5], ids[ids == 5] = 6, 6
+    whole, shard = (logits.clone().requires_grad_(True) for _ in range(2))
+    expected = sparse_soft_ce(whole * 1, labels, ids, logprobs, hard_weight=0.4, **form)
+    found = sharded_sparse_soft_ce(shard * 1, labels, ids, logprobs, first=0, vocabulary=V, hard_weight=0.4, **form)
+    for out in (expected, found):
+        out.loss.backward()
+    assert found.loss.isfinite()
+    for ours, exact in zip((*found, shard.grad), (*expected, whole.grad)):
+        torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-6)
+
+
+def test_an_index_no_rank_owns_does_not_pass_for_absent(alone):
+    """Catches a row that is computed without its label or without an entry of its teacher."""
+    logits, labels, ids, logprobs = make_rows(4, N, V, K)
+    labels[:4] = torch.tensor([V, 3, -1, 3])
+    ids[1, 0] = V
+    with pytest.raises(ConfigError, match=f"label {V} of row 0 lies outside the vocabulary of {V}"):
+        sharded_sparse_soft_ce(logits, labels, ids, logprobs, first=0, vocabulary=V, hard_weight=0.4)
+    rows = check_rows(labels, ids, logprobs, 0.4, None, None, None, shape=(N, V))
+    loss = shard_loss(logits, rows, LossOptions(), 0, V, None, None)[0]  # as on a GPU, where asking would wait
+    assert loss.isnan().tolist() == [True, True, True] + [False] * (N - 3)

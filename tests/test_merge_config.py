@@ -115,6 +115,11 @@ def test_out_dtype_wins_over_dtype() -> None:
         ({"merge_method": "dare_ties", "parameters": {"weight": 1, "density": 0.0}}, "density must be above 0"),
         ({"merge_method": "dare_linear", "parameters": {"weight": 1, "rescale": False}}, "is not DARE"),
         ({"merge_method": "linear", "base_model": None, "parameters": {"weight": 0}}, "sum to zero"),
+        ({"merge_method": "varm", "parameters": {"granularity": ["layer", "matrix"]}}, "granularity is one value"),
+        (
+            {"merge_method": "varm", "parameters": {"granularity": [{"filter": "mlp", "value": "layer"}, "matrix"]}},
+            "granularity is one value for the whole merge",
+        ),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_refused_in_one_line(change: dict[str, Any], message: str) -> None:

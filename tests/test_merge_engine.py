@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from fusechat.merge import reference
 
 F32 = npt.NDArray[np.float32]
 ONE_SEGMENT = 65536
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def to_bf16(values: F32) -> F32:
@@ -243,6 +246,22 @@ def test_a_bracket_of_carried_ties(tmp_path: Path) -> None:
         assert ties[-1] + 1 in np.flatnonzero(moved == 0.25)  # the first that is not taken is a neighbour
 
 
+def test_candidates_that_are_taken_up_again_count_alone(tmp_path: Path) -> None:
+    """Catches lanes behind a tile's candidates that still hold another tile's: a hundredth of the elements, anywhere,
+    has the largest key; more than a list holds share the next, so that what was carried is passed over again."""
+    n = 16 * ONE_SEGMENT + 100
+    rng = np.random.default_rng(4)
+    moved = rng.choice(np.array([0.5, 0.25, 0.0], np.float32), n, p=[0.01, 0.095, 0.895])
+    base = np.ones(n, np.float32)
+    targets = np.stack([base, base, base, base, base + moved])
+    k, n_largest = int((moved > 0).sum()) // 10, int((moved == 0.5).sum())
+    _, report = run(tmp_path, base, targets, dtypes="BF16", out_dtype="BF16", **sce_options(0.1, "paper"))
+    (selection,) = report["selections"]
+    assert selection["k"] == k > n_largest
+    assert selection["energy"] == [0, 0, 0, 0, 0.25 * n_largest + 0.0625 * (k - n_largest)]
+    assert report["n_touched"] == k
+
+
 def test_checksums_are_xxh64(tmp_path: Path) -> None:
     """Catches a hash of our own making, by xxHash's published values, and chunks hashed out of place."""
     known = {b"": 0xEF46DB3751D8E999, b"xxhash": 0x32DD38952C4BC720}
@@ -325,6 +344,32 @@ def test_rounding_is_to_nearest_even(tmp_path: Path, dtype: str) -> None:
     np.testing.assert_array_equal(found, expected)
 
 
+FEW_THREADS = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from fusechat import _native
+logits = np.random.default_rng(0).normal(0, 1, (64, 500)).astype(np.float32)
+def top(threads):
+    return _native.topk_logprob(logits=logits, format="float32", labels=None, k=5, softcap=0.0, threads=threads)
+one = top(1)
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+for room_mib in (20, 2):  # room for a stack or two of 8 MiB, and for none
+    limit = pages * resource.getpagesize() + (room_mib << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    print(all(np.array_equal(a, b, equal_nan=True) for a, b in zip(one, top(8))))
+"""
+
+
+def test_where_the_system_gives_no_thread_one_does_the_work() -> None:
+    """Catches a process that ends, without a word of Python's, because a thread could not be started."""
+    done = subprocess.run(
+        [sys.executable, "-c", FEW_THREADS], env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout.split() == ["True", "True"], done.stderr[-2000:]
+
+
 def test_what_comes_from_python_is_checked(tmp_path: Path) -> None:
     """Catches reads and writes outside the data."""
     good: dict[str, Any] = {"weights": [1.0], "out_dtype": "F32", "out_fd": 1, "out_offset": 0}
@@ -333,6 +378,7 @@ def test_what_comes_from_python_is_checked(tmp_path: Path) -> None:
         ([zeros], 4, {}),
         ([zeros, (-1, -1, "F32", 4, None)], 4, {}),
         ([zeros, (-1, 0, "F32", 5, None)], 4, {}),
+        ([(-1, 0, "F32", 3, None), zeros], 4, {}),
         ([zeros, (-1, 0, "F8", 4, None)], 4, {}),
         ([zeros, zeros], -1, {}),
         ([zeros, zeros], 2**60, {}),

@@ -13,7 +13,10 @@ from merge_family import expect, make_family, random_tensors, read_all, recipe, 
 from safetensors.numpy import save_file
 
 from fusechat.errors import DataError, FormatError
-from fusechat.merge import merge, reference
+from fusechat.merge import estimate, merge, reference
+from fusechat.merge.config import ModelRef
+from fusechat.merge.inputs import open_model
+from fusechat.merge.verify import verify
 
 F32 = npt.NDArray[np.float32]
 Q = "model.layers.0.self_attn.q_proj"
@@ -204,6 +207,88 @@ def test_vocab_pad_keeps_the_longest(family: dict[str, Path], tmp_path: Path) ->
     write_model(same["b"], {k: (v * 3 if v.shape[:1] == (40,) else v) for k, v in read_all(same["b"]).items()})
     merge(recipe(same), tmp_path / "plain")
     np.testing.assert_array_equal(merged[:40], read_all(tmp_path / "plain")["model.embed_tokens.weight"])
+
+
+def embeddings(paths: dict[str, Path]) -> dict[str, npt.NDArray[np.float64]]:
+    """The embedding of every model."""
+    return {name: read_all(path)[f"{EMBED}.weight"].astype(np.float64) for name, path in paths.items()}
+
+
+@pytest.mark.parametrize("vocab", ["base", "pad"])
+def test_rows_that_a_target_lacks_are_the_bases_for_every_method(
+    family: dict[str, Path], tmp_path: Path, vocab: str
+) -> None:
+    """Catches missing rows that count as zero where a method sees the models themselves, not their differences."""
+    paths = family | {"a": resized(tmp_path, family["a"], 39), "b": resized(tmp_path, family["b"], 37)}
+    e = embeddings(paths)
+    a, b = np.vstack([e["a"], e["base"][39:]]), np.vstack([e["b"], e["base"][37:]])
+    merge(recipe(paths, "linear", vocab=vocab, out_dtype="float32"), tmp_path / "linear")
+    merged = read_all(tmp_path / "linear")[f"{EMBED}.weight"]
+    np.testing.assert_allclose(merged, (0.2 * a + 0.5 * b + 0.4 * e["c"]) / 1.1, rtol=1e-6, atol=1e-7)
+    pair = {"base": paths["base"], "b": paths["b"]}
+    turned = {name: np.roll(values, 3) for name, values in read_all(paths["b"]).items()}
+    write_model(pair["b"], turned, config={"vocab_size": 37})
+    b = np.vstack([turned[f"{EMBED}.weight"], e["base"][37:]]).astype(np.float32)
+    merge(recipe(pair, "slerp", vocab=vocab, out_dtype="float32", parameters={"t": 0.3}), tmp_path / "slerp")
+    merged = read_all(tmp_path / "slerp")[f"{EMBED}.weight"]
+    expected = reference.slerp(e["base"].astype(np.float32).ravel(), b.ravel(), 0.3)
+    np.testing.assert_allclose(merged.ravel(), expected, rtol=1e-6, atol=1e-7)
+    assert min(verify(tmp_path / "linear"), verify(tmp_path / "slerp")) > 5
+
+
+def test_a_flaw_in_rows_that_the_base_lends_is_the_bases(family: dict[str, Path], tmp_path: Path) -> None:
+    """Catches a NaN of the base that is blamed on the target whose rows it fills, or on another row."""
+    paths = family | {"b": resized(tmp_path, family["b"], 37)}
+    tensors = {name: values.astype(np.float32) for name, values in read_all(family["base"]).items()}
+    tensors[f"{EMBED}.weight"][39, 3] = np.nan
+    write_model(family["base"], tensors)
+    with pytest.raises(DataError, match=rf"of {family['base']} has 1 values.*first at \[39, 3\].*write zeros there"):
+        merge(recipe(paths, "linear", vocab="base"), tmp_path / "out")
+    merge(recipe(family, "linear"), tmp_path / "out")  # where no target lacks rows, linear does not read the base
+
+
+def test_adapters_of_a_longer_vocabulary_count_in_every_row(family: dict[str, Path], tmp_path: Path) -> None:
+    """Catches factors whose rows do not fit the base's, and further rows without their update."""
+    paths = family | {"a": resized(tmp_path, family["a"], 48)}
+    a, b = factors(3, 48, 16)
+    module = {EMBED.replace(".", "__"): (np.ascontiguousarray(b.T), np.ascontiguousarray(a.T))}
+    adapter = write_adapter(tmp_path / "adapter", **module)
+    e = embeddings(paths)
+    moved = e["a"] + 2.0 * b.astype(np.float64) @ a
+    models = [{"model": f"{paths['a']}+{adapter}", "parameters": {"weight": 0.25}}]
+    for vocab, expected in {
+        "base": e["base"] + 0.25 * (moved[:40] - e["base"]),
+        "pad": np.vstack([e["base"] + 0.25 * (moved[:40] - e["base"]), moved[40:]]),
+    }.items():
+        config = recipe(paths, "task_arithmetic", models=models, vocab=vocab, out_dtype="float32")
+        merge(config, tmp_path / f"out-{vocab}")
+        merged = read_all(tmp_path / f"out-{vocab}")[f"{EMBED}.weight"]
+        np.testing.assert_allclose(merged, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_memory_counts_the_adapters_of_all_models(
+    family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches an estimate that holds one adapter's factors where a tensor's merge holds those of every model."""
+    adapter = write_adapter(tmp_path / "adapter", **{Q.replace(".", "__"): factors(1, 16, 16)})
+    refs = [ModelRef(model=str(family[name]), adapter=str(adapter)) for name in ("base", "a", "b")]
+    assert estimate.adapter_bytes([open_model(ref) for ref in refs]) == 3 * 4 * (4 * 16 + 16 * 4)
+    monkeypatch.setattr(estimate, "resident_bytes", lambda: 0)
+    needs = [
+        merge(recipe(family, models=[str(ref) for ref in chosen]), tmp_path / "out", threads=1, dry_run=True)
+        for chosen in (refs[1:], [str(family["a"]), str(family["b"])])
+    ]
+    assert needs[0]["memory_bytes"] - needs[1]["memory_bytes"] == 2 * 4 * (4 * 16 + 16 * 4)
+
+
+def test_a_further_row_that_the_outputs_dtype_cannot_hold_is_refused(family: dict[str, Path], tmp_path: Path) -> None:
+    """Catches a silent infinity in rows that the base lacks."""
+    paths = family | {"a": resized(tmp_path, family["a"], 48)}
+    tensors = {name: values.astype(np.float32) for name, values in read_all(paths["a"]).items()}
+    tensors[f"{EMBED}.weight"][47, 2] = 7e4
+    write_model(paths["a"], tensors, config={"vocab_size": 48})
+    with pytest.raises(DataError, match=rf"{EMBED}\.weight: 1 merged values exceed F16"):
+        merge(recipe(paths, vocab="pad", out_dtype="float16"), tmp_path / "out")
 
 
 def test_merged_model_loads_in_transformers(tmp_path: Path) -> None:

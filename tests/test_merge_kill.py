@@ -94,7 +94,7 @@ def test_a_kill_at_every_write_resumes_to_the_same_bytes(tmp_path: Path) -> None
     for nth in range(1, n_writes + 1):
         shutil.rmtree(place / "out", ignore_errors=True)
         assert _in_child(nth, config, place / "out") == 0
-        # Between the last write, the rename, and the end nothing is left to do.
+        # After the rename only the lock's file is left to remove.
         assert not (place / "out").exists() or nth == n_writes
         assert merge(config, place / "out", **OPTIONS) == whole, f"write {nth}"
         assert checksums(place / "out") == expected, f"write {nth}"

@@ -92,6 +92,25 @@ def test_dare_keeps_the_share_it_should_and_differs_by_seed() -> None:
         assert abs((kept & other).mean() - 0.09) < 0.006
 
 
+def test_what_dare_drops_does_not_survive(family: dict[str, Path], tmp_path: Path) -> None:
+    """Catches survivors counted as what they are scaled to, with which no share is small and no warning comes."""
+    density = [0.3, 0.8, 1.0]
+    config = recipe(family, "dare_linear", seed=11)
+    for model, weight, share in zip(config["models"], WEIGHTS, density):
+        model["parameters"] = {"weight": weight, "density": share}
+    found = merge(config, tmp_path / "out")
+    models = {name: read_all(path) for name, path in family.items()}
+    kept, whole = np.zeros(3), np.zeros(3)
+    for name in SHAPES:
+        base, *targets = (m[name].astype(np.float32).ravel() for m in models.values())
+        for j, target in enumerate(targets):
+            energy = (target - base).astype(np.float64) ** 2
+            kept[j] += energy[draw(11, j, name, base.size, density[j])].sum()
+            whole[j] += energy.sum()
+    np.testing.assert_allclose(found["surviving_share"], kept / whole, rtol=1e-6)
+    assert [warning.split(" of the update")[0] for warning in found["warnings"]] == [f"only {kept[0] / whole[0]:.0%}"]
+
+
 @pytest.mark.parametrize("granularity", ["matrix", "layer", "model", "parameter"])
 @pytest.mark.parametrize("place", ["parameters", "top"])
 def test_varm(family: dict[str, Path], tmp_path: Path, granularity: str, place: str) -> None:
@@ -197,3 +216,6 @@ def test_one_target_needs_no_variance(family: dict[str, Path], tmp_path: Path) -
         np.testing.assert_array_equal(values, read_all(family["a"])[name])
     with pytest.raises(ConfigError, match="needs two targets"):
         merge(recipe(pair, parameters={"select_topk": 0.1, "variant": "paper"}), tmp_path / "bad")
+    for value in ([{"filter": "mlp", "value": 0.1}, 1.0], [1.0, 0.1]):
+        with pytest.raises(ConfigError, match="needs two targets"):
+            merge(recipe(pair, parameters={"select_topk": value, "variant": "paper"}), tmp_path / "bad")

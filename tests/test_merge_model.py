@@ -16,7 +16,7 @@ import yaml
 from merge_family import SHAPES, checksums, expect, make_family, random_tensors, read_all, recipe, write_model
 
 from fusechat.errors import ConfigError, DataError, FormatError, FusechatError, MismatchError
-from fusechat.merge import merge, reference
+from fusechat.merge import merge, reference, tensor
 from fusechat.merge.verify import verify
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,6 +110,26 @@ def test_integer_and_bool_buffers_are_copied_if_equal(family: dict[str, Path], t
     with pytest.raises(DataError, match=r"steps.*cannot be merged and differs"):
         merge(recipe(again), tmp_path / "bad")
     assert not (tmp_path / "bad").exists()
+
+
+def test_buffers_are_copied_piece_by_piece(
+    family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a buffer of more than 2 GiB, which is more than one read gives, that is cut short silently."""
+    again = {name: write_model(tmp_path / f"{name}2", read_all(path) | {"steps": np.arange(99)})
+             for name, path in family.items()}  # fmt: skip
+    monkeypatch.setattr(tensor, "COPY_BYTES", 64)
+    merge(recipe(again), tmp_path / "out")
+    assert read_all(tmp_path / "out")["steps"].tolist() == list(range(99))
+    last = np.arange(99)
+    last[98] = 0
+    write_model(again["b"], read_all(family["b"]) | {"steps": last})
+    with pytest.raises(DataError, match=r"steps.*cannot be merged and differs"):
+        merge(recipe(again), tmp_path / "bad")
+    real = os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, n, at: real(fd, n, at)[:50])
+    with pytest.raises(FormatError, match="'steps' is cut short"):
+        merge(recipe(again), tmp_path / "bad")
 
 
 def test_models_that_do_not_fit_are_refused_before_anything_is_written(family: dict[str, Path], tmp_path: Path) -> None:
@@ -218,6 +238,42 @@ def test_a_killed_merge_resumes_to_the_same_bytes(family: dict[str, Path], tmp_p
     assert (tmp_path / "out.partial").is_dir()
     assert merge(recipe(family), out, max_shard_bytes=2000, resume=True) == whole
     assert checksums(out) == checksums(tmp_path / "whole")
+    assert not (tmp_path / "out.partial").exists()
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+import yaml
+from fusechat.merge import merge
+def wait(done, total):
+    print("writing", flush=True)
+    time.sleep(60)
+merge(yaml.safe_load(sys.argv[1]), Path(sys.argv[2]), progress=wait)
+"""
+
+
+def test_a_second_process_may_not_write_the_same_merge(family: dict[str, Path], tmp_path: Path) -> None:
+    """Catches two merges into one folder, the first of which publishes what the second has begun to remove."""
+    out = tmp_path / "out"
+    first = subprocess.Popen(
+        [sys.executable, "-c", WRITER, yaml.safe_dump(recipe(family)), str(out)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert first.stdout is not None
+        assert first.stdout.readline().strip() == "writing"
+        before = sorted(path.name for path in (tmp_path / "out.partial").iterdir())
+        for resume in (False, True):
+            with pytest.raises(FusechatError, match="is being written by another run"):
+                merge(recipe(family), out, resume=resume)
+        assert sorted(path.name for path in (tmp_path / "out.partial").iterdir()) == before
+    finally:
+        first.kill()
+        first.wait()
+    merge(recipe(family), tmp_path / "plain")
+    merge(recipe(family), out, resume=True)
+    assert checksums(out) == checksums(tmp_path / "plain")
     assert not (tmp_path / "out.partial").exists()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from merge_family import checksums, make_family, read_all, recipe
+from merge_family import checksums, make_family, random_tensors, read_all, recipe, write_model
 from rich.console import Console
 
 from fusechat.commands import sweep as sweep_command
@@ -103,10 +103,15 @@ def test_the_best_is_left_with_its_table(family: dict[str, Path], scored: list[s
     assert checksums(out)["model.safetensors"] == checksums(tmp_path / "plain")["model.safetensors"]
     assert sweep(_recipe(family), ENTRIES, out, VALIDATION) == table
     assert len(scored) == 3
-    with pytest.raises(MismatchError, match="other merges or dialogues"):
+    with pytest.raises(MismatchError, match=r"other inputs \(recipes"):
         sweep(_recipe(family), ENTRIES[1:], out, VALIDATION)
-    with pytest.raises(MismatchError, match="other merges or dialogues"):
+    with pytest.raises(MismatchError, match=r"other inputs \(validation"):
         sweep(_recipe(family), ENTRIES, out, VALIDATION[1:])
+    with pytest.raises(MismatchError, match=r"other inputs \(options"):
+        sweep(_recipe(family), ENTRIES, out, VALIDATION, allow_nonfinite=True)
+    write_model(family["a"], random_tensors(9), shards=3)
+    with pytest.raises(MismatchError, match=r"other inputs \(models_sha256"):
+        sweep(_recipe(family), ENTRIES, out, VALIDATION)
 
 
 def test_keep_all_keeps_the_others(family: dict[str, Path], scored: list[str], tmp_path: Path) -> None:

@@ -138,11 +138,14 @@ def config_of(world: TinyWorld, folder: Path) -> Path:
 def test_a_training_step_is_profiled(tiny_world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fusechat.profile import report
 
+    # What a run has held-out dialogues for, a piece does without.
+    chosen = ["train.final=best", f"data.validation={tiny_world.dialogues}"]
     # perf would run the stage a second time; `merge` below has it.
     monkeypatch.setattr(report, "profile_native", lambda *_: ("no perf in this test", {}))
     out = tmp_path / "profile"
     done = CliRunner().invoke(
-        app, ["profile", "train", str(config_of(tiny_world, tmp_path)), "--out", str(out), "--dialogues", "8"]
+        app,
+        ["profile", "train", str(config_of(tiny_world, tmp_path)), *chosen, "--out", str(out), "--dialogues", "8"],
     )
     assert done.exit_code == 0, done.output
     assert "no perf in this test" in done.output
@@ -154,6 +157,19 @@ def test_a_training_step_is_profiled(tiny_world: TinyWorld, tmp_path: Path, monk
     assert facts["ncu"].startswith("ncu --nvtx")
     assert (out / "memory.csv").read_text().startswith("seconds,bytes\n0.0")
     assert not (tmp_path / "run").exists(), "a profile leaves the run's folder alone"
+
+
+def test_extraction_is_seen_where_a_run_gives_it_to_a_child(
+    tiny_world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine with a GPU: the products must be in this process's trace."""
+    from fusechat.config import load_config
+    from fusechat.extract import backend
+    from fusechat.profile.stage import profile_torch
+
+    monkeypatch.setattr(backend, "visible_devices", lambda: ["0"])
+    profile_torch("extract", load_config(config_of(tiny_world, tmp_path)), tmp_path, 4)
+    assert any(operator.n_flops for operator in read_operators(tmp_path / "trace.json"))
 
 
 def test_compiled_functions_of_a_merge(tiny_world: TinyWorld, tmp_path: Path) -> None:

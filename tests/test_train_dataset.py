@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from fusechat.train.collate import collate
 from fusechat.train.dataset import Example, FusionDataset
 from fusechat.train.select import Selection
 from fusechat.train.source import open_source
-from fusechat.train.targets import Targets, mixed
+from fusechat.train.targets import CellRows, Targets, mixed, picked
 
 K = 2
 INF = np.inf
@@ -170,23 +171,71 @@ def test_finer_rows_take_their_ranges_from_the_cell_axis() -> None:
     finer = np.array([False, True, False, True])
     row = Targets.by(np.arange(8).reshape(4, 2), np.full((4, 2), -1.0))
     low, high = np.array([[0, 5, 0], [0, 1, 2]]), np.array([[0, 9, 0], [0, 4, 7]])
-    cells = Targets.by(np.array([[50, 51, 52], [60, 61, 62]]), np.full((2, 3), -2.0), low, high)
-    taught = row.filled(finer, cells)
-    assert taught.ids.tolist() == [[0, 1, 0], [50, 51, 52], [4, 5, 0], [60, 61, 62]]
-    assert taught.high.tolist() == [[0, 0, 0], [0, 9, 0], [0, 0, 0], [0, 4, 7]]
-    assert np.isneginf(taught.logprobs).tolist() == [
-        [False, False, True],
-        [False] * 3,
-        [False, False, True],
-        [False] * 3,
-    ]
+    cells = CellRows(np.array([[50, 51, 52], [60, 61, 62]]), np.full((2, 3), -2.0), low, high)
+    batch = collate([_example_of(row), _example_of(replace(row, partition=finer, cells=cells))], pad_token_id=0)
+    coarse = [[0, 1, -1], [2, 3, -1], [4, 5, -1], [6, 7, -1]]
+    assert batch["target_ids"].tolist() == [*coarse, coarse[0], [50, 51, 52], coarse[2], [60, 61, 62]]
+    assert batch["target_logprobs"][5].tolist() == [-2.0] * 3
+    assert batch["partition"].tolist() == [False] * 4 + finer.tolist()
+    assert batch["target_low"].tolist() == [[0] * 3] * 5 + [[0, 5, 0], [0] * 3, [0, 1, 2]]
+    assert batch["target_high"].tolist() == [[0] * 3] * 5 + [[0, 9, 0], [0] * 3, [0, 4, 7]]
 
 
-def test_no_finer_row_at_all_changes_nothing() -> None:
-    row = Targets.by(np.arange(4).reshape(2, 2), np.zeros((2, 2)))
-    none = np.zeros(2, dtype=np.bool_)
-    taught = row.filled(none, Targets.by(np.zeros((0, 3)), np.zeros((0, 3))))
-    assert taught.ids[:, :2].tolist() == row.ids.tolist()
+def _example_of(targets: Targets) -> Example:
+    n = len(targets)
+    return Example(
+        dialogue=0,
+        input_ids=np.arange(n + 1),
+        labels=np.arange(n + 1),
+        rows=np.arange(n),
+        targets=targets,
+        taught=np.ones(n),
+        row_weight=np.ones(n),
+        origin=np.zeros(n, dtype=np.int64),
+    )
+
+
+def test_cells_may_be_fewer_than_a_rows_entries() -> None:
+    row = Targets.by(np.arange(6).reshape(2, 3), np.zeros((2, 3)))
+    one = np.array([[9]])
+    cells = CellRows(one, np.array([[-1.0]]), one - 9, one)
+    batch = collate([_example_of(replace(row, partition=np.array([False, True]), cells=cells))], pad_token_id=0)
+    assert batch["target_ids"].tolist() == [[0, 1, 2], [9, -1, -1]]
+    assert batch["target_high"].tolist() == [[0, 0, 0], [9, 0, 0]]
+
+
+def test_rows_keep_their_entries_and_ranges_wherever_they_go() -> None:
+    """Every operation against rows written out one by one."""
+    rng = np.random.default_rng(0)
+    n = 30
+
+    def rows_of(targets: Targets) -> list[tuple[Any, ...]]:
+        rows, cell_row = [], 0
+        for r, partition in enumerate(targets.partition.tolist()):
+            columns = [targets.ids[r], targets.logprobs[r], np.zeros(targets.width), np.zeros(targets.width)]
+            if partition and targets.cells is not None:
+                columns, cell_row = [column[cell_row] for column in targets.cells], cell_row + 1
+            entries = zip(*(column.tolist() for column in columns))
+            rows.append((partition, [entry for entry in entries if entry[1] > -INF]))
+        assert targets.cells is None or {len(column) for column in targets.cells} == {cell_row}
+        assert targets.present().tolist() == [bool(entries) for _, entries in rows]
+        return rows
+
+    for _ in range(30):
+        parts = []
+        for width, cell_width in rng.integers(1, 7, (3, 2)).tolist():
+            part = Targets.by(rng.integers(0, 99, (n, width)).astype(np.uint16), rng.normal(size=(n, width)))
+            finer = rng.random(n) < rng.choice([0.0, 0.3])
+            shape = int(finer.sum()), cell_width
+            if rng.random() < 0.7:
+                ids, low, high = rng.integers(0, 99, (3, *shape)).astype(np.int32)
+                part = replace(part, partition=finer, cells=CellRows(ids, rng.normal(size=shape), low, high))
+            parts.append(part)
+        written = [rows_of(part) for part in parts]
+        which, rows, gone = rng.integers(0, 3, n), rng.integers(0, n, n), rng.random(n) < 0.5
+        assert rows_of(picked(parts, which)) == [written[c][r] for r, c in enumerate(which)]
+        assert rows_of(parts[0].taken(rows)) == [written[0][r] for r in rows]
+        assert rows_of(parts[0].without(gone)) == [(False, []) if g else row for g, row in zip(gone, written[0])]
 
 
 @pytest.mark.parametrize("renormalise", [False, True])
@@ -203,11 +252,11 @@ def test_mixtures_are_those_of_the_loss(renormalise: bool) -> None:
     weights = rng.dirichlet(np.ones(2), n_rows).T.astype(np.float32)
     weights[:, rng.random(n_rows) < 0.2] = [[0.0], [1.0]]
     ours = mixed(parts, weights, renormalise=renormalise)
-    wide = [t.widened(5) for t in parts]
-    logprobs = torch.from_numpy(np.stack([t.logprobs for t in wide], 1)).float()
-    ids = torch.from_numpy(np.stack([t.ids for t in wide], 1).astype(np.int64))
+    wide = [np.pad(t.logprobs, ((0, 0), (0, 5 - t.width)), constant_values=-np.inf) for t in parts]
+    logprobs = torch.from_numpy(np.stack(wide, 1)).float()
+    ids = torch.from_numpy(np.stack([np.pad(t.ids, ((0, 0), (0, 5 - t.width))) for t in parts], 1).astype(np.int64))
     ids = torch.where(logprobs > -torch.inf, ids, -1)
     _, theirs = mix_candidates(ids, logprobs, torch.from_numpy(weights.T.copy()), renormalise=renormalise)
-    kept = np.r_[0:3, 5:10]  # without what `widened` added
+    kept = np.r_[0:3, 5:10]  # without the padding
     np.testing.assert_allclose(ours.logprobs, theirs.numpy()[:, kept], rtol=2e-6, atol=1e-6)
     assert (ours.ids == ids.flatten(1).numpy()[:, kept])[ours.logprobs > -np.inf].all()

@@ -7,14 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
 from fusechat.errors import ConfigError
+from fusechat.plan.model_shape import forward_flops, shape_from_config
 from fusechat.train.batch import fusion_batch
 from fusechat.train.chunks import alm_row_weights, chunk_divergence
 from fusechat.train.collate import collate
 from fusechat.train.dataset import Example
+from fusechat.train.fit import flops_per_token
 from fusechat.train.forward import LossSettings, head_loss, install_loss, router_weight
 from fusechat.train.targets import Targets
 
@@ -144,15 +147,43 @@ def test_the_router_loss_is_kept() -> None:
         install_loss(_model("Llama"), LossSettings(router_weight=0.1), None)
 
 
+@pytest.mark.parametrize("objective", ["soft", "alm", "uld"])
 @pytest.mark.parametrize("packing", [False, True])
-def test_a_process_without_dialogues_still_takes_part(packing: bool) -> None:
+def test_a_process_without_dialogues_still_takes_part(packing: bool, objective: str) -> None:
     model = _model("Llama")
-    install_loss(model, LossSettings(), None)
+    install_loss(model, LossSettings(objective=objective), None)
     batch = collate([], pad_token_id=0, packing=packing)
     loss = model(**_tokens(batch), batch=fusion_batch(batch, 0.5))["loss"]
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+def test_without_a_gradient_the_labels_are_as_they_are() -> None:
+    """Held-out bits are of the text, however training smooths its labels."""
+    model = _model("Llama")
+    batch = collate([_example(1, 14)], pad_token_id=0)
+    logits = model(**_tokens(batch), use_cache=False).logits.flatten(0, 1)[batch["rows"]]
+    plain, smoothed = (
+        F.cross_entropy(logits, batch["row_labels"], reduction="sum", label_smoothing=share).item()
+        for share in (0.0, 0.2)
+    )
+    install_loss(model, LossSettings(label_smoothing=0.2), None)
+    assert model(**_tokens(batch), batch=fusion_batch(batch, 0.6))["hard"].item() == pytest.approx(smoothed, rel=2e-5)
+    with torch.no_grad():
+        scored = model(**_tokens(batch), batch=fusion_batch(batch, 0.6))["hard"].item()
+    assert scored == pytest.approx(plain, rel=2e-5)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_flops_are_of_the_weights_a_token_passes(name: str) -> None:
+    """Against what the plan makes of the configuration, which sees no module."""
+    model = _model(name)
+    shape = shape_from_config(name, model.config.to_dict())
+    forward = forward_flops(shape, tokens=1, context_tokens=0, head_rows=1)
+    assert flops_per_token(model) == pytest.approx(3 * forward, rel=5e-3)  # norms are weights, and no products
+    model.requires_grad_(False)
+    assert flops_per_token(model) == pytest.approx(2 * forward, rel=5e-3)
 
 
 def test_a_frozen_head_gets_no_gradient_of_its_weight(monkeypatch: pytest.MonkeyPatch) -> None:

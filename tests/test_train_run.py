@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 from fusechat.errors import ConfigError
+from fusechat.ledger import read_ledger
 from fusechat.run import run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,9 +73,28 @@ def test_all_sources_teach_one_target_and_it_is_the_result(alone: Path) -> None:
     target, merged = (load_file(alone / place / "model.safetensors") for place in ("targets/multi", "merged"))
     for name, weight in target.items():
         torch.testing.assert_close(merged[name], weight)
+    merge = [line for line in read_ledger(alone / "stages.jsonl") if line["stage"] == "merge" and "note" in line]
+    assert [line["note"].partition(",")[0] for line in merge] == ["the one target as it is"]
     assert set(json.loads((alone / "results.json").read_text())["groups"]["overall"]["models"]) == {
         "pivot", "source source", "source twin", "target multi", "merged",
     }  # fmt: skip
+
+
+def test_weights_of_all_sources_teach_and_merge_their_own_targets(tiny_world: Any, twin: Path, tmp_path: Path) -> None:
+    out = tmp_path / "weighted"
+    run(_config(tiny_world, twin, out), [
+        "train.mode=pairwise", "train.select=weighted", "train.source_weights={pivot: 0, source: 1, twin: 2}",
+        "train.max_steps=2", "train.sft_control=true", "merge.method=linear", "merge.weights=[1, 3]",
+    ])  # fmt: skip
+    targets = {name: out / "targets" / name for name in ("source", "twin", "sft")}
+    asked = {
+        name: json.loads((target / "provenance.json").read_text())["request"]["train"]["source_weights"]
+        for name, target in targets.items()
+    }
+    assert asked == {"source": {"pivot": 0, "source": 1}, "twin": {"pivot": 0, "twin": 2}, "sft": {"pivot": 0}}
+    one, other = (load_file(targets[name] / "model.safetensors") for name in ("source", "twin"))
+    for name, weight in load_file(out / "merged" / "model.safetensors").items():
+        torch.testing.assert_close(weight, (one[name] + 3 * other[name]) / 4)
 
 
 def test_the_held_out_dialogues_may_not_choose(tiny_world: Any, twin: Path, tmp_path: Path) -> None:

@@ -17,12 +17,12 @@ from fusechat.artifact import sha256_file
 from fusechat.config import TrainConfig, parse_train
 from fusechat.dialogue import load_dialogues
 from fusechat.errors import ConfigError, MismatchError
-from fusechat.loss import Cells, sparse_soft_ce
+from fusechat.loss import Cells, candidate_weights, sparse_soft_ce
 from fusechat.store import open_aligned, open_topk, same_vocabulary
 from fusechat.train.collate import collate
 from fusechat.train.dataset import FusionDataset
 from fusechat.train.matched import open_matched
-from fusechat.train.select import Selection
+from fusechat.train.select import Selection, row_weights
 from fusechat.train.source import TwinSource, open_source
 
 FAST = ["max_steps=2", "batch_size=6", "micro_batch_size=3", "learning_rate=1e-3", "warmup_ratio=0"]
@@ -47,6 +47,7 @@ def stores(tiny_world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         fusechat.extract(str(path), dialogues, folder / name, top_k=5)
     for name in ("source", "twin"):
         fusechat.align(folder / "pivot", folder / name, folder / f"{name}-aligned")
+    shutil.copytree(folder / "source-aligned", folder / "source-again")
     return folder
 
 
@@ -74,8 +75,6 @@ def test_turns_and_tokens_are_decided_on_the_rows_both_have(stores: Path, rule: 
     names = ("source-aligned", "twin")
     dataset = _dataset(stores, names, rule=rule, unit=unit, ce_unit=ce_unit, weights=asked, when_pivot_wins="pivot")
     aligned, twin = open_aligned(stores / "source-aligned"), open_topk(stores / "twin")
-    from fusechat.train.select import row_weights
-
     decided = set()
     for position, dialogue in enumerate(dataset.indices[:8]):
         record = dataset.pivot[dialogue]
@@ -112,10 +111,27 @@ def test_turns_and_tokens_are_decided_on_the_rows_both_have(stores: Path, rule: 
     assert len(decided) > 1 or rule in ("source", "weighted")
 
 
-def test_mixtures_have_the_cross_entropy_of_their_parts(stores: Path) -> None:
-    """Rows that partition the vocabulary cannot be mixed; they stand beside the mixture, and nothing changes by it."""
-    weights = {"pivot": 0.5, "source-aligned": 2.0, "twin": 1.5}
-    names = ("source-aligned", "twin")
+@pytest.mark.parametrize("unit", ["turn", "token"])
+@pytest.mark.parametrize("rule", ["min_ce", "avg_ce"])
+def test_rows_are_weighed_as_by_the_loss_library(stores: Path, rule: Any, unit: str) -> None:
+    dataset = _dataset(stores, ("twin",), rule=rule, unit=unit, ce_unit="token")
+    twin = open_topk(stores / "twin")
+    for dialogue in dataset.indices[:8]:
+        record = dataset.pivot[dialogue]
+        gold = np.stack([record["row.gold_logprob"], twin[dialogue]["row.gold_logprob"]])
+        units = torch.tensor(_units(record, unit))
+        theirs = candidate_weights(torch.from_numpy(gold.T), units, choice=rule, n_units=int(units.max()) + 1)
+        np.testing.assert_allclose(row_weights(dataset.sources, gold, record, dataset.select).T, theirs, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("other", "of_pivot"), [("twin", 0.5), ("source-again", 0.0)])
+def test_mixtures_have_the_cross_entropy_of_their_parts(stores: Path, other: str, of_pivot: float) -> None:
+    """Rows that partition the vocabulary cannot be mixed; they stand beside the mixture, and nothing changes by it.
+
+    Where all candidates partition it, there is no mixture.
+    """
+    weights = {"pivot": of_pivot, "source-aligned": 2.0, other: 1.5}
+    names = ("source-aligned", other)
     mixed = _dataset(stores, names, rule="weighted", weights=weights, when_pivot_wins="pivot")
     order = torch.from_numpy(mixed.byte_order)
     torch.manual_seed(0)
@@ -131,6 +147,7 @@ def test_mixtures_have_the_cross_entropy_of_their_parts(stores: Path) -> None:
             logits[rows], batch["row_labels"], batch["target_ids"], batch["target_logprobs"], hard_weight=hard_weight,
             row_weight=batch["row_weight"], partition=batch["partition"], cells=cells, missing="zero", inplace=False,
         )  # fmt: skip
+        assert (batch["row_weight"] > 0).all()  # a row without weight would cost its logits
         position_weight = torch.zeros(len(logits)).index_add_(0, rows, batch["row_weight"])
         assert torch.allclose(position_weight[position_weight > 0], torch.ones(()))
         soft = torch.zeros(len(logits)).index_add_(0, rows, out.soft * batch["row_weight"])
@@ -173,6 +190,42 @@ def test_all_sources_compete_in_multi(stores: Path, tiny_world: Any, tmp_path: P
     line = json.loads((tmp_path / "t" / "training.jsonl").read_text().splitlines()[0])
     shares = [line[f"share_{name}"] for name in ("pivot", "source-aligned", "twin")]
     assert sum(shares) == pytest.approx(1)
+
+
+@pytest.fixture(scope="module")
+def control(stores: Path, tiny_world: Any) -> dict[str, Any]:
+    """What the SFT control makes of the default settings."""
+    made = fusechat.train(
+        str(tiny_world.pivot), stores / "pivot", None, stores / "control", parse_train([*FAST, "logging_steps=1"]),
+        held_out=load_dialogues(tiny_world.dialogues)[:4],
+    )  # fmt: skip
+    return {"losses": made["losses"], **made["measured"]}
+
+
+SELECTIONS = [
+    *(("soft", rule, unit) for rule in ("min_ce", "avg_ce", "source", "weighted") for unit in ("sequence", "token")),
+    *((objective, rule, "sequence") for objective in ("alm", "uld") for rule in ("min_ce", "source")),
+]
+
+
+@pytest.mark.parametrize(("objective", "select", "unit"), SELECTIONS)
+def test_the_control_is_the_same_whatever_teaches_the_targets(
+    objective: str, select: str, unit: str, control: dict[str, Any], stores: Path, tiny_world: Any, tmp_path: Path
+) -> None:
+    settings = [f"objective={objective}", f"select={select}", f"select_unit={unit}", "hard_weight=0.2"]
+    settings += ["mode=multi", "when_pivot_wins=pivot"] if select in ("source", "weighted") else []
+    settings += ["source_weights={pivot: 0.5, twin: 2}"] if select == "weighted" else []
+    made = fusechat.train(
+        str(tiny_world.pivot), stores / "pivot", None, tmp_path / "t",
+        parse_train([*FAST, "logging_steps=1", *settings]), held_out=load_dialogues(tiny_world.dialogues)[:4],
+    )  # fmt: skip
+    assert made["losses"] == pytest.approx(control["losses"], rel=1e-6)
+    for (step, bits), (own_step, own_bits) in zip(
+        made["measured"]["held_out_bits_per_byte"], control["held_out_bits_per_byte"], strict=True
+    ):
+        assert (step, bits) == (own_step, pytest.approx(own_bits, rel=1e-6))
+    log = [json.loads(line) for line in (tmp_path / "t" / "training.jsonl").read_text().splitlines()]
+    assert {line["coverage"] for line in log if "coverage" in line} == {0.0}
 
 
 def test_a_source_of_the_same_vocabulary_needs_no_alignment(stores: Path) -> None:

@@ -12,7 +12,7 @@ namespace fusechat::loss {
 // It stays in the L1 cache from its conversion to its exponentials, and is half a page off whole pages: see docs/kernels.md.
 constexpr std::int64_t kBlock = 1536;
 
-// How far a logit may lie above the shift before the exponentials so far are rescaled: e^16 leaves fp32 room for sums.
+// How far an exponent may lie above 0 before the exponentials so far are rescaled: e^16 leaves fp32 room for sums.
 constexpr float kSlack = 16.0F;
 
 // Coefficients that a pair of the widest vectors holds, and so the most cells whose tokens the loops tell apart.
@@ -38,7 +38,7 @@ struct RowScratch {
     std::vector<float> e_hard;
     std::vector<float> slope;          // derivative of the softcap
     std::vector<std::uint64_t> holes;  // one bit a token
-    float shift = 0;                   // within kSlack of the maximum of the tokens that are no holes
+    float shift = 0;                   // within the slack of the maximum of the tokens that are no holes
     float top = 0;                     // that maximum
     double sum = 0;                    // Σ e_j over the tail
     double sum_hard = 0;               // the same at τ = 1, if wanted

@@ -57,6 +57,8 @@ FUSECHAT_INLINE void scan(const T *logits, std::int64_t n, const ScanOptions &op
     static_assert(kBlock % 64 == 0, "a block must not share a word of holes with its neighbour");
     float shift = kMinusInfinity, top_of_row = kMinusInfinity;
     double sum = 0, sum_hard = 0, sum_z = 0;
+    // Of logits: their exponents are formed at τ and, for the hard term, at 1.
+    const float slack = kSlack / std::max(1.0F, options.inverse_tau);
     float base = 0;  // what logits are summed relative to, so that large ones keep their digits
     float top = read_block<kLanes, kCopy>(logits, std::min(kBlock, n), row.e);
     for (std::int64_t begin = 0; begin < n; begin += kBlock) {
@@ -71,7 +73,7 @@ FUSECHAT_INLINE void scan(const T *logits, std::int64_t n, const ScanOptions &op
             if (!(highest < top)) top = max_block<kLanes>(z, count);
         }
         top_of_row = std::max(top_of_row, top);
-        if (shift == kMinusInfinity ? top > shift : top > shift + kSlack) {
+        if (shift == kMinusInfinity ? top > shift : top > shift + slack) {
             if (shift != kMinusInfinity) {
                 const double difference = static_cast<double>(shift) - top, hard_factor = std::exp(difference);
                 const double factor = std::exp(difference * options.inverse_tau);

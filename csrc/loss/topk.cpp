@@ -30,17 +30,22 @@ void select(const T *logits, std::int64_t n, std::int64_t k, float softcap, cons
         std::nth_element(sorted.begin(), sorted.begin() + (k - 1), sorted.end(), std::greater<>());
         bound = sorted[k - 1];
     }
-    entries.clear();
-    for (std::size_t group = 0; group < maxima.size(); ++group) {
-        if (maxima[group] < bound) continue;
-        const std::int64_t begin = static_cast<std::int64_t>(group) * kGroup, end = std::min(begin + kGroup, n);
-        for (std::int64_t id = begin; id < end; ++id) {
-            const float u = widen_one(logits[id]), z = softcap == 0.0F ? u : softcap_one(u, softcap);
-            if (z >= bound) entries.push_back({z, static_cast<std::int32_t>(id)});
+    auto collect = [&](float least) {
+        entries.clear();
+        for (std::size_t group = 0; group < maxima.size(); ++group) {
+            if (maxima[group] < least) continue;
+            const std::int64_t begin = static_cast<std::int64_t>(group) * kGroup, end = std::min(begin + kGroup, n);
+            for (std::int64_t id = begin; id < end; ++id) {
+                const float u = widen_one(logits[id]), z = softcap == 0.0F ? u : softcap_one(u, softcap);
+                if (z >= least) entries.push_back({z, static_cast<std::int32_t>(id)});
+            }
         }
-    }
+    };
+    collect(bound);
+    // A softcap that is rounded otherwise here than in the maxima may leave the k-th just below the bound.
+    if (static_cast<std::int64_t>(entries.size()) < k) collect(kMinusInfinity);
     // A row with NaN has no log-probability that is a number, but its ids must be tokens.
-    for (std::int64_t id = 0; static_cast<std::int64_t>(entries.size()) < k; ++id) {
+    for (std::int64_t id = 0; id < n && static_cast<std::int64_t>(entries.size()) < k; ++id) {
         if (std::isnan(widen_one(logits[id]))) entries.push_back({kMinusInfinity, static_cast<std::int32_t>(id)});
     }
     std::partial_sort(entries.begin(), entries.begin() + k, entries.end(),

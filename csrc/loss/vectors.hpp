@@ -162,8 +162,8 @@ FUSECHAT_INLINE void exp_parts(const F &x, float scale, F &power, F &rest) {
     rest = poly * r;
 }
 
-// exp(x · scale) for x <= 0. Below e^−69 = 1e-30 it is 0: gradients made of such numbers are subnormal, at which a CPU's matrix
-// product slows down twentyfold. NaN stays NaN.
+// exp(x · scale) for x · scale <= kSlack. Below e^−69 = 1e-30 it is 0: gradients made of such numbers are subnormal, at which a
+// CPU's matrix product slows down twentyfold. NaN stays NaN.
 template <class F>
 FUSECHAT_INLINE void exp_negative(const F &x, float scale, F &result) {
     F power, rest;

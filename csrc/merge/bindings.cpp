@@ -60,6 +60,7 @@ Inputs inputs_of(const std::vector<SourceTuple> &sources, std::int64_t n) {
     Inputs inputs;
     inputs.n = n;
     inputs.base = source_of(sources[0], n);
+    if (inputs.base.n_valid != n) throw std::invalid_argument("the base lacks items of its tensor");
     for (std::size_t j = 1; j < sources.size(); ++j) inputs.targets.push_back(source_of(sources[j], n));
     return inputs;
 }

@@ -192,12 +192,9 @@ void mask_each(const Rule &rule, const std::vector<Selection> &selections, std::
     }
 }
 
-// Adds Σ (delta / share)²; a share is 1 where none is given.
-void add_energies(Scratch &scratch, int n, const std::vector<double> &shares, std::vector<double> &sums) {
-    for (std::size_t j = 0; j < sums.size(); ++j) {
-        const double share = shares.empty() ? 1.0 : shares[j];
-        sums[j] += energy(scratch.delta(static_cast<int>(j)), pad(n)) / (share * share);
-    }
+// Adds Σ delta² of every target.
+void add_energies(Scratch &scratch, int n, std::vector<double> &sums) {
+    for (std::size_t j = 0; j < sums.size(); ++j) sums[j] += energy(scratch.delta(static_cast<int>(j)), pad(n));
 }
 
 void merge_lanes(const Rule &rule, const Selection *selection, std::int64_t begin, int n, Scratch &scratch, bool measured,
@@ -225,7 +222,7 @@ void merge_lanes(const Rule &rule, const Selection *selection, std::int64_t begi
     } else {
         combine_all(lanes, selection != nullptr, rule.elect, rule.divide != Divide::none, &sums);
     }
-    if (measured) add_energies(scratch, n, rule.keep_share, outcome.kept_energy);
+    if (measured) add_energies(scratch, n, outcome.kept_energy);
     outcome.update_energy += sums.update_energy;
     outcome.n_touched += sums.n_touched;
     outcome.n_conflicts += sums.n_conflicts;
@@ -252,7 +249,7 @@ void Outcome::add(const Outcome &other) {
 
 void combine_tile(const Rule &rule, const std::vector<Selection> &selections, std::int64_t begin, int n, Scratch &scratch,
                   bool measured, unsigned char *out, Outcome &outcome) {
-    if (measured) add_energies(scratch, n, {}, outcome.energy);
+    if (measured) add_energies(scratch, n, outcome.energy);
     if (rule.mask == Mask::each || rule.mask == Mask::random) mask_each(rule, selections, begin, n, scratch);
     const bool select = rule.mask == Mask::shared && !rule.mask_weights_only;
     merge_lanes(rule, select ? &selections[0] : nullptr, begin, n, scratch, measured, out, outcome);

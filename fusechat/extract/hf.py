@@ -18,9 +18,10 @@ import numpy.typing as npt
 import torch
 import transformers
 
+from fusechat.config import ExtractConfig
 from fusechat.errors import DataError
 from fusechat.extract.sampled import uniforms_of, weights_of_draws
-from fusechat.extract.scores import Advance, RowScores, Scorer
+from fusechat.extract.scores import Advance, RowScores, Score, Scorer
 from fusechat.extract.task import Task
 from fusechat.model import Head, check_head, embedding_rows, head, hidden_states, load_model
 from fusechat.records import Encoded
@@ -39,18 +40,8 @@ def open_hf(task: Task) -> Iterator[Scorer]:
             "correct vocab_size there"
         )
     check_head(model, np.arange(min(32, task.vocab_size), dtype=np.int32))
-
-    def score(encoded: Sequence[Encoded], dialogues: Sequence[int], advance: Advance) -> list[RowScores]:
-        def draw(rows: HeadRows) -> tuple[Any, Any, Any]:
-            places = [dialogues[i] for i in rows.members]
-            uniform = uniforms_of(task.seed, places, rows.n_rows, config.top_k)
-            return drawn_rows(rows, uniform)
-
-        pick = draw if config.cache == "sampled" else partial(top_rows, top_k=config.top_k)
-        return score_members(model, encoded, pick, batch_tokens=config.batch_tokens, advance=advance)
-
     yield Scorer(
-        score=score,
+        score=score_function(model, config, task.seed),
         engine={
             "name": "transformers",
             "version": transformers.__version__,
@@ -58,6 +49,21 @@ def open_hf(task: Task) -> Iterator[Scorer]:
             "dtype": task.dtype,
         },
     )
+
+
+def score_function(model: Any, config: ExtractConfig, seed: int) -> Score:
+    """Return the `score` of a Scorer with a loaded model."""
+
+    def draw(dialogues: Sequence[int], rows: HeadRows) -> tuple[Any, Any, Any]:
+        places = [dialogues[i] for i in rows.members]
+        return drawn_rows(rows, uniforms_of(seed, places, rows.n_rows, config.top_k))
+
+    def score(encoded: Sequence[Encoded], dialogues: Sequence[int], advance: Advance) -> list[RowScores]:
+        sampled = config.cache == "sampled"
+        pick = partial(draw, dialogues) if sampled else partial(top_rows, top_k=config.top_k)
+        return score_members(model, encoded, pick, batch_tokens=config.batch_tokens, advance=advance)
+
+    return score
 
 
 def length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:

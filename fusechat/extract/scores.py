@@ -25,6 +25,7 @@ class RowScores:
 
 
 Advance = Callable[[int], None]
+Score = Callable[[Sequence[Encoded], Sequence[int], Advance], list[RowScores]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +37,7 @@ class Scorer:
     them. `engine` says what computed them: name, version, dtype, quantisation.
     """
 
-    score: Callable[[Sequence[Encoded], Sequence[int], Advance], list[RowScores]]
+    score: Score
     engine: Json
 
 

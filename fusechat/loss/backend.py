@@ -35,6 +35,8 @@ def backend_for(device: torch.device) -> str:
         raise ConfigError(f"FUSECHAT_LOSS is {forced!r}: use native, triton or torch")
     if forced in ("torch", "triton"):
         return forced
+    if forced == "native" and device.type != "cpu":
+        raise ConfigError(f"FUSECHAT_LOSS is native, which runs on the CPU, but the tensors are on {device}: unset it")
     if device.type == "cuda":
         return "triton" if find_spec("triton") is not None else "torch"
     if device.type != "cpu":
@@ -49,14 +51,21 @@ def backend_for(device: torch.device) -> str:
 def forward_rows(logits: Tensor, rows: Rows, options: LossOptions, grad: Tensor | None) -> tuple[Tensor, ...]:
     """Compute loss, hard, soft, lse and correct of each row, and write row_scale · ∂loss/∂logits to `grad` if given.
 
-    Raises ConfigError when, on the CPU, a label or an id lies outside the vocabulary; on a GPU, where asking would wait
-    for the device, such a row's loss is NaN.
+    Raises ConfigError when FUSECHAT_LOSS forces what cannot take these logits, and when, on the CPU, a label or an id
+    lies outside the vocabulary. On a GPU, where asking would wait for the device, Triton makes such a row's loss NaN,
+    and torch's own form stops at a device-side assertion.
     """
     backend = backend_for(logits.device)
-    known = logits.dtype in NATIVE_FORMATS and logits.stride(1) == 1
-    if backend == "native" and known:
+    if not (logits.dtype in NATIVE_FORMATS and logits.stride(1) == 1):
+        if os.environ.get("FUSECHAT_LOSS") == backend != "torch":
+            raise ConfigError(
+                f"FUSECHAT_LOSS is {backend}, which takes float32, bfloat16 or float16 contiguous along rows; "
+                f"these logits are {logits.dtype} with strides {logits.stride()}: convert them, or unset it"
+            )
+        backend = "torch"
+    if backend == "native":
         return _native_rows(logits, rows, options, grad)
-    if backend == "triton" and known:
+    if backend == "triton":
         from fusechat.kernels.sparse_soft_ce import sparse_soft_ce_rows
 
         values: tuple[Tensor, ...] = sparse_soft_ce_rows(logits, *rows, **options.scalars(), grad=grad)
@@ -107,7 +116,7 @@ def _native_rows(logits: Tensor, rows: Rows, options: LossOptions, grad: Tensor 
 def _torch_rows(logits: Tensor, rows: Rows, options: LossOptions, grad: Tensor | None) -> tuple[Tensor, ...]:
     n_rows, vocabulary = logits.shape
     if logits.device.type == "cpu":
-        _check_indices(rows, vocabulary)
+        check_indices(rows, vocabulary)
     step = max(1, _CHUNK_ELEMENTS.get(logits.device.type, 1 << 20) // max(vocabulary, 1))
     chunks = [
         reference.sparse_soft_ce_chunk(
@@ -124,7 +133,8 @@ def _torch_rows(logits: Tensor, rows: Rows, options: LossOptions, grad: Tensor |
     return tuple(torch.cat(column) for column in zip(*chunks))
 
 
-def _check_indices(rows: Rows, vocabulary: int) -> None:
+def check_indices(rows: Rows, vocabulary: int) -> None:
+    """Raise ConfigError naming the first label, id or range outside the vocabulary; this reads the rows on the host."""
     outside = rows.labels >= vocabulary
     _refuse("label", rows.labels, outside | ((rows.labels < 0) & (rows.labels != reference.IGNORE_LABEL)), vocabulary)
     _refuse("id", rows.ids, rows.ids >= vocabulary, vocabulary)

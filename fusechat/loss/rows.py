@@ -109,10 +109,10 @@ def check_rows(
     else:
         if not 0 <= hard_weight <= 1:
             raise ConfigError(f"hard_weight is {hard_weight}, expected 0 <= hard_weight <= 1")
-        hard_weight = torch.full((n_rows,), hard_weight, device=labels.device)
+        hard_weight = torch.full((n_rows,), hard_weight, dtype=torch.float32, device=labels.device)
     valid = labels != IGNORE_LABEL
     if row_weight is None:
-        row_scale = valid / valid.sum().clamp(min=1)
+        row_scale = valid.float() / valid.sum().clamp(min=1)
     elif row_weight.shape != (n_rows,):
         raise ConfigError(f"row_weight is {list(row_weight.shape)}, expected float32[{n_rows}]")
     else:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fusechat.errors import ConfigError
 from fusechat.kernels import reference
+from fusechat.loss.backend import check_indices
 from fusechat.loss.ops import scale_
 from fusechat.loss.options import Divergence, LossOptions, Missing
 from fusechat.loss.rows import LossOutput, Rows, check_rows
@@ -34,12 +35,15 @@ def shard_loss(
     """Return row loss, hard, soft, lse and correct, and write row_scale · ∂loss/∂logits of this rank's
     columns to `grad`.
 
-    `first` is the id of this rank's first column.
+    `first` is the id of this rank's first column. A label or an id outside the vocabulary makes
+    the row's loss NaN.
     """
     labels, ids, logprobs, hard_weight, row_scale, partition = rows[:6]
     n_local, n_entries = logits.shape[1], ids.shape[1]
     tau, maximum, total = options.student_temperature, dist.ReduceOp.MAX, dist.ReduceOp.SUM
     valid = labels != reference.IGNORE_LABEL
+    # No rank owns an index outside the vocabulary: it would pass for absent.
+    broken = (valid & ((labels < 0) | (labels >= vocabulary))) | (ids >= vocabulary).any(1)
     z = torch.where(valid.unsqueeze(1), logits.float(), 0.0)
     if options.softcap is not None:
         z = options.softcap * torch.tanh(z / options.softcap)
@@ -58,13 +62,13 @@ def shard_loss(
     # What one rank owns is zero on the others, so that a sum gathers it.
     own_label = torch.where(label >= 0, z.gather(1, label.clamp(min=0)) - top, 0.0)
     e_rest = torch.exp((rest - tail_top) / tau)
-    finite_rest = torch.where(holes, 0.0, z - top)
+    finite = torch.where(z == float("-inf"), 0.0, z - top)
     sums = [
         torch.exp(z - top).sum(1, keepdim=True),
         e_rest.sum(1, keepdim=True),
         own_label,
-        (z - top).sum(1, keepdim=True),
-        finite_rest.sum(1, keepdim=True),
+        finite.sum(1, keepdim=True),
+        torch.where(holes, 0.0, finite).sum(1, keepdim=True),
         torch.where(mine, z.gather(1, slot) - top, 0.0),
     ]
     sum_z, sum_rest, z_label, total_z, total_rest, z_k = torch.split(
@@ -88,6 +92,7 @@ def shard_loss(
         soft = torch.where(active, soft * tau * tau, 0.0)
         soft_weight = torch.where(active, 1.0 - hard_weight, 0.0)
     loss = hard_weight * hard + soft_weight * soft + options.z_loss * lse * lse
+    loss = torch.where(broken, float("nan"), loss)
 
     if grad is not None:
         g = torch.exp(z - top).mul_(((hard_weight + 2.0 * options.z_loss * lse) / sum_z.squeeze(1)).unsqueeze(1))
@@ -166,7 +171,7 @@ def sharded_sparse_soft_ce(
             differ in width.
         The others are `sparse_soft_ce`'s; cells that are ranges are not supported.
 
-    Raises ConfigError for shapes and options that do not fit.
+    Raises ConfigError for shapes and options that do not fit, and on the CPU for labels and ids outside the vocabulary.
     """
     if logits.ndim != 2 or not logits.is_floating_point():
         raise ConfigError(f"logits are {logits.dtype}{list(logits.shape)}, expected float[N, V_local]")
@@ -184,5 +189,7 @@ def sharded_sparse_soft_ce(
     )
     shape = (logits.shape[0], vocabulary)
     rows = check_rows(labels, ids, logprobs, hard_weight, row_weight, partition, None, shape=shape)
+    if logits.device.type == "cpu":
+        check_indices(rows, vocabulary)
     applied = _ShardedSparseSoftCE.apply(logits, rows, options, (first, vocabulary), group, inplace)  # type: ignore[no-untyped-call]
     return LossOutput(*applied)

@@ -141,7 +141,7 @@ def _parse(raw: Any) -> MergeConfig:
     base = _base(raw, targets, method)
     if method.from_base or name == "slerp":
         targets = tuple(target for target in targets if target.ref != base)
-    if not method.least_targets <= len(targets) <= method.most_targets:
+    if not 1 <= len(targets) <= method.most_targets:
         raise ConfigError(f"{name} takes {_count(method)} besides the base, found {len(targets)}")
     shared = raw.get("parameters")
     if "granularity" in raw and (shared is None or isinstance(shared, Mapping)):
@@ -158,19 +158,9 @@ def _parse(raw: Any) -> MergeConfig:
         vocab=_choice(raw.get("vocab", "error"), ("error", "base", "pad"), "vocab"),
         tokenizer=_tokenizer(raw), seed=seed,
     )  # fmt: skip
-    _check_sense(config)
+    if not config.filters():  # else what the method asks is checked by tensor
+        method.options(config.values_for("", 1, 1))
     return config
-
-
-def _check_sense(config: MergeConfig) -> None:
-    values = config.values_for("", 1, 1) if not config.filters() else None
-    if values is None:
-        return
-    config.method.options(values)
-    if config.method_name != "sce" or len(config.targets) > 1:
-        return
-    if values.shared["select_topk"] < 1 and values.shared["variant"] != "fuseai":
-        raise ConfigError("sce with select_topk below 1 needs two targets: over one, every variance is zero")
 
 
 def _targets(raw: Any, method: Method) -> tuple[TargetConfig, ...]:
@@ -228,6 +218,8 @@ def _settings(raw: Any, method: Method, where: str, *, per_model_only: bool) -> 
                 f"{where}.{name}: {name} is one value for the whole merge, give it in top-level `parameters`"
             )
         setting = parse_setting(value, f"{where}.{name}")
+        if method.parameters[name].whole and not setting.plain:
+            raise ConfigError(f"{where}.{name} is one value for the whole merge: give it without filters or a gradient")
         for rule in setting.rules:
             for scalar in rule.values:
                 _check(name, method.parameters[name], scalar, f"{where}.{name}")
@@ -288,9 +280,7 @@ def _tokenizer(raw: Mapping[str, Any]) -> str:
 
 
 def _count(method: Method) -> str:
-    if method.least_targets == method.most_targets:
-        return f"{method.least_targets} model" + "s" * (method.least_targets > 1)
-    return f"{method.least_targets} to {method.most_targets} models"
+    return "1 model" if method.most_targets == 1 else f"1 to {method.most_targets} models"
 
 
 def _choice(value: Any, choices: tuple[str, ...], where: str) -> Any:

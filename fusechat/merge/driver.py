@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fusechat.artifact import Json, require_free_bytes
+from fusechat.checkpoint import resolve_model
 from fusechat.errors import ConfigError, FusechatError
 from fusechat.merge.card import model_card
 from fusechat.merge.config import MergeConfig, load_merge_config
-from fusechat.merge.estimate import estimate, n_selections, threads_within
-from fusechat.merge.inputs import Handles, Model, TensorPlan, locate, match_tensors, open_models
+from fusechat.merge.estimate import adapter_bytes, estimate, n_selections, threads_within
+from fusechat.merge.inputs import Handles, Model, TensorPlan, match_tensors, open_models
 from fusechat.merge.layout import MAX_SHARD_BYTES, Shard, lay_out
 from fusechat.merge.lineage import check_lineage
 from fusechat.merge.output import FORMAT, Workplace, existing
@@ -61,15 +62,14 @@ def merge(
         check_lineage(targets)
         plans = match_tensors(base, targets, parsed.out_dtype, parsed.vocab)
         _check_parameters(parsed, plans)
-        tokenizer = base.checkpoint.directory if parsed.tokenizer == "base" else locate(parsed.tokenizer)
+        tokenizer = base.checkpoint.directory if parsed.tokenizer == "base" else resolve_model(parsed.tokenizer)
         request = _request(parsed, base, targets, allow_nonfinite, max_shard_bytes, device)
         shards = lay_out(plans, max_shard_bytes)
-        adapters = [model.adapter for model in (base, *targets) if model.adapter]
         job = Job(
             config=parsed, base=base, targets=targets, handles=Handles(stack), n_layers=_count_layers(plans),
             threads=threads_within(
                 max_memory_bytes, threads or len(os.sched_getaffinity(0)), len(targets), n_selections(parsed),
-                max((adapter.largest_bytes for adapter in adapters), default=0),
+                adapter_bytes([base, *targets]),
             ),
             allow_nonfinite=allow_nonfinite, unit_weights={}, device=device,
         )  # fmt: skip
@@ -78,7 +78,8 @@ def merge(
         finished = existing(out, request)
         if finished is not None:
             return finished
-        workplace = Workplace(out, request, shards, resume=resume)
+        workplace = stack.enter_context(closing(Workplace(out, request, shards)))
+        workplace.begin(resume=resume)
         held = sum(path.stat().st_size for path in workplace.directory.iterdir())
         require_free_bytes(out.absolute().parent, sum(shard.size_bytes for shard in shards) - held)
         try:

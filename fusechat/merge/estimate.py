@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from fusechat.artifact import Json
 from fusechat.errors import ConfigError
 from fusechat.merge.config import MergeConfig
-from fusechat.merge.inputs import TensorPlan
+from fusechat.merge.inputs import Model, TensorPlan
 from fusechat.merge.layout import Shard
 from fusechat.merge.tensor import Job, merge_one
 
@@ -42,6 +42,11 @@ def n_selections(config: MergeConfig) -> int:
     return len(config.targets) if config.method_name == "ties" else 1
 
 
+def adapter_bytes(models: Sequence[Model]) -> int:
+    """Return the most memory that one tensor's factors of all models' adapters take together."""
+    return sum(model.adapter.largest_bytes for model in models if model.adapter)
+
+
 def resident_bytes() -> int:
     """Return the memory this process holds now."""
     with open("/proc/self/statm", encoding="ascii") as file:
@@ -68,6 +73,7 @@ def threads_within(
 def estimate(job: Job, shards: Sequence[Shard], plans: Sequence[TensorPlan]) -> Json:
     """Return the needs of a merge; the time is one tensor's, measured, scaled up."""
     n_elements = sum(plan.n for plan in plans)
+    held = resident_bytes() + adapter_bytes([job.base, *job.targets])
     input_bytes = sum(entry.size_bytes for plan in plans for entry in (plan.base, *plan.targets))
     return {
         "n_tensors": len(plans),
@@ -76,7 +82,7 @@ def estimate(job: Job, shards: Sequence[Shard], plans: Sequence[TensorPlan]) -> 
         "output_bytes": sum(shard.size_bytes for shard in shards),
         "n_shards": len(shards),
         "threads": job.threads,
-        "memory_bytes": resident_bytes() + engine_bytes(len(job.targets), job.threads, n_selections(job.config)),
+        "memory_bytes": held + engine_bytes(len(job.targets), job.threads, n_selections(job.config)),
         "seconds": _seconds_per_element(job, plans) * n_elements,
     }
 

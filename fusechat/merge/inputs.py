@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusechat.artifact import Json, sha256_bytes, sha256_json
-from fusechat.checkpoint import Checkpoint, TensorEntry, open_checkpoint, resolve_model
+from fusechat.checkpoint import ITEM_BYTES, Checkpoint, TensorEntry, open_checkpoint, resolve_model
 from fusechat.errors import DataError, FusechatError
 from fusechat.merge.adapter import Adapter, open_adapter
 from fusechat.merge.config import ModelRef, Vocab
@@ -41,9 +41,16 @@ class Model:
             return next((self.checkpoint.tensors[e] for e in _EMBEDDINGS if e in self.checkpoint.tensors), None)
         return found
 
-    def low_rank(self, name: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], float] | None:
-        """Return the adapter's update of a tensor, if it has one."""
-        return self.adapter.low_rank(name) if self.adapter else None
+    def low_rank(
+        self, name: str, begin: int, n: int
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], float] | None:
+        """Return the adapter's update of a tensor's items [begin, begin + n), which are whole rows, if it has one."""
+        found = self.adapter.low_rank(name) if self.adapter else None
+        if found is None:
+            return None
+        a, b, scale = found
+        columns = a.shape[1]
+        return a, b[begin // columns : (begin + n) // columns], scale
 
     def identity(self) -> Json:
         """Return what recognises this input cheaply: its config, headers, sizes and modification times."""
@@ -70,14 +77,9 @@ def vocab_size(config: Json) -> int | None:
 
 def open_model(ref: ModelRef) -> Model:
     """Open a model, from the hub if it is no directory, and its adapter; raises DataError or FormatError."""
-    checkpoint = open_checkpoint(locate(ref.model))
-    adapter = open_adapter(locate(ref.adapter), checkpoint) if ref.adapter else None
+    checkpoint = open_checkpoint(resolve_model(ref.model))
+    adapter = open_adapter(resolve_model(ref.adapter), checkpoint) if ref.adapter else None
     return Model(ref=ref, checkpoint=checkpoint, adapter=adapter)
-
-
-def locate(model: str) -> Path:
-    """Return a model's directory with all that a merge copies, from the hub if need be; raises DataError for none."""
-    return resolve_model(model, others=("*.txt", "*.py"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -206,11 +208,12 @@ class Handles:
             os.posix_fadvise(self.fd(entry.file), entry.begin, entry.size_bytes, os.POSIX_FADV_WILLNEED)
 
 
-def engine_source(entry: TensorEntry, handles: Handles, n: int, low_rank: Any = None, skip: int = 0) -> tuple[Any, ...]:
-    """Return the engine's view of a tensor, from item `skip` on, n items at most."""
-    item = entry.size_bytes // max(entry.n_elements, 1)
-    valid = max(0, min(entry.n_elements - skip, n))
-    return (handles.fd(entry.file), entry.begin + skip * item, entry.dtype, valid, low_rank)
+def engine_source(model: Model, entry: TensorEntry, handles: Handles, begin: int, n: int) -> tuple[Any, ...]:
+    """Return the engine's view of a model's tensor, from item `begin` on, n items at most."""
+    item = ITEM_BYTES[entry.dtype]
+    valid = max(0, min(entry.n_elements - begin, n))
+    low_rank = model.low_rank(entry.name, begin, valid)
+    return (handles.fd(entry.file), entry.begin + begin * item, entry.dtype, valid, low_rank)
 
 
 def zeros_source(n: int) -> tuple[Any, ...]:
@@ -218,11 +221,10 @@ def zeros_source(n: int) -> tuple[Any, ...]:
     return (-1, 0, "F32", n, None)
 
 
-def open_models(base: ModelRef, targets: Mapping[int, ModelRef] | list[ModelRef]) -> tuple[Model, list[Model]]:
+def open_models(base: ModelRef, targets: Sequence[ModelRef]) -> tuple[Model, list[Model]]:
     """Open all models of a merge, each directory once."""
     opened: dict[ModelRef, Model] = {}
-    refs = list(targets.values()) if isinstance(targets, Mapping) else list(targets)
-    for ref in (base, *refs):
+    for ref in (base, *targets):
         if ref not in opened:
             opened[ref] = open_model(ref)
-    return opened[base], [opened[ref] for ref in refs]
+    return opened[base], [opened[ref] for ref in targets]

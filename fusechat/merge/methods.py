@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from fusechat.errors import ConfigError
@@ -23,7 +23,7 @@ class Parameter:
     most: float = math.inf
     choices: tuple[str, ...] = ()
     per_model: bool = False
-    ignored: bool = False  # accepted for mergekit's files; changes nothing here
+    whole: bool = False  # one plain value for the whole merge: no filters, no gradients
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,12 +48,10 @@ class Method:
     parameters: Mapping[str, Parameter]
     options: Callable[[TensorValues], Options]
     from_base: bool = True
-    least_targets: int = 1
     most_targets: int = 1024
-    note: str = field(default="")
 
 
-_INT8 = Parameter(default=False, ignored=True)
+_INT8 = Parameter(default=False)  # accepted for mergekit's files; changes nothing here
 _WEIGHT = Parameter(default=REQUIRED, per_model=True)
 _DENSITY = Parameter(default=1.0, least=0.0, most=1.0, per_model=True)
 _LAMBDA = Parameter(default=1.0)
@@ -131,6 +129,8 @@ def _sce(values: TensorValues) -> Options:
         "divide": {"paper": "none", "fuseai": "surviving", "mergekit": "clamped"}[variant],
     }
     if share < 1:
+        if len(values.per_model) == 1 and variant != "fuseai":
+            raise ConfigError("sce with select_topk below 1 needs two targets: over one, every variance is zero")
         share = share.limit_denominator(10**9)
         options |= {"mask": "shared", "quota_share": (share.numerator, share.denominator, variant != "paper")}
     return options
@@ -157,7 +157,7 @@ METHODS: Mapping[str, Method] = {
         options=_sce,
     ),
     "varm": Method(
-        parameters={"granularity": Parameter(default="matrix", choices=GRANULARITIES)},
+        parameters={"granularity": Parameter(default="matrix", choices=GRANULARITIES, whole=True)},
         options=_varm,
     ),
     "linear": Method(

@@ -10,10 +10,12 @@ from pathlib import Path
 
 from fusechat import __version__
 from fusechat.artifact import (
+    LOCK,
     PARTIAL_SUFFIX,
     REQUEST,
     Json,
     differences,
+    lock_directory,
     read_json,
     sha256_bytes,
     sha256_file,
@@ -47,6 +49,7 @@ def existing(out: Path, request: Json) -> Json | None:
     if provenance.get("request") != request:
         what = "; ".join(differences(request, provenance.get("request") or {}))
         raise MismatchError(f"{out} was merged from other inputs ({what}): remove it or choose another place")
+    (out / LOCK).unlink(missing_ok=True)  # left by a kill just after the rename
     return provenance
 
 
@@ -71,32 +74,49 @@ def open_shard(directory: Path, shard: Shard) -> tuple[int, bool]:
 
 
 class Workplace:
-    """OUT.partial: becomes OUT by a rename when everything in it is whole."""
+    """OUT.partial: becomes OUT by a rename when everything in it is whole; until then no other process writes there."""
 
-    def __init__(self, out: Path, request: Json, shards: Sequence[Shard], *, resume: bool) -> None:
+    def __init__(self, out: Path, request: Json, shards: Sequence[Shard]) -> None:
         self.out = out
         self.directory = out.with_name(out.name + PARTIAL_SUFFIX)
         self.request = request
         self.shards = shards
         self.finished: dict[str, Json] = {}
-        if self.directory.exists():
-            self._take_over(resume)
+        self._lock: int | None = None
+
+    def begin(self, *, resume: bool) -> None:
+        """Take the directory, with what another merge of the same inputs left there if `resume`.
+
+        Raises MismatchError when it holds anything else, FusechatError when another process writes there.
+        """
         self.directory.mkdir(parents=True, exist_ok=True)
-        write_json(self.directory / REQUEST, request)
+        self._lock = lock_directory(self.directory)
+        self._take_over(resume)
+        write_json(self.directory / REQUEST, self.request)
+
+    def close(self) -> None:
+        """Give the directory free for another process."""
+        if self._lock is None:
+            return
+        (self.directory / LOCK).unlink(missing_ok=True)
+        os.close(self._lock)
+        self._lock = None
 
     def _take_over(self, resume: bool) -> None:
         request, provenance = self.directory / REQUEST, self.directory / PROVENANCE
         begun = request.exists() or provenance.exists()
         # A kill before the request was whole leaves an empty folder, or its temporary file.
-        if not begun and any(path.suffix != PARTIAL_SUFFIX for path in self.directory.iterdir()):
+        found = [path for path in self.directory.iterdir() if path.name != LOCK]
+        if not begun and any(path.suffix != PARTIAL_SUFFIX for path in found):
             raise MismatchError(f"{self.directory} exists and is not a merge of ours: remove it")
         if not resume:
-            shutil.rmtree(self.directory)
+            for path in found:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         if not resume or not begun:
             return
-        found = read_json(request) if request.exists() else read_json(provenance)["request"]
-        if found != self.request:
-            what = "; ".join(differences(self.request, found))
+        theirs = read_json(request) if request.exists() else read_json(provenance)["request"]
+        if theirs != self.request:
+            what = "; ".join(differences(self.request, theirs))
             raise MismatchError(
                 f"{self.directory} was begun from other inputs ({what}): run without --resume to begin anew"
             )
@@ -142,7 +162,7 @@ class Workplace:
         files = []
         for path in sorted(directory.iterdir()):
             # A kill while the provenance was written leaves its temporary file.
-            if path.name not in (REQUEST, JOURNAL, PROVENANCE, PROVENANCE + PARTIAL_SUFFIX):
+            if path.name not in (LOCK, REQUEST, JOURNAL, PROVENANCE, PROVENANCE + PARTIAL_SUFFIX):
                 note = {"file": path.name, "size_bytes": path.stat().st_size}
                 shard = next((shard for shard in self.shards if shard.name == path.name), None)
                 files.append(note | (self._checksums(shard) if shard else {"sha256": sha256_file(path)}))
@@ -153,7 +173,7 @@ class Workplace:
         write_json(directory / PROVENANCE, provenance)
         for name in (REQUEST, JOURNAL):
             (directory / name).unlink(missing_ok=True)
-        self.directory.replace(self.out)
+        self.directory = self.directory.replace(self.out)
         return provenance
 
     def _checksums(self, shard: Shard) -> Json:

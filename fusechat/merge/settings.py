@@ -51,6 +51,11 @@ class Setting:
                 return rule.at(depth)
         return None
 
+    @property
+    def plain(self) -> bool:
+        """Whether it is one value, the same everywhere."""
+        return len(self.rules) == 1 and self.rules[0].pattern is None and len(self.rules[0].values) == 1
+
     def patterns(self) -> Iterator[str]:
         """Yield every filter."""
         return (rule.pattern for rule in self.rules if rule.pattern is not None)

@@ -20,10 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusechat.artifact import Json, read_json, sha256_json, write_json
+from fusechat.artifact import Json, differences, read_json, sha256_json, write_json
 from fusechat.errors import ConfigError, MismatchError
 from fusechat.merge.config import load_merge_config, nearest, parse_merge_config, read_yaml
 from fusechat.merge.driver import merge
+from fusechat.merge.inputs import open_model
+from fusechat.merge.layout import MAX_SHARD_BYTES
 from fusechat.merge.methods import METHODS
 
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ FORMAT = "fusechat.sweep"
 TABLE = "sweep.json"
 FOLDER_SUFFIX = ".sweep"
 _ENTRY_KEYS = ("merge_method", "parameters", "each")
+# Of `merge`: what its bytes depend on, with its defaults.
+_RESULT_OPTIONS: Json = {"allow_nonfinite": False, "max_shard_bytes": MAX_SHARD_BYTES, "device": "cpu"}
 Score = Callable[[Path], "Scores"]
 
 
@@ -120,15 +124,20 @@ def sweep(
 
     found = candidates(recipe, entries)
     scoring: Json = {"max_length_tokens": max_length_tokens, "dtype": dtype, "batch_tokens": batch_tokens}
+    merges = [load_merge_config(candidate.recipe) for candidate in found]
+    models = dict.fromkeys(ref for config, _ in merges for ref in (config.base, *(t.ref for t in config.targets)))
     request: Json = {
-        "recipes": sha256_json([load_merge_config(candidate.recipe)[1] for candidate in found]),
+        "recipes": sha256_json([text for _, text in merges]),
+        "models_sha256": {str(ref): open_model(ref).identity()["sha256"] for ref in models},
+        "options": {name: options.get(name, default) for name, default in _RESULT_OPTIONS.items()},
         "validation_fingerprint": dataset_fingerprint(validation),
         "scoring": scoring,
     }
     if (out / TABLE).exists():
         table: Json = read_json(out / TABLE)
         if table.get("request") != request:
-            raise MismatchError(f"{out} was chosen from other merges or dialogues: remove it or choose another place")
+            what = "; ".join(differences(request, table.get("request") or {}))
+            raise MismatchError(f"{out} was chosen from other inputs ({what}): remove it or choose another place")
         return table
     if out.exists() and any(out.iterdir()):
         raise MismatchError(f"{out} exists and is no sweep of ours: choose another place")

@@ -6,16 +6,20 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import pairwise
+from typing import Any, Literal, NoReturn
 
 from fusechat.artifact import Json
-from fusechat.checkpoint import ITEM_BYTES
-from fusechat.errors import DataError
+from fusechat.checkpoint import ITEM_BYTES, TensorEntry
+from fusechat.errors import DataError, FormatError
 from fusechat.merge.config import MergeConfig
 from fusechat.merge.inputs import Extra, Handles, Model, TensorPlan, engine_source, zeros_source
 from fusechat.merge.native import _native
 
 Device = Literal["cpu", "cuda"]
+Engine = Callable[..., Json]
+Origin = tuple[Model, TensorEntry]
+COPY_BYTES = 1 << 20  # of a buffer at a time: one read gives 2 GiB at most
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +37,20 @@ class Job:
     device: Device = "cpu"
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Span:
+    """Items [begin, end) of a tensor, and where each of the engine's sources comes from; None stands for zeros."""
+
+    begin: int
+    end: int
+    origins: Sequence[Origin | None]
+
+    @property
+    def n(self) -> int:
+        """The number of items."""
+        return self.end - self.begin
+
+
 def _handles(job: Job) -> Handles:
     assert job.handles is not None
     return job.handles
@@ -48,45 +66,81 @@ def merge_one(job: Job, plan: TensorPlan, out_fd: int, out_offset: int) -> Json:
         stats, checksum = _copy(job, plan, out_fd, out_offset), None
     else:
         stats, checksum = _merge_rows(job, plan, out_fd, out_offset)
-    item = ITEM_BYTES[plan.dtype]
     for extra in plan.extras:
-        _merge_extra(job, plan, extra, out_fd, out_offset + extra.begin * item)
+        _merge_extra(job, plan, extra, out_fd, out_offset)
     if checksum is None or plan.extras:
-        checksum = _native.tensor_checksum(out_fd, out_offset, math.prod(plan.shape), item)
+        checksum = _native.tensor_checksum(out_fd, out_offset, math.prod(plan.shape), ITEM_BYTES[plan.dtype])
     return stats | {"xxh64": f"{checksum:016x}"}
-
-
-def sources(job: Job, plan: TensorPlan, *, with_base: bool) -> list[tuple[Any, ...]]:
-    """Return the engine's sources of a tensor: the base (or zeros), then the targets, over the base's elements."""
-    base = engine_source(plan.base, _handles(job), plan.n, job.base.low_rank(plan.base.name))
-    found = [base if with_base else zeros_source(plan.n)]
-    for model, entry in zip(job.targets, plan.targets):
-        found.append(engine_source(entry, _handles(job), plan.n, model.low_rank(entry.name)))
-    return found
 
 
 def _merge_rows(job: Job, plan: TensorPlan, out_fd: int, out_offset: int) -> tuple[Json, int | None]:
     config = job.config
     values = config.values_for(plan.name, plan.n, job.n_layers)
     options = config.method.options(values)
-    inputs = sources(job, plan, with_base=config.method.from_base)
     if config.method_name == "slerp":
-        inputs.insert(1, sources(job, plan, with_base=True)[0])
         options["weights"] = _slerp_weights(job, plan, options["weights"][1])
     elif plan.name in job.unit_weights:
         options |= {"weights": list(job.unit_weights[plan.name]), "energy_weights": False}
-    report = _engine(job)(
-        inputs, plan.n, **options, allow_nonfinite=job.allow_nonfinite, out_dtype=plan.dtype, out_fd=out_fd,
-        out_offset=out_offset, threads=job.threads,
+    spans = [_differences(job, plan)] if config.method.from_base else _spans(job, plan)
+    for span in spans:
+        report = _merge_span(job, plan, span, out_fd, out_offset, _engine(job), **options)
+    return _statistics(job, plan, report), report.get("checksum") if len(spans) == 1 else None
+
+
+def _differences(job: Job, plan: TensorPlan) -> Span:
+    """The whole tensor as the base and the targets; the engine takes rows that a target lacks from the base."""
+    origins = [(job.base, plan.base), *zip(job.targets, plan.targets)]
+    return Span(begin=0, end=plan.n, origins=origins)
+
+
+def _spans(job: Job, plan: TensorPlan) -> list[Span]:
+    """The tensor for methods that see the models themselves: rows that a target lacks are the base's."""
+    models = list(zip(job.targets, plan.targets))
+    if job.config.method_name == "slerp":
+        models.insert(0, (job.base, plan.base))
+    ends = sorted({plan.n, *(entry.n_elements for _, entry in models if entry.n_elements < plan.n)})
+    return [
+        Span(
+            begin=begin,
+            end=end,
+            origins=[None, *((job.base, plan.base) if entry.n_elements < end else (m, entry) for m, entry in models)],
+        )
+        for begin, end in pairwise([0, *ends])
+    ]
+
+
+def _merge_extra(job: Job, plan: TensorPlan, extra: Extra, out_fd: int, out_offset: int) -> None:
+    """Write rows the base lacks: the plain mean of the targets that have them."""
+    origins = [None, *((job.targets[j], plan.targets[j]) for j in extra.targets)]
+    span = Span(begin=extra.begin, end=extra.end, origins=origins)
+    weights = [1 / len(extra.targets)] * len(extra.targets)
+    _merge_span(job, plan, span, out_fd, out_offset, _native.merge_tensor, weights=weights)
+
+
+def _merge_span(
+    job: Job, plan: TensorPlan, span: Span, out_fd: int, out_offset: int, engine: Engine, **options: Any
+) -> Json:
+    """Merge a span of a tensor whose first item lies at `out_offset`; returns the engine's report."""
+    report = engine(
+        _sources(job, span), span.n, **options, allow_nonfinite=job.allow_nonfinite, out_dtype=plan.dtype,
+        out_fd=out_fd, out_offset=out_offset + span.begin * ITEM_BYTES[plan.dtype], threads=job.threads,
     )  # fmt: skip
-    refuse_nonfinite(job, plan, report["nonfinite"], with_base=config.method_name == "slerp")
+    _refuse_nonfinite(job, plan, span, report["nonfinite"])
     if report["n_overflow"]:
         count = report["n_overflow"]
         raise DataError(f"tensor {plan.name}: {count} merged values exceed {plan.dtype}: set out_dtype: float32")
-    return _statistics(job, plan, report), report.get("checksum")
+    return report
 
 
-def _engine(job: Job) -> Callable[..., Json]:
+def _sources(job: Job, span: Span) -> list[tuple[Any, ...]]:
+    handles = _handles(job)
+    return [
+        engine_source(*origin, handles, span.begin, span.n) if origin else zeros_source(span.n)
+        for origin in span.origins
+    ]
+
+
+def _engine(job: Job) -> Engine:
     if job.device == "cuda":
         from fusechat import gpu_merge
 
@@ -94,47 +148,48 @@ def _engine(job: Job) -> Callable[..., Json]:
     return _native.merge_tensor
 
 
-def _merge_extra(job: Job, plan: TensorPlan, extra: Extra, out_fd: int, out_offset: int) -> None:
-    """Write rows the base lacks: the plain mean of the targets that have them."""
-    n = extra.end - extra.begin
-    inputs = [zeros_source(n)]
-    inputs += [engine_source(plan.targets[j], _handles(job), n, None, extra.begin) for j in extra.targets]
-    report = _native.merge_tensor(
-        inputs, n, weights=[1 / len(extra.targets)] * len(extra.targets), allow_nonfinite=job.allow_nonfinite,
-        out_dtype=plan.dtype, out_fd=out_fd, out_offset=out_offset, threads=job.threads,
-    )  # fmt: skip
-    if not report["written"]:
-        raise DataError(f"tensor {plan.name} holds NaN or infinity in rows beyond the base's vocabulary")
-
-
 def _copy(job: Job, plan: TensorPlan, out_fd: int, out_offset: int) -> Json:
-    ours = os.pread(_handles(job).fd(plan.base.file), plan.base.size_bytes, plan.base.begin)
+    """Copy a tensor that is no float piece by piece, if all models have the same."""
     for model, entry in zip(job.targets, plan.targets):
-        if (
-            entry.dtype != plan.base.dtype
-            or os.pread(_handles(job).fd(entry.file), entry.size_bytes, entry.begin) != ours
-        ):
-            raise DataError(
-                f"tensor {plan.name} ({plan.base.dtype}) cannot be merged and differs between {model.ref} and the base"
-            )
-    os.pwrite(out_fd, ours, out_offset)
+        if (entry.dtype, entry.shape) != (plan.base.dtype, plan.base.shape):
+            _refuse_difference(plan, model)
+    for at in range(0, plan.base.size_bytes, COPY_BYTES):
+        n = min(COPY_BYTES, plan.base.size_bytes - at)
+        ours = _read(job, plan.base, at, n)
+        for model, entry in zip(job.targets, plan.targets):
+            if _read(job, entry, at, n) != ours:
+                _refuse_difference(plan, model)
+        written = os.pwrite(out_fd, ours, out_offset + at)
+        if written != n:
+            raise OSError(f"only {written} of {n} bytes of {plan.name} could be written")
     return {"copied": plan.base.dtype}
 
 
-def refuse_nonfinite(
-    job: Job, plan: TensorPlan, nonfinite: Sequence[tuple[int, int]], *, with_base: bool = False
-) -> None:
+def _read(job: Job, entry: TensorEntry, at: int, n: int) -> bytes:
+    data = os.pread(_handles(job).fd(entry.file), n, entry.begin + at)
+    if len(data) != n:
+        raise FormatError(f"{entry.file} changed while it was read: tensor {entry.name!r} is cut short")
+    return data
+
+
+def _refuse_difference(plan: TensorPlan, model: Model) -> NoReturn:
+    raise DataError(
+        f"tensor {plan.name} ({plan.base.dtype}) cannot be merged and differs between {model.ref} and the base"
+    )
+
+
+def _refuse_nonfinite(job: Job, plan: TensorPlan, span: Span, nonfinite: Sequence[tuple[int, int]]) -> None:
     """Raise DataError naming the first model, file, tensor and element that is NaN or infinite, unless allowed."""
     if job.allow_nonfinite:
         return
-    models = [job.base, *([job.base] if with_base else []), *job.targets]
-    entries = [plan.base, *([plan.base] if with_base else []), *plan.targets]
-    for model, entry, (count, first) in zip(models, entries, nonfinite):
-        if count:
-            place = _index_of(first, plan.base.shape)
+    kept = "keep the base's values" if span.origins[0] else "write zeros"
+    for origin, (count, first) in zip(span.origins, nonfinite):
+        if origin and count:
+            model, entry = origin
+            place = _index_of(span.begin + first, plan.shape)
             raise DataError(
                 f"{entry.file}: tensor {plan.name} of {model.ref} has {count} values that are NaN or infinite, the "
-                f"first at {place}: mend the model, or pass --allow-nonfinite to keep the base's values there"
+                f"first at {place}: mend the model, or pass --allow-nonfinite to {kept} there"
             )
 
 
@@ -147,8 +202,7 @@ def _index_of(flat: int, shape: Sequence[int]) -> list[int]:
 
 
 def _slerp_weights(job: Job, plan: TensorPlan, t: float) -> list[float]:
-    moments = _native.measure_tensor(sources(job, plan, with_base=True), plan.n, threads=job.threads)
-    refuse_nonfinite(job, plan, moments["nonfinite"])
+    moments = _measure(job, plan)
     first = moments["base_energy"]
     second = first + 2 * moments["dot"][0] + moments["energy"][0]
     lengths = [math.sqrt(max(x, 0.0)) for x in (first, second)]
@@ -162,9 +216,14 @@ def _slerp_weights(job: Job, plan: TensorPlan, t: float) -> list[float]:
 
 def measure_energy(job: Job, plan: TensorPlan) -> list[float]:
     """Return Σ δ² of one tensor per target."""
-    moments = _native.measure_tensor(sources(job, plan, with_base=True), plan.n, threads=job.threads)
-    refuse_nonfinite(job, plan, moments["nonfinite"])
-    return list(moments["energy"])
+    return list(_measure(job, plan)["energy"])
+
+
+def _measure(job: Job, plan: TensorPlan) -> Json:
+    span = _differences(job, plan)
+    moments = _native.measure_tensor(_sources(job, span), span.n, threads=job.threads)
+    _refuse_nonfinite(job, plan, span, moments["nonfinite"])
+    return moments
 
 
 def _statistics(job: Job, plan: TensorPlan, report: Json) -> Json:

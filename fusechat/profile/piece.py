@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from fusechat.config import RunConfig, source_name
 from fusechat.dialogue import load_dialogues
 from fusechat.errors import ConfigError
 from fusechat.layout import Layout
-from fusechat.run import merge_recipe
+from fusechat.records import Dialogue
+from fusechat.run import merge_recipe, target_settings
 from fusechat.split import read_options
 
 STAGES = ("extract", "align", "train", "merge")
@@ -58,6 +59,8 @@ def prepare(stage: str, config: RunConfig, folder: Path, dialogues: int) -> Piec
         return extract(model, chosen, out, extract_settings(config, source if which == name else None))
 
     if stage == "extract":
+        if config.extract.backend == "hf":
+            return _scoring(config, chosen)
         return Piece(run=lambda out: extract_model("pivot", config.pivot, out))
     extract_model("pivot", config.pivot, stores[0])
     extract_model(name, source.model, stores[1])
@@ -67,8 +70,34 @@ def prepare(stage: str, config: RunConfig, folder: Path, dialogues: int) -> Piec
             run=lambda out: align(*stores, out, **config.align.model_dump()), reads=stores, amount=tokens, unit="tokens"
         )
     align(*stores, layout.aligned(name), **config.align.model_dump())
-    settings = config.train.model_copy(update={"max_steps": 2})
+    settings = target_settings(config, [name]).model_copy(update={"max_steps": 2, "final": "last"})
     return Piece(run=lambda out: train(config.pivot, stores[0], layout.aligned(name), out, settings))
+
+
+def _scoring(config: RunConfig, chosen: Sequence[Dialogue]) -> Piece:
+    """Score the pivot's rows in this process: a profiler does not see into the child that gives its GPU back."""
+    from fusechat.bytetable import ByteTable
+    from fusechat.encode import encode_all
+    from fusechat.extract.facts import model_facts
+    from fusechat.extract.hf import score_function
+    from fusechat.model import load_model
+    from fusechat.template import load_template
+    from fusechat.tokenizer import load_tokenizer
+
+    options = config.extract
+    directory = resolve_model(config.pivot)
+    facts = model_facts(directory, options)
+    tokenizer = load_tokenizer(directory)
+    found = encode_all(
+        chosen,
+        tokenizer,
+        ByteTable.from_tokenizer(tokenizer, facts.vocab_size),
+        template=load_template(tokenizer, "own" if options.template == "pivot" else options.template),
+        max_length_tokens=facts.max_length_tokens,
+    )
+    model = load_model(directory, dtype=facts.dtype, device=options.device, device_map=options.device_map)
+    score = score_function(model, options, config.seed)
+    return Piece(run=lambda _: score(found.encoded, found.index, lambda _: None))
 
 
 def _merge(config: RunConfig, layout: Layout) -> Piece:

@@ -58,12 +58,12 @@ def _padded_tokens(ids: list[Array], labels: list[Array], width: int, pad_token_
 def _row_columns(examples: Sequence[Example], starts: Array) -> dict[str, Array]:
     n_rows = sum(len(e.rows) for e in examples)
     width = max((e.targets.width for e in examples), default=0)
-    ranges = any(e.targets.low is not None for e in examples)
+    ranges = any(e.targets.cells is not None for e in examples)
     columns: dict[str, Array] = {
         "rows": np.empty(n_rows, dtype=np.int64),
         "row_labels": np.empty(n_rows, dtype=np.int64),
-        "target_ids": np.empty((n_rows, width), dtype=np.int32),
-        "target_logprobs": np.empty((n_rows, width), dtype=_logprob_dtype(examples)),
+        "target_ids": np.zeros((n_rows, width), dtype=np.int32),
+        "target_logprobs": np.full((n_rows, width), -np.inf, dtype=_logprob_dtype(examples)),
         "partition": np.empty(n_rows, dtype=np.bool_),
         "row_weight": np.empty(n_rows, dtype=np.float32),
         "taught": np.empty(n_rows, dtype=np.float32),
@@ -73,20 +73,22 @@ def _row_columns(examples: Sequence[Example], starts: Array) -> dict[str, Array]
         columns |= {name: np.zeros((n_rows, width), dtype=np.int32) for name in ("target_low", "target_high")}
     begin = 0
     for start, e in zip(starts.tolist(), examples):
-        part, k, targets = slice(begin, begin + len(e.rows)), e.targets.width, e.targets
+        part, k, targets = slice(begin, begin + len(e.rows)), e.targets.ids.shape[1], e.targets
         ids, logprobs = columns["target_ids"][part], columns["target_logprobs"][part]
         np.add(e.rows, start, out=columns["rows"][part])
         columns["row_labels"][part] = e.input_ids[e.rows + 1]
-        logprobs[:, :k], logprobs[:, k:], ids[:, :k] = targets.logprobs, -np.inf, targets.ids
-        if targets.low is not None and targets.high is not None:
-            columns["target_low"][part, :k], columns["target_high"][part, :k] = targets.low, targets.high
+        logprobs[:, :k], ids[:, :k] = targets.logprobs, targets.ids
+        if (cells := targets.cells) is not None:
+            at, k = np.flatnonzero(targets.partition), cells.ids.shape[1]
+            ids[at, :k], logprobs[at, :k], logprobs[at, k:] = cells.ids, cells.logprobs, -np.inf
+            columns["target_low"][part][at, :k], columns["target_high"][part][at, :k] = cells.low, cells.high
         columns["partition"][part] = targets.partition
         columns["row_weight"][part], columns["taught"][part] = e.row_weight, e.taught
         columns["origin"][part] = e.origin
         begin = part.stop
     # torch converts half precision ten times as fast as NumPy.
     columns["target_logprobs"] = torch.from_numpy(columns["target_logprobs"]).float().numpy()
-    columns["target_ids"][columns["target_logprobs"] == -np.inf] = -1
+    columns["target_ids"] |= -(columns["target_logprobs"] == -np.inf).view(np.int8)  # −1 | id = −1
     if any(e.chunk is not None for e in examples):
         columns |= _chunk_columns(examples)
     return columns

@@ -18,7 +18,7 @@ from fusechat.store import Store, row_positions
 from fusechat.train.matched import MatchedSource
 from fusechat.train.select import PIVOT, Selection, dialogue_weights, first_best, row_weights
 from fusechat.train.source import Record, Source
-from fusechat.train.targets import Array, Targets, joined, mixed, picked
+from fusechat.train.targets import Array, Targets, mixed, picked
 
 # Which rows stand where (several may share one), their targets, and the columns of their Example.
 Found = tuple[Array | slice, Targets, dict[str, Array]]
@@ -65,7 +65,7 @@ class FusionDataset:
         self.pivot = pivot
         self.sources = list(sources)
         self.select = select = select or Selection()
-        self.when_pivot_wins = when_pivot_wins
+        self.when_pivot_wins = when_pivot_wins if self.sources else "labels"  # the control learns nothing else
         self.renormalise = renormalise
         self.matched = list(matched)
         self.indices = sorted(pivot)[:limit]
@@ -131,7 +131,7 @@ class FusionDataset:
             named.append(c)
         if not named:
             return slice(None), Targets.nothing(n_rows), _columns(np.zeros(n_rows), np.ones(n_rows), origin)
-        if ((weights > 0).sum(axis=0) <= 1).all():
+        if weights.max(axis=0).min(initial=1.0) == 1:  # one has all of every row
             targets = picked(candidates, np.broadcast_to(first_best(weights[named]), n_rows))
             targets = targets.without(np.broadcast_to(weights[named].max(axis=0) == 0, n_rows))
             return slice(None), targets, _columns(targets.present(), np.ones(n_rows), origin)
@@ -148,21 +148,20 @@ class FusionDataset:
         cells = np.stack([t.partition for t in candidates]) & (weights > 0)
         plain = np.where(cells, np.float32(0.0), weights)
         plain_share = plain.sum(axis=0)
-        mixture = mixed(
-            candidates, plain / np.where(plain_share > 0, plain_share, np.float32(1.0)), renormalise=self.renormalise
+        own_rows = [np.flatnonzero(row) for row in cells]
+        targets = mixed(
+            candidates,
+            plain / np.where(plain_share > 0, plain_share, np.float32(1.0)),
+            renormalise=self.renormalise,
+            beside=[t.taken(rows) for t, rows in zip(candidates, own_rows) if len(rows)],
         )
-        if not cells.any():
-            return slice(None), mixture, _columns(share, np.ones(len(share)), origin)
-        places = [np.flatnonzero((plain_share > 0) | (share == 0))]
-        parts = [mixture.taken(places[0])]
-        parts_share = [np.where(share > 0, plain_share, 1.0)[places[0]]]
-        for targets, own_cells, weight in zip(candidates, cells, weights):
-            places.append(np.flatnonzero(own_cells))
-            parts.append(targets.taken(places[-1]))
-            parts_share.append(weight[places[-1]])
-        place = np.concatenate(places)
-        total = np.where(share > 0, share, 1.0)[place]
-        return place, joined(parts), _columns(share[place], np.concatenate(parts_share) / total, origin[place])
+        place = np.concatenate([np.arange(len(share)), *own_rows])
+        part = np.concatenate([np.where(share > 0, plain_share, np.float32(1.0)), *map(np.take, weights, own_rows)])
+        if not part.all():  # where all of a row is cells, there is no mixture
+            kept = np.flatnonzero(part)
+            place, part, targets = place[kept], part[kept], targets.taken(kept)
+        share = share[place]
+        return place, targets, _columns(share, part / np.where(share > 0, share, np.float32(1.0)), origin[place])
 
     def _matched(self, position: int, pivot: Record, n_rows: int) -> Found:
         """Return what an objective without a vocabulary map needs of the dialogue's best source."""

@@ -307,15 +307,30 @@ def _history(checkpoint: Path) -> list[Json]:
 
 def flops_per_token(model: Any) -> float:
     """Return the FLOPs of a training step a token, without attention: two per weight in each of the forward pass, the
-    gradient of the activations and that of the weights, which frozen weights do not have."""
+    gradient of the activations and that of the weights, which frozen weights do not have.
+
+    Of a mixture's experts those count that a token passes.
+    """
     inner = unwrapped(model)
     embedding = inner.get_input_embeddings().weight
     tied = inner.get_output_embeddings().weight is embedding
-    total = int(inner.num_parameters())  # counts quantised weights one by one
-    trained = int(inner.num_parameters(only_trainable=True))
-    looked_up = 0 if tied else int(embedding.numel())
-    looked_up_trained = looked_up if embedding.requires_grad else 0
-    return 4.0 * (total - looked_up) + 2.0 * max(trained - looked_up_trained, 0)
+    config = inner.config.get_text_config()
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    experts = next((n for name in names if (n := getattr(config, name, None))), 1)
+    passed = (getattr(config, "num_experts_per_tok", None) or experts) / experts
+    flops = 0.0
+    for name, parameter in inner.named_parameters():
+        if parameter is embedding and not tied:
+            continue  # looked up, not multiplied
+        share = passed if ".experts." in name else 1.0
+        flops += share * (6.0 if parameter.requires_grad else 4.0) * _n_weights(parameter)
+    return flops
+
+
+def _n_weights(parameter: torch.Tensor) -> int:
+    """Count weights one by one, which bitsandbytes packs two to a byte."""
+    packed = getattr(parameter, "quant_state", None)
+    return math.prod(parameter.shape if packed is None else packed.shape)
 
 
 def _full_state(trainer: FusionTrainer) -> dict[str, torch.Tensor] | None:

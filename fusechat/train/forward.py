@@ -129,10 +129,13 @@ def head_loss(
     """
     bias = None if bias is None else bias.to(hidden.dtype)
     common: dict[str, Any] = {"bias": bias, "softcap": softcap, "budget_bytes": settings.budget_bytes}
-    common |= {"label_smoothing": settings.label_smoothing, "z_loss": settings.z_loss}
+    # Without a gradient `hard` is a score: the cross-entropy with the labels as they are.
+    smoothing = settings.label_smoothing if torch.is_grad_enabled() else 0.0
+    common |= {"label_smoothing": smoothing, "z_loss": settings.z_loss}
     # Every row counts; to find that out would wait for the device.
     common["kept"] = torch.arange(hidden.shape[0], device=hidden.device)
-    if settings.objective == "alm":
+    # The control, an empty micro-batch and held-out dialogues have no chunks, and no entries either.
+    if settings.objective == "alm" and batch.chunk is not None:
         return _alm(hidden, weight, batch, settings, common)
     ids, logprobs, hard_weight, divergence, missing = (
         batch.ids, batch.logprobs, batch.hard_weight, settings.divergence, settings.missing,

@@ -63,8 +63,6 @@ def encode_held_out(
                 taught=np.zeros(len(rows), np.float32),
                 row_weight=np.ones(len(rows), np.float32),
                 origin=np.zeros(len(rows), np.int64),
-                chunk=np.full(len(rows), -1, np.int64),
-                chunk_logprob=np.zeros(0, np.float32),
             )
         )
         content_bytes += sum(len(m.content.encode()) for m in dialogues[index].messages if m.role == "assistant")

@@ -41,8 +41,10 @@ def dialogue_weights(
     """Return each candidate's weight in each dialogue, float32[1 + sources, D], the pivot first; columns sum to one.
 
     `totals` are the sources'. A source that lacks a dialogue has weight 0 there. Compared are the texts that both
-    encoded.
+    encoded. Without a source there is nothing to compare.
     """
+    if not sources:
+        return np.ones((1, len(dialogues)), np.float32)
     shape = 1 + len(sources), len(dialogues)
     gain, known = np.zeros(shape), np.zeros(shape, dtype=np.bool_)
     pivot_nll = np.zeros(len(dialogues))
@@ -72,10 +74,11 @@ def row_weights(sources: Sequence[Source], gold: Array, pivot: Mapping[str, Arra
         return _weights(np.where(known, gold, -np.inf), known, sources, how)
     predicted = np.flatnonzero(pivot["token.loss_mask"][1:]) + 1
     turn, end = pivot["token.turn"], pivot["token.byte_end"]
-    size = np.ones(gold.shape[1])
+    size = np.ones(gold.shape[1], np.float32)
     if how.ce_unit == "byte":
-        begin = np.where(turn[predicted - 1] == turn[predicted], end[predicted - 1], 0)
-        size = np.maximum(end[predicted] - begin, 0).astype(np.float64)
+        width = end.copy()
+        width[1:] -= np.where(turn[1:] == turn[:-1], end[:-1], 0)
+        size = np.maximum(width[predicted], 0).astype(np.float32)
     if how.unit == "token":  # a token of no byte, such as the end of a turn, counts as one
         return _weights(np.where(known, gold, -np.inf) / np.maximum(size, 1), known, sources, how)
     starts = np.flatnonzero(np.diff(turn[predicted], prepend=-1))  # a turn is a run of tokens

@@ -14,7 +14,7 @@ from fusechat.align import RowKind, read_byte_order
 from fusechat.artifact import MANIFEST, sha256_file
 from fusechat.errors import MismatchError
 from fusechat.store import ALIGNED_FORMAT, TOPK_FORMAT, Store, format_of
-from fusechat.train.targets import Array, Targets, picked
+from fusechat.train.targets import Array, CellRows, Targets, picked
 
 Record = Mapping[str, Array]
 TOTALS = ("source_nll", "pivot_nll", "source_tokens", "pivot_tokens", "content_bytes")
@@ -84,10 +84,10 @@ class AlignedSource:
             nothing = (kind == RowKind.NONE) & ~taught.present()
             taught = picked([taught, Targets.by(pivot["row.ids"], pivot["row.logprobs"])], nothing.astype(np.int64))
         finer = kind == RowKind.FINER
-        if self.byte_order is not None:
-            ranges = {"low": record["cell.low"], "high": record["cell.high"]}
-            taught = taught.filled(finer, Targets.by(record["cell.ids"], record["cell.logprobs"], **ranges))
-        return replace(taught, partition=finer)
+        if self.byte_order is None:
+            return replace(taught, partition=finer)
+        cells = CellRows(*(record[f"cell.{name}"] for name in CellRows._fields))
+        return replace(taught, partition=finer, cells=cells if len(cells.ids) else None)
 
 
 class TwinSource:

@@ -4,34 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 Array = npt.NDArray[Any]
-_ABSENT = {"ids": 0, "logprobs": -np.inf, "low": 0, "high": 0}
+
+
+class CellRows(NamedTuple):
+    """Rows whose entries partition the vocabulary: ids integer[P,K'], logprobs float[P,K'], low, high int32[P,K'].
+
+    An entry with high > low is a range of the byte-sorted vocabulary instead of an id.
+    """
+
+    ids: Array
+    logprobs: Array
+    low: Array
+    high: Array
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Targets:
     """The sparse targets of R rows, in the dtypes of their store: views of its pages where nothing is changed.
 
-    ids integer[R,K]; logprobs float[R,K], −inf where the entry is absent; low, high int32[R,K], high > low where the
-    entry is a range of the byte-sorted vocabulary instead of an id, None where no row has ranges; partition bool[R],
-    true where the entries are cells of a partition of the vocabulary, so that the missing mass is its last cell.
+    ids integer[R,K]; logprobs float[R,K], −inf where the entry is absent; partition bool[R], true at the P rows whose
+    entries are cells of a partition of the vocabulary, so that the missing mass is its last cell. `cells` are what
+    these rows have in place of their ids and logprobs, in their order, None where they have nothing else.
     """
 
     ids: Array
     logprobs: Array
-    low: Array | None
-    high: Array | None
     partition: Array
+    cells: CellRows | None = None
 
     @classmethod
-    def by(cls, ids: Array, logprobs: Array, low: Array | None = None, high: Array | None = None) -> Targets:
-        return cls(ids=ids, logprobs=logprobs, low=low, high=high, partition=np.zeros(len(ids), dtype=np.bool_))
+    def by(cls, ids: Array, logprobs: Array) -> Targets:
+        """Return distributions over tokens."""
+        return cls(ids=ids, logprobs=logprobs, partition=np.zeros(len(ids), dtype=np.bool_))
 
     @classmethod
     def nothing(cls, n_rows: int) -> Targets:
@@ -43,77 +54,45 @@ class Targets:
 
     @property
     def width(self) -> int:
-        """K."""
-        return int(self.ids.shape[1])
+        """The most entries a row can have."""
+        return max(int(columns.ids.shape[1]) for columns in (self, self.cells) if columns is not None)
 
     def present(self) -> Array:
         """Return which rows have an entry, bool[R]."""
-        found = np.zeros(len(self), dtype=np.bool_)
-        for k in range(self.width):  # nearly always the first entry settles it
-            found |= self.logprobs[:, k] > -np.inf
-            if found.all():
-                break
+        found = _present(self.logprobs)
+        if self.cells is not None:
+            found[self.partition] = _present(self.cells.logprobs)
         return found
-
-    def columns(self, names: Sequence[str]) -> dict[str, Array]:
-        """Return columns [R,K] by name; where no row has ranges, low and high are zero."""
-        found = {name: getattr(self, name) for name in names}
-        return {
-            name: np.zeros(self.ids.shape, np.int32) if column is None else column for name, column in found.items()
-        }
 
     def taken(self, rows: Array) -> Targets:
         """Return some rows, by index int[N]."""
-        columns = {name: None if column is None else column.take(rows, axis=0) for name, column in self._all().items()}
-        return Targets(**columns, partition=self.partition[rows])  # type: ignore[arg-type]
-
-    def filled(self, where: Array, other: Targets) -> Targets:
-        """Put another's rows, one after the other, at the places bool[R] marks."""
-        if not len(other):
-            return self
-        width, place = max(self.width, other.width), np.flatnonzero(where)
-        columns: dict[str, Any] = {"low": None, "high": None}
-        for name in _names([self, other]):
-            ours, theirs = self.columns([name])[name], other.columns([name])[name]
-            column = np.full((len(self), width), _ABSENT[name], np.result_type(ours, theirs))
-            column[:, : self.width] = ours
-            column[place, : other.width] = theirs
-            column[place, other.width :] = _ABSENT[name]
-            columns[name] = column
-        partition = self.partition.copy()
-        partition[place] = other.partition
-        return Targets(**columns, partition=partition)
+        partition, cells = self.partition[rows], self.cells
+        if cells is not None:
+            place = (np.cumsum(self.partition) - 1)[rows[partition]]
+            cells = CellRows(*(column.take(place, axis=0) for column in cells))
+        ids, logprobs = self.ids.take(rows, axis=0), self.logprobs.take(rows, axis=0)
+        return Targets(ids=ids, logprobs=logprobs, partition=partition, cells=cells)
 
     def without(self, rows: Array) -> Targets:
         """Return it with no entry in the rows bool[R] marks."""
         if not rows.any():
             return self
         logprobs = np.where(rows[:, None], self.logprobs.dtype.type(-np.inf), self.logprobs)
-        return replace(self, logprobs=logprobs, partition=self.partition & ~rows)
-
-    def widened(self, width: int) -> Targets:
-        """Add absent entries up to `width`."""
-        if width == self.width:
-            return self
-        columns: dict[str, Array | None] = {}
-        for name, column in self._all().items():
-            columns[name] = None
-            if column is not None:
-                columns[name] = wide = np.full((len(column), width), _ABSENT[name], column.dtype)
-                wide[:, : self.width] = column
-        return Targets(**columns, partition=self.partition)  # type: ignore[arg-type]
-
-    def _all(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in _ABSENT}
+        cells, kept = self.cells, ~rows[self.partition]
+        if cells is not None:
+            cells = CellRows(*(column[kept] for column in cells))
+        return replace(self, logprobs=logprobs, partition=self.partition & ~rows, cells=cells)
 
 
 def joined(parts: Sequence[Targets]) -> Targets:
     """Return the rows of several, one after the other."""
-    width, names = max(t.width for t in parts), _names(parts)
-    every = [t.widened(width).columns(names) for t in parts]
-    columns: dict[str, Any] = {name: np.concatenate([columns[name] for columns in every]) for name in names}
-    partition = np.concatenate([t.partition for t in parts])
-    return Targets(**{"low": None, "high": None} | columns, partition=partition)
+    width = max(t.ids.shape[1] for t in parts)
+    return Targets(
+        ids=_stacked([t.ids for t in parts], width, 0),
+        logprobs=_stacked([t.logprobs for t in parts], width, -np.inf),
+        partition=np.concatenate([t.partition for t in parts]),
+        cells=_joined_cells(parts),
+    )
 
 
 def picked(parts: Sequence[Targets], which: Array) -> Targets:
@@ -123,26 +102,71 @@ def picked(parts: Sequence[Targets], which: Array) -> Targets:
     return joined(parts).taken(which * len(which) + np.arange(len(which)))
 
 
-def mixed(parts: Sequence[Targets], weights: Array, *, renormalise: bool) -> Targets:
-    """Return the mixture Σ_c weights_c · p_c of distributions over tokens; weights float32[C, R].
+def mixed(parts: Sequence[Targets], weights: Array, *, renormalise: bool, beside: Sequence[Targets] = ()) -> Targets:
+    """Return the mixture Σ_c weights_c · p_c of distributions over tokens, then the rows of `beside` as they are.
 
-    The entries stand side by side, since the loss adds up equal ids; those of weight zero become absent. `renormalise`
-    scales each part's entries to a sum of one first, as the loss would have done with each alone.
+    weights float32[C, R]. The entries stand side by side, since the loss adds up equal ids; those of weight zero become
+    absent. `renormalise` scales each part's entries to a sum of one first, as the loss would have done with each alone.
     """
+    n_rows, widths = len(parts[0]), [t.ids.shape[1] for t in parts]
+    shape = n_rows + sum(map(len, beside)), sum(widths)
+    ids = np.empty(shape, np.result_type(*(t.ids for t in parts)))
+    logprobs = np.empty(shape, np.result_type(*(t.logprobs for t in parts)))
+    ends = np.cumsum(widths).tolist()
+    for part, width, end in zip(parts, widths, ends):
+        ids[:n_rows, end - width : end] = part.ids
+        logprobs[:n_rows, end - width : end] = part.logprobs
+    _stack([t.ids for t in beside], ids[n_rows:], 0)
+    _stack([t.logprobs for t in beside], logprobs[n_rows:], -np.inf)
+    # torch converts half precision ten times as fast as NumPy.
+    floats = torch.from_numpy(logprobs).float()
+    if renormalise:
+        for width, end in zip(widths, ends):
+            own = floats[:n_rows, end - width : end]
+            sums = own.logsumexp(1)
+            own -= sums.where(sums.isfinite(), 0.0)[:, None]
+    mixture = floats.numpy()
     with np.errstate(divide="ignore"):
-        log_weights = np.log(weights)
+        mixture[:n_rows] += np.repeat(np.log(weights.T), widths, axis=1)
+    partition = np.concatenate([np.zeros(n_rows, np.bool_), *(t.partition for t in beside)])
+    return Targets(ids=ids, logprobs=mixture, partition=partition, cells=_joined_cells(beside))
+
+
+def _present(logprobs: Array) -> Array:
+    found = np.zeros(len(logprobs), dtype=np.bool_)
+    for column in logprobs.T:  # nearly always the first entry settles it
+        found |= column > -np.inf
+        if found.all():
+            break
+    return found
+
+
+def _stacked(columns: Sequence[Array], width: int, absent: float) -> Array:
+    """Return columns [R,≤K] as one [ΣR,K], filled up with what says that an entry is absent."""
+    stacked = np.empty((sum(map(len, columns)), width), np.result_type(*columns))
+    _stack(columns, stacked, absent)
+    return stacked
+
+
+def _stack(columns: Sequence[Array], out: Array, absent: float) -> None:
+    """Write columns [R,≤K] into out [ΣR,K]."""
     begin = 0
-    logprobs = torch.empty(len(parts[0]), sum(t.width for t in parts))
-    for part, log_weight in zip(parts, log_weights):
-        own = torch.from_numpy(part.logprobs.astype(part.logprobs.dtype))  # its own copy: pages cannot be written
-        scale = torch.from_numpy(log_weight)
-        if renormalise:
-            sums = own.float().logsumexp(1)
-            scale = scale - sums.where(sums.isfinite(), 0.0)
-        torch.add(own, scale[:, None], out=logprobs[:, begin : begin + part.width])
-        begin += part.width
-    return Targets.by(np.concatenate([t.ids for t in parts], axis=1), logprobs.numpy())
+    for column in columns:
+        part = out[begin : begin + len(column)]
+        part[:, : column.shape[1]] = column
+        part[:, column.shape[1] :] = absent
+        begin += len(column)
 
 
-def _names(every: Sequence[Targets]) -> tuple[str, ...]:
-    return ("ids", "logprobs") if all(t.low is None for t in every) else ("ids", "logprobs", "low", "high")
+def _joined_cells(parts: Sequence[Targets]) -> CellRows | None:
+    """Return what the partitions of several have, one after the other; a part without cells gives its entries."""
+    if all(t.cells is None for t in parts):
+        return None
+    every = []
+    for t in parts:
+        ids, logprobs = t.ids[t.partition], t.logprobs[t.partition]
+        none = np.zeros(ids.shape, np.int32)
+        every.append(t.cells or CellRows(ids, logprobs, none, none))
+    width = max(cells.ids.shape[1] for cells in every)
+    columns = zip(*every, strict=True)
+    return CellRows(*(_stacked(column, width, absent) for column, absent in zip(columns, (0, -np.inf, 0, 0))))
