@@ -19,7 +19,6 @@ from fusechat.bench.claims import Claim, at_most
 from fusechat.bench.plan_world import SIZES, write_world
 from fusechat.bench.report import parser, report
 from fusechat.config import SourceConfig, load_config
-from fusechat.errors import ConfigError
 from fusechat.plan import plan
 from fusechat.plan.hardware import this_computer
 
@@ -71,9 +70,7 @@ def claims(found: list[dict[str, Any]]) -> list[Claim]:
 
 def main() -> int:
     """Measure everything and report."""
-    arguments = parser(__doc__ or "").parse_args()
-    if arguments.size not in CHOICES:
-        raise ConfigError(f"--size {arguments.size}: there are {', '.join(CHOICES)}")
+    arguments = parser(__doc__ or "", presets=tuple(CHOICES)).parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         found = [entry for size in CHOICES[arguments.size] for entry in measure(size, Path(temporary))]
     return report("plan", claims(found), arguments)
