@@ -50,7 +50,7 @@ def test_kernels_know_nothing_of_the_package_and_are_no_package_themselves() -> 
         ("loss", ("fusechat.train", "fusechat.extract", "fusechat.align", "fusechat.merge", "fusechat.run")),
         ("extract", ("fusechat.train", "fusechat.align", "fusechat.merge", "fusechat.run", "fusechat.loss")),
         ("train", ("fusechat.extract", "fusechat.merge", "fusechat.run", "fusechat.evaluate")),
-        ("plan", ("fusechat.train", "fusechat.align", "fusechat.evaluate", "fusechat.run", "fusechat.profile")),
+        ("plan", ("fusechat.train", "fusechat.evaluate", "fusechat.run", "fusechat.profile")),
         ("profile", ("fusechat.plan", "fusechat.evaluate")),
         ("report", ("torch", "transformers", "fusechat.train", "fusechat.extract", "fusechat.loss", "fusechat.run")),
         ("evaluate", ("fusechat.train", "fusechat.align", "fusechat.merge", "fusechat.run")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fusechat.align.cells import EXTRA_ENTRIES
+from fusechat.align.stage import PRESETS
 from fusechat.config import AlignConfig
 from fusechat.plan.hardware import Hardware
 from fusechat.plan.model_shape import ModelShape, count_parameters
@@ -35,8 +36,6 @@ def plan_alignment(
 
     `lengths` are in the pivot's tokens: an AlignedStore has one row for each of the pivot's, of `top_k` entries.
     """
-    from fusechat.align.stage import PRESETS
-
     chosen = config.model_copy(update=PRESETS.get(config.preset or "", {}))
     entry_bytes = id_dtype(pivot.vocab).itemsize + 2
     row_bytes: float = top_k * entry_bytes + 1 + 4
