@@ -166,7 +166,7 @@ def test_the_most_probable_tokens_come_in_order(vocabulary, k, softcap):
     torch.testing.assert_close(label_logprob.double(), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 10_000),
     vocabulary=st.integers(2, 300),

@@ -73,7 +73,7 @@ GRID = st.one_of(st.integers(-6, 6).map(lambda i: i / 8), st.just(-0.0))
     select_topk=st.sampled_from([0.05, 0.3, 0.7, 1.0]),
     variant=st.sampled_from(["paper", "fuseai", "mergekit"]),
 )
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 def test_hard_values(
     tmp_path: Path, n_targets: int, rows: list[list[float]], scale: float, select_topk: float, variant: Any
 ) -> None:

@@ -133,6 +133,7 @@ def test_one_engine_for_each_visible_device_gives_the_bytes_of_one_process(
     assert not list(tmp_path.glob("*.log"))
 
 
+@pytest.mark.slow
 def test_the_ledger_counts_what_engines_in_other_processes_use(
     tiny_world: Any, dialogues: list[Dialogue], tmp_path: Path
 ) -> None:
@@ -151,6 +152,7 @@ def test_the_ledger_counts_what_engines_in_other_processes_use(
     assert align["cpu_seconds"] < 1, "an engine of one stage counts in the next"
 
 
+@pytest.mark.slow
 def test_an_error_in_a_child_is_the_same_one_line(tiny_world: Any, dialogues: list[Dialogue], tmp_path: Path) -> None:
     shutil.copytree(tiny_world.pivot, tmp_path / "nan")
     weights = load_file(tmp_path / "nan" / "model.safetensors")

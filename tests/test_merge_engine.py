@@ -361,6 +361,7 @@ for room_mib in (20, 2):  # room for a stack or two of 8 MiB, and for none
 """
 
 
+@pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="the sanitizer reserves all addresses itself")
 def test_where_the_system_gives_no_thread_one_does_the_work() -> None:
     """Catches a process that ends, without a word of Python's, because a thread could not be started."""
     done = subprocess.run(
