@@ -19,7 +19,7 @@ from fusechat.plan.workload import Lengths
 # CPU-seconds an element of every model that is read, one thread of a 2-core AMD EPYC, starting the process included
 # (bench/results/merge-cpu-2026-11-28.json): six models of 0.468 billion parameters, of 0.116 but for sce.
 _S_PER_ELEMENT = {
-    "sce": 7.48 / (6 * 0.468e9),
+    "sce": 6.60 / (6 * 0.468e9),
     "ties": 4.35 / (6 * 0.116e9),
     "dare_ties": 2.70 / (6 * 0.116e9),
     "task_arithmetic": 1.55 / (6 * 0.116e9),

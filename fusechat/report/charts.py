@@ -335,12 +335,18 @@ def _mean(values: list[float | None] | None) -> float | None:
     return sum(known) / len(known) if known else None
 
 
+def _shares(weights: list[float | None]) -> list[float | None]:
+    """Return weights over their sum: SCE's are that, a linear merge's are as its recipe spells them."""
+    total = sum(weight for weight in weights if weight is not None)
+    return [weight / total if weight is not None and total else None for weight in weights]
+
+
 def _heat_map(m: Json, layers: list[str]) -> Any:
     even = 1 / len(m["targets"])
     rows = [
         {"layer": part["layer"], "target": target, "eta": eta}
         for part in m["by_layer"]
-        for target, eta in zip(m["targets"], part["weights"], strict=True)
+        for target, eta in zip(m["targets"], _shares(part["weights"]), strict=True)
     ]
     reach = max(0.05, *(abs(row["eta"] - even) for row in rows if row["eta"] is not None))
     scale = alt.Scale(scheme="blueorange", domain=[even - reach, even + reach], clamp=True)
