@@ -19,7 +19,7 @@ import fusechat
 from fusechat.config import load_config
 from fusechat.errors import ConfigError
 from fusechat.layout import Layout
-from fusechat.report import report
+from fusechat.report import charts, report
 from fusechat.report.conclusions import conclude, headline
 from fusechat.report.facts import SECTIONS, gather
 from fusechat.report.page import embedded_json, html_page, json_text, markdown_page
@@ -395,3 +395,10 @@ def test_the_merges_of_a_sweep_stand_in_the_report(reported_run: Path, tmp_path:
     assert "| sce paper, τ 0.1 | 4.400 [4.300, 4.500] | +2.700 [+2.600, +2.800] | 17 % |" in (
         run / "report.md"
     ).read_text(encoding="utf-8")
+
+
+def test_weights_are_shown_as_shares() -> None:
+    """Catches a linear merge's weights, one each, drawn as if each target had all."""
+    assert charts._shares([1.0, 3.0]) == [0.25, 0.75]
+    assert charts._shares([None, 2.0]) == [None, 1.0]
+    assert charts._shares([0.0, 0.0]) == [None, None]

@@ -80,11 +80,12 @@ def _scoring(config: RunConfig, chosen: Sequence[Dialogue]) -> Piece:
     from fusechat.encode import encode_all
     from fusechat.extract.facts import model_facts
     from fusechat.extract.hf import score_function
+    from fusechat.extract.settings import extract_settings
     from fusechat.model import load_model
     from fusechat.template import load_template
     from fusechat.tokenizer import load_tokenizer
 
-    options = config.extract
+    options = extract_settings(config)
     directory = resolve_model(config.pivot)
     facts = model_facts(directory, options)
     tokenizer = load_tokenizer(directory)
@@ -92,7 +93,7 @@ def _scoring(config: RunConfig, chosen: Sequence[Dialogue]) -> Piece:
         chosen,
         tokenizer,
         ByteTable.from_tokenizer(tokenizer, facts.vocab_size),
-        template=load_template(tokenizer, "own" if options.template == "pivot" else options.template),
+        template=load_template(tokenizer, options.template),
         max_length_tokens=facts.max_length_tokens,
     )
     model = load_model(directory, dtype=facts.dtype, device=options.device, device_map=options.device_map)
