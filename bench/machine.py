@@ -46,8 +46,15 @@ def environment(device: str = "cpu") -> dict[str, object]:
 
 
 def machine_name(environment: dict[str, object]) -> str:
-    """Return the name under which figures of one machine are kept together."""
-    return str(environment.get("gpu") or f"{environment['cores']} × {environment['cpu']}")
+    """Return the name under which figures of one machine are kept together.
+
+    A virtual machine's processor may be called the same in every generation; its instruction set tells them apart.
+    """
+    if environment.get("gpu"):
+        return str(environment["gpu"])
+    name = f"{environment['cores']} × {environment['cpu']}"
+    level = environment.get("instruction_set")
+    return f"{name} ({level})" if level else name
 
 
 def ceilings(device: str = "cpu", rounds: int = 5) -> dict[str, float]:

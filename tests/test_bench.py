@@ -20,7 +20,7 @@ from fusechat.bench import loss_peers
 from fusechat.bench.claims import Claim, Work, absent, at_least, at_most
 from fusechat.bench.compare import read_old, worse
 from fusechat.bench.loss_peers import Contender, check_equal
-from fusechat.bench.machine import LEVELS, instruction_set
+from fusechat.bench.machine import LEVELS, instruction_set, machine_name
 from fusechat.bench.peers import check_against, peer_python, peer_version
 from fusechat.bench.report import print_table, sizes
 from fusechat.bench.roofline import plot_roofline
@@ -232,6 +232,12 @@ def test_a_table_never_mixes_machines(tmp_path: Path) -> None:
     new, old = text.split("## 2 × old")
     assert new.startswith("## 2 × new")
     assert ("| 2 × |" in new, "| 1 × |" in new, "| 1 × |" in old) == (True, False, True)
+
+
+def test_two_generations_of_a_processor_of_one_name_are_two_machines() -> None:
+    old, new = ({"cores": 2, "cpu": "AMD EPYC", "instruction_set": f"x86-64-v{level}"} for level in (3, 4))
+    assert machine_name(old) != machine_name(new)
+    assert machine_name({"cores": 2, "cpu": "Xeon"}) == "2 × Xeon"  # a result from before levels were kept
 
 
 def test_the_newest_result_of_a_machine_has_the_word_claim_by_claim(tmp_path: Path) -> None:
