@@ -53,9 +53,11 @@ bool RangeCells::divide(const Rows &rows, std::int64_t row, Cells &cells) {
     }
     std::erase_if(cells.cells, [](const Cell &cell) { return cell.n_tokens == 0; });
     std::fill(cell_of_.begin(), cell_of_.end(), 0);
-    for (const Run &run : runs_) {
-        const auto mark = static_cast<std::uint8_t>(run.cell + 1);
-        for (std::int32_t rank = run.low; rank < run.high; ++rank) cell_of_[rows.order[rank]] = mark;
+    // By locals, since a byte that is stored might be part of any member.
+    std::uint8_t *cell_of = cell_of_.data();
+    for (const auto [low, high, cell] : runs_) {
+        const std::int32_t *order = rows.order;
+        for (std::int32_t rank = low; rank < high; ++rank) cell_of[order[rank]] = static_cast<std::uint8_t>(cell + 1);
     }
     return true;
 }
