@@ -14,9 +14,9 @@ TESTS = Path(__file__).parent
 
 
 def test_results_under_the_interpreter():
-    """Runs kernels_interpreted.py by itself: the interpreter replaces the compiler for a whole process."""
+    """Runs kernel_checks.py by itself: the interpreter replaces the compiler for a whole process."""
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--no-header", "-x", str(TESTS / "kernels_interpreted.py")],
+        [sys.executable, "-m", "pytest", "-q", "--no-header", "-x", str(TESTS / "kernel_checks.py")],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=TESTS.parent,
         capture_output=True,

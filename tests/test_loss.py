@@ -44,7 +44,7 @@ def run_ours(logits, labels, ids, logprobs, *, upstream=1.0, **options):
     """Return loss, gradient of upstream · loss, and the per-row outputs."""
     z = logits.clone().requires_grad_(True)
     out = sparse_soft_ce(z * 1, labels, ids, logprobs, **options)
-    (gradient,) = torch.autograd.grad(out.loss, z, torch.tensor(upstream))
+    (gradient,) = torch.autograd.grad(out.loss, z, torch.tensor(upstream, device=z.device))
     return out, gradient
 
 

@@ -18,10 +18,10 @@ TESTS = Path(__file__).parent
 
 
 def test_results_under_the_interpreter() -> None:
-    """Runs sce_interpreted.py by itself: the interpreter replaces the compiler for a whole process."""
+    """Runs sce_checks.py by itself: the interpreter replaces the compiler for a whole process."""
     pytest.importorskip("triton", reason="Triton is not installed")
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--no-header", "-x", str(TESTS / "sce_interpreted.py")],
+        [sys.executable, "-m", "pytest", "-q", "--no-header", "-x", str(TESTS / "sce_checks.py")],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=TESTS.parent, capture_output=True, text=True, check=False,
     )  # fmt: skip

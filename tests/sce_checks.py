@@ -1,4 +1,4 @@
-"""SCE's Triton kernels under the interpreter, run by test_merge_gpu.py in a process with TRITON_INTERPRET=1."""
+"""SCE's Triton kernels against the engine, run by test_merge_gpu.py: under the interpreter, and on a GPU."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kernel_device import DEVICE
 from test_merge_engine import assert_close, decode, random_model, run, sce_options
 
 from fusechat import gpu_merge
@@ -20,11 +21,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 def run_gpu(tmp: Path, *, out_dtype: str = "F32", n: int, sources: list[Any], **options: Any) -> Any:
-    """Merge with the kernels on the CPU."""
+    """Merge with the kernels."""
     out = os.open(tmp / "gpu", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     try:
         report = gpu_merge.merge_tensor(
-            sources, n, out_dtype=out_dtype, out_fd=out, out_offset=4, device="cpu",
+            sources, n, out_dtype=out_dtype, out_fd=out, out_offset=4, device=DEVICE,
             **{"allow_nonfinite": False} | options,
         )  # fmt: skip
     finally:

@@ -1,4 +1,4 @@
-"""The Triton kernels under Triton's interpreter, run by test_kernels.py in a process with TRITON_INTERPRET=1."""
+"""The Triton kernels against their definitions, run by test_kernels.py: under the interpreter, and on a GPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import torch
 from dense_loss import dense_loss, make_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_loss import FORMS, assert_elementwise, rising_rows, run_ours
+from kernel_device import DEVICE, run_there, there
+from test_loss import FORMS, assert_elementwise, rising_rows
 from test_loss_cells import make_cells
 
 from fusechat.kernels import reference
@@ -19,6 +20,8 @@ from fusechat.loss.options import LossOptions
 from fusechat.loss.rows import check_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+# Vocabularies of real models, one of a size that no vector divides: too much for the interpreter.
+LARGE = [(128_256, 10), (151_665, 10), (262_144, 64)] if DEVICE == "cuda" else []
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +36,7 @@ def test_every_form_matches_its_definition_element_by_element(options, vocabular
     rows = make_rows(1, 10, vocabulary, n_entries)
     common = {"hard_weight": torch.linspace(0, 1, 10), "partition": torch.arange(10) % 5 == 0, **options}
     loss, gradient, size, hard, soft = dense_loss(*rows, **common)
-    out, ours = run_ours(*rows, **common)
+    out, ours = run_there(*rows, **common)
     torch.testing.assert_close(out.loss.double(), loss, rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(out.hard.double(), hard, rtol=2e-6, atol=3e-6)
     torch.testing.assert_close(out.soft.double(), soft, rtol=2e-5, atol=5e-6)
@@ -41,7 +44,7 @@ def test_every_form_matches_its_definition_element_by_element(options, vocabular
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("vocabulary", "n_entries"), [(777, 0), (8191, 10), (8193, 10), (20001, 128)])
+@pytest.mark.parametrize(("vocabulary", "n_entries"), [(777, 0), (8191, 10), (8193, 10), (20001, 128), *LARGE])
 def test_rows_of_several_blocks(vocabulary, n_entries, dtype):
     """Catches the unmasked main loop reading past the row, and a remainder left out of either pass."""
     logits, labels, ids, logprobs = make_rows(2, 3, vocabulary, n_entries)
@@ -51,13 +54,14 @@ def test_rows_of_several_blocks(vocabulary, n_entries, dtype):
     exact = torch.full_like(logits, float("nan"))
     expected = reference.sparse_soft_ce_chunk(logits, *rows, **options, grad=exact)
     # Columns behind the row are another's, and results start as NaN.
-    memory = torch.full((3, vocabulary + 24), 7.0, dtype=dtype)
+    memory = torch.full((3, vocabulary + 24), 7.0, dtype=dtype, device=DEVICE)
+    logits, exact, *rows = there(logits, exact, *rows)
     for inplace in (True, False):
         memory[:, :vocabulary] = logits
         ours = memory[:, :vocabulary] if inplace else torch.full_like(logits, float("nan"))
         values = sparse_soft_ce_rows(memory[:, :vocabulary], *rows, **options, grad=ours)
         for value, reference_value in zip(values, expected):
-            torch.testing.assert_close(value, reference_value, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(value.cpu(), reference_value, rtol=1e-5, atol=1e-5)
         rtol, atol = {torch.float32: (1e-5, 1e-9), torch.bfloat16: (8e-3, 1e-9), torch.float16: (1e-3, 1e-7)}[dtype]
         torch.testing.assert_close(ours, exact, rtol=rtol, atol=atol)
         assert (memory[:, vocabulary:] == 7).all()
@@ -67,7 +71,7 @@ def test_rows_of_several_blocks(vocabulary, n_entries, dtype):
 def test_without_a_gradient_the_logits_come_back():
     """Catches the −∞ of the cells left in the caller's logits."""
     logits, labels, ids, logprobs = make_rows(3, 6, 100, 7)
-    rows = check_rows(labels, ids, logprobs, 0.4, None, None, None, shape=(6, 100))
+    logits, *rows = there(logits, *check_rows(labels, ids, logprobs, 0.4, None, None, None, shape=(6, 100)))
     before = logits.clone()
     sparse_soft_ce_rows(logits, *rows, **LossOptions(missing="tail").scalars(), grad=None)
     assert torch.equal(logits, before)
@@ -78,7 +82,7 @@ def test_an_index_outside_the_vocabulary_makes_the_loss_nan():
     logits, labels, ids, logprobs = make_rows(4, 4, 50, 3)
     labels[:] = torch.tensor([3, 50, -7, 4])
     ids[0, 1] = 50
-    rows = check_rows(labels, ids, logprobs, 0.4, None, None, None, shape=(4, 50))
+    logits, *rows = there(logits, *check_rows(labels, ids, logprobs, 0.4, None, None, None, shape=(4, 50)))
     loss = sparse_soft_ce_rows(logits, *rows, **LossOptions().scalars(), grad=None)[0]
     assert loss.isnan().tolist() == [True, True, True, False]
 
@@ -88,21 +92,21 @@ def test_ignored_rows_are_zero_and_no_row_is_no_launch():
     logits, labels, ids, logprobs = make_rows(5, 4, 50, 3)
     labels[:2] = -100
     logits[:2] = float("nan")
-    out, gradient = run_ours(logits, labels, ids, logprobs, hard_weight=0.5)
+    out, gradient = run_there(logits, labels, ids, logprobs, hard_weight=0.5)
     assert out.loss.isfinite()
     assert not gradient[:2].any()
-    out, gradient = run_ours(logits[:0], labels[:0], ids[:0], logprobs[:0], hard_weight=0.5)
+    out, gradient = run_there(logits[:0], labels[:0], ids[:0], logprobs[:0], hard_weight=0.5)
     assert out.loss == 0
 
 
 def test_the_linear_form_uses_it():
     """Catches a chunk's buffer whose rows are apart."""
     _, labels, ids, logprobs = make_rows(6, 7, 60, 4)
-    hidden, weight = torch.randn(7, 5, requires_grad=True), torch.randn(60, 5)
-    out = linear_sparse_soft_ce(hidden, weight, labels, ids, logprobs, hard_weight=0.5, budget_bytes=3 * 64 * 4)
-    logits = (hidden.detach() @ weight.T).double()
-    loss, *_ = dense_loss(logits, labels, ids, logprobs, hard_weight=0.5)
-    torch.testing.assert_close(out.loss.double(), loss, rtol=1e-5, atol=1e-5)
+    hidden, weight = torch.randn(7, 5), torch.randn(60, 5)
+    loss, *_ = dense_loss((hidden @ weight.T).double(), labels, ids, logprobs, hard_weight=0.5)
+    hidden, weight, *rows = there(hidden, weight, labels, ids, logprobs)
+    out = linear_sparse_soft_ce(hidden.requires_grad_(True), weight, *rows, hard_weight=0.5, budget_bytes=3 * 64 * 4)
+    torch.testing.assert_close(out.loss.double().cpu(), loss, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", [FORMS[1], FORMS[3], FORMS[-4], FORMS[-1]], ids=str)
@@ -113,7 +117,7 @@ def test_ranges_match_the_dense_partition_element_by_element(form):
     cells.high[1] = cells.low[1]
     common = {"hard_weight": 0.4, "partition": torch.arange(6) % 3 == 0, "cells": cells, **form}
     loss, gradient, size, _, soft = dense_loss(*rows, **common)
-    out, ours = run_ours(*rows, **common)
+    out, ours = run_there(*rows, **common)
     torch.testing.assert_close(out.loss.double(), loss, rtol=3e-6, atol=3e-6)
     torch.testing.assert_close(out.soft.double(), soft, rtol=2e-5, atol=1e-5)
     assert_elementwise(ours, gradient, 2 * size)
@@ -125,12 +129,15 @@ def test_ranges_leave_the_logits_where_no_gradient_is_wanted():
     order = torch.randperm(2000).int()
     low, high = torch.tensor([[0, 100, 0]] * 3).int(), torch.tensor([[1500, 800, 0]] * 3).int()
     rows = check_rows(labels, ids, logprobs, 0.4, None, None, Cells(order, low, high), shape=(3, 2000))
-    options, before = LossOptions(missing="tail").scalars(), logits.clone()
+    options = LossOptions(missing="tail").scalars()
+    exact = reference.sparse_soft_ce_chunk(logits, *rows, **options, grad=None)
+    logits, *rows = there(logits, *rows)
+    before = logits.clone()
     values = sparse_soft_ce_rows(logits, *rows, **options, grad=None)
     assert torch.equal(logits, before)
-    for value, expected in zip(values, reference.sparse_soft_ce_chunk(logits, *rows, **options, grad=None)):
-        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
-    high[1, 0] = 2001
+    for value, expected in zip(values, exact):
+        torch.testing.assert_close(value.cpu(), expected, rtol=1e-5, atol=1e-5)
+    rows[-1][1, 0] = 2001
     assert sparse_soft_ce_rows(logits, *rows, **options, grad=None)[0].isnan().tolist() == [
         False,
         bool(labels[1] != -100),
@@ -142,13 +149,13 @@ def test_a_low_temperature_of_rows_whose_logits_rise():
     """Catches sums that keep an earlier block's maximum."""
     common = {"hard_weight": 0.4, "missing": "tail", "student_temperature": 0.1}
     loss, gradient, size, _, _ = dense_loss(*rising_rows(), **common)
-    out, ours = run_ours(*rising_rows(), **common)
+    out, ours = run_there(*rising_rows(), **common)
     torch.testing.assert_close(out.loss.double(), loss, rtol=3e-6, atol=1e-6)
     assert_elementwise(ours, gradient, size / 0.1)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 4.0])
-@pytest.mark.parametrize(("vocabulary", "k"), [(5, 5), (4096 + 300, 7)])
+@pytest.mark.parametrize(("vocabulary", "k"), [(5, 5), (4096 + 300, 7), *((v, 64) for v, _ in LARGE)])
 def test_the_most_probable_tokens_come_in_order(vocabulary, k, softcap):
     """Catches a token given twice, a group whose second best is lost, and −∞ that crowds out real tokens."""
     rng = torch.Generator().manual_seed(vocabulary)
@@ -156,7 +163,7 @@ def test_the_most_probable_tokens_come_in_order(vocabulary, k, softcap):
     logits[0] = torch.randn(vocabulary, generator=rng)
     logits[1, 2:] = -float("inf")
     labels = torch.tensor([vocabulary - 1, -100, 0])
-    ids, logprobs, lse, label_logprob = topk_logprob_rows(logits, k, labels, softcap)
+    ids, logprobs, lse, label_logprob = (t.cpu() for t in topk_logprob_rows(*there(logits, k, labels, softcap)))
     z = softcap * torch.tanh(logits.double() / softcap) if softcap else logits.double()
     order = z.sort(dim=1, descending=True, stable=True)
     assert torch.equal(ids.long(), order.indices[:, :k])
@@ -177,7 +184,7 @@ def test_any_shape(seed, vocabulary, n_entries, form):
     """Catches cells that are the whole vocabulary, and more entries than a power of two."""
     rows = make_rows(seed, 2, vocabulary, n_entries)
     loss, gradient, size, _, _ = dense_loss(*rows, hard_weight=0.5, **form)
-    out, ours = run_ours(*rows, hard_weight=0.5, **form)
+    out, ours = run_there(*rows, hard_weight=0.5, **form)
     torch.testing.assert_close(out.loss.double(), loss, rtol=1e-5, atol=1e-5)
     assert_elementwise(ours, gradient, 3 * size)
 
@@ -187,9 +194,9 @@ def test_any_shape(seed, vocabulary, n_entries, form):
 def test_gradients_are_scaled_in_place(n_columns, factor):
     """Catches a remainder or a row of a program's second round left out, and columns behind the row written to."""
     for dtype in (torch.float32, torch.bfloat16):
-        memory = torch.randn(9, n_columns + 5).to(dtype)
+        memory = torch.randn(9, n_columns + 5, device=DEVICE).to(dtype)
         before = memory.clone()
-        scale_rows_(memory[:, :n_columns], torch.tensor(factor))
+        scale_rows_(memory[:, :n_columns], torch.tensor(factor, device=DEVICE))
         expected = (before[:, :n_columns].float() * factor).to(dtype)
         torch.testing.assert_close(memory[:, :n_columns], expected, rtol=0, atol=0, equal_nan=True)
         assert torch.equal(memory[:, n_columns:], before[:, n_columns:])

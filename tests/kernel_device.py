@@ -1,0 +1,22 @@
+"""Where the kernels' checks run: on a GPU, or on the CPU where Triton's interpreter stands in for its compiler."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from test_loss import run_ours
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+
+
+def there(*values: Any) -> list[Any]:
+    """Bring tensors, and the tensors of tuples, to the kernels' device."""
+    return [type(v)(*there(*v)) if isinstance(v, tuple) else v.to(DEVICE) if torch.is_tensor(v) else v for v in values]
+
+
+def run_there(*rows: torch.Tensor, **options: Any) -> tuple[Any, torch.Tensor]:
+    """Return the loss and its gradient, computed there, on the CPU."""
+    out, gradient = run_ours(*there(*rows), **dict(zip(options, there(*options.values()))))
+    return type(out)(*(value.cpu() for value in out)), gradient.cpu()
