@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 from merge_family import SHAPES, checksums, expect, make_family, read_all, recipe, write_model
 
-from fusechat.errors import ConfigError
+from fusechat.errors import ConfigError, DataError
 from fusechat.merge import merge, reference
 from fusechat.merge.methods import random_key
 from fusechat.merge.settings import layer_of
@@ -146,6 +146,25 @@ def test_slerp(family: dict[str, Path], tmp_path: Path, t: float) -> None:
     pair = {"base": family["base"], "a": write_model(tmp_path / "turned", turned)}
     merge(recipe(pair, "slerp", parameters={"t": t}), tmp_path / "out")
     expect(pair, tmp_path / "out", lambda _, b, targets: reference.slerp(b, targets[0], t))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_slerp_leaves_out_what_is_not_finite_in_the_base(family: dict[str, Path], tmp_path: Path, bad: float) -> None:
+    """Catches one NaN of the base that turns the arc between two models into the line, without a word."""
+    rng = np.random.default_rng(3)
+    base = {name: values.astype(np.float32) for name, values in read_all(family["base"]).items()}
+    turned = {name: rng.normal(0, 0.5, values.shape).astype(np.float32) for name, values in base.items()}
+    name = "model.layers.0.mlp.up_proj.weight"
+    base[name][3, 5] = bad
+    models = {"base": base, "turned": turned}
+    pair = {k: write_model(tmp_path / f"{k}-f32", tensors, dtype="F32") for k, tensors in models.items()}
+    config = recipe(pair, "slerp", parameters={"t": 0.3}, out_dtype="float32")
+    with pytest.raises(DataError, match=r"1 values.*\[3, 5\].*--allow-nonfinite to write zeros there"):
+        merge(config, tmp_path / "out")
+    merge(config, tmp_path / "out", allow_nonfinite=True)
+    base[name][3, 5] = turned[name][3, 5] = 0
+    expected = reference.slerp(base[name].ravel(), turned[name].ravel(), 0.3)
+    np.testing.assert_allclose(read_all(tmp_path / "out")[name].ravel(), expected, rtol=1e-6, atol=1e-7)
 
 
 def test_filters_and_gradients(family: dict[str, Path], tmp_path: Path) -> None:

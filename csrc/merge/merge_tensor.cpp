@@ -1,6 +1,7 @@
 #include "merge/merge_tensor.hpp"
 
 #include <algorithm>
+#include <bit>
 #include <optional>
 
 #include "merge/carry.hpp"
@@ -17,6 +18,13 @@ bool any(const std::vector<NonFinite> &bad) {
         if (source.count > 0) return true;
     }
     return false;
+}
+
+FUSECHAT_CLONES void zero_nonfinite(float *values, int n) {
+    for (int i = 0; i < n; ++i) {
+        const std::uint32_t magnitude = std::bit_cast<std::uint32_t>(values[i]) & 0x7fffffffu;
+        values[i] = magnitude < 0x7f800000u ? values[i] : 0.0f;
+    }
 }
 
 // eta_j = Σ delta_j² / Σ_j Σ delta_j² over what was selected (eq. 7).
@@ -115,6 +123,7 @@ Moments measure(const Inputs &inputs, int threads) {
             sums.energy.resize(width, 0.0);
             sums.dot.resize(width, 0.0);
             const int padded = pad(n);
+            zero_nonfinite(scratch.base(), padded);  // its deltas are zero already
             sums.base_energy += energy(scratch.base(), padded);
             for (int j = 0; j < width; ++j) {
                 sums.energy[j] += energy(scratch.delta(j), padded);

@@ -39,7 +39,8 @@ struct Report {
 // Runs the passes and writes the merged tensor at out_offset. Throws std::runtime_error when reading or writing fails.
 Report merge_tensor(Task task, int threads);
 
-// Per target Σ delta² and Σ base·delta, and Σ base² last: what VaRM's wider units and slerp need beforehand.
+// Per target Σ delta² and Σ base·delta, and Σ base² last: what VaRM's wider units and slerp need beforehand. An item that
+// is not finite counts as zero: the base's in all sums, a target's as a delta.
 struct Moments {
     std::vector<double> energy, dot;
     double base_energy = 0;

@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
     add("--max-memory", metavar="SIZE", help="memory of the whole process, such as 100MB")
     add("--dry-run", action="store_true", help="check everything and print what the merge would need")
     add("--resume", action="store_true", help="go on with a merge that was interrupted")
-    add("--allow-nonfinite", action="store_true", help="keep the base's value where an input is NaN")
+    add("--allow-nonfinite", action="store_true", help="keep the base's value where an input is NaN (linear, slerp: 0)")
     add("--shard-size", metavar="SIZE", default="5GB", help="largest size of one output file (5GB)")
     add("--report", action="store_true", help="print the numbers of every tensor")
     add("--ray", metavar="ADDRESS", help="address of a Ray cluster, or local: shards as tasks")

@@ -47,7 +47,8 @@ def merge(
     checked before the first byte is written. `out` appears whole or not at all; a merge that was killed leaves
     `out` + ".partial", which `resume` continues with an identical result. The bytes do not depend on `threads` or
     `max_memory_bytes`. A finished merge of the same inputs is returned as it is. `progress(done_bytes, all_bytes)`
-    counts input bytes. `allow_nonfinite` keeps the base's value where any input is NaN or infinite. `ray` is the
+    counts input bytes. `allow_nonfinite` keeps the base's value where any input is NaN or infinite; `linear` and
+    `slerp`, which have no base, and rows the base lacks are zero there. `ray` is the
     address of a Ray cluster on the same file system ("local": one started here) that merges the shards as tasks.
     `device` "cuda" merges SCE in blocks on a GPU; the CPU's bytes but for η's last bit.
 

@@ -182,7 +182,8 @@ def _refuse_nonfinite(job: Job, plan: TensorPlan, span: Span, nonfinite: Sequenc
     """Raise DataError naming the first model, file, tensor and element that is NaN or infinite, unless allowed."""
     if job.allow_nonfinite:
         return
-    kept = "keep the base's values" if span.origins[0] else "write zeros"
+    keeps_base = job.config.method.from_base and span.origins[0] is not None
+    kept = "keep the base's values" if keeps_base else "write zeros"
     for origin, (count, first) in zip(span.origins, nonfinite):
         if origin and count:
             model, entry = origin
