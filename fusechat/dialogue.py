@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusechat.artifact import sha256_bytes, sha256_json
+from fusechat.artifact import Json, sha256_bytes, sha256_json
 from fusechat.data.cleaning import EMPTY_TEXT, clean_messages, cut_text
 from fusechat.data.files import Located, is_text_file, read_items, read_text
 from fusechat.data.formats import FORMATS, Format, category_of, detect_format, messages_of
@@ -128,15 +128,21 @@ def _plain(text: str, category: str, *, goes_on: bool) -> Dialogue:
 
 
 def dialogue_key(dialogue: Dialogue) -> str:
-    """Return the SHA-256 of a dialogue's messages in canonical JSON; the category is no part of it."""
-    messages = [[message.role, message.content] for message in dialogue.messages]
-    goes_on = {"goes_on": True} if dialogue.goes_on else {}
-    return sha256_json({"messages": messages, "plain": dialogue.plain, **goes_on})
+    """Return the SHA-256 of what a dialogue says, its messages in canonical JSON: copies have the same.
+
+    Neither the category is part of it, nor whether its document goes on.
+    """
+    return sha256_json(_said(dialogue))
+
+
+def _said(dialogue: Dialogue) -> Json:
+    return {"messages": [[message.role, message.content] for message in dialogue.messages], "plain": dialogue.plain}
 
 
 def dataset_fingerprint(dialogues: Sequence[Dialogue]) -> str:
-    """Return the SHA-256 over the keys in order, for stores know a dialogue by its place in the data set."""
-    return sha256_bytes("\n".join(dialogue_key(dialogue) for dialogue in dialogues).encode())
+    """Return the SHA-256 over what is encoded, in order, for stores know a dialogue by its place in the data set."""
+    encoded = [_said(dialogue) | ({"goes_on": True} if dialogue.goes_on else {}) for dialogue in dialogues]
+    return sha256_bytes("\n".join(map(sha256_json, encoded)).encode())
 
 
 def split_held_out(

@@ -206,7 +206,7 @@ def test_data_sets_load_through_datasets(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_running_text_is_split_at_the_separator_and_marked_plain(tmp_path: Path) -> None:
-    """Catches documents glued together, empty ones kept, a byte order mark read as text, pieces taken for wholes."""
+    """Catches documents glued together, empty ones kept, a byte order mark read as text, pieces encoded as wholes."""
     path = tmp_path / "stories.txt"
     path.write_bytes("\ufeffOne.\n<|end|>\n\n<|end|>\nTwo é.\n".encode())
     dialogues, report = read_dialogues(path, separator="<|end|>")
@@ -215,7 +215,7 @@ def test_running_text_is_split_at_the_separator_and_marked_plain(tmp_path: Path)
     assert (report.format, report.items, report.dropped) == ("text", 2, {})
     pieces = load_dialogues(write(tmp_path / "t.jsonl", [{"text": "a b"}, {"text": "a"}]), max_bytes=1)
     assert [(d.messages[0].content, d.goes_on) for d in pieces] == [("a", True), ("b", False), ("a", False)]
-    assert len({dialogue_key(d) for d in pieces}) == 3
+    assert dataset_fingerprint(pieces[:1]) != dataset_fingerprint(pieces[2:])
 
 
 @settings(max_examples=200, deadline=None)
@@ -261,6 +261,16 @@ def test_keys_tell_dialogues_apart_by_content_only() -> None:
     assert len({dialogue_key(d) for d in different}) == len(different)
     assert re.fullmatch("[0-9a-f]{64}", dialogue_key(different[0]))
     assert dataset_fingerprint(different) != dataset_fingerprint(different[::-1])
+
+
+def test_a_piece_and_a_whole_document_of_the_same_text_are_copies(tmp_path: Path) -> None:
+    """Catches a held-out text that was trained on, where it is the first piece of a longer one."""
+    texts = [{"text": text} for n in range(20) for text in (f"w{n} more", f"w{n}")]
+    pieces = load_dialogues(write(tmp_path / "t.jsonl", texts), max_bytes=4)
+    assert sum(d.goes_on for d in pieces) == 20
+    for seed in range(3):
+        fit, held = split_held_out(pieces, 0.4, seed)
+        assert not {contents(d)[0] for d in fit} & {contents(d)[0] for d in held}
 
 
 @settings(max_examples=50, deadline=None)

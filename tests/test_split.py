@@ -46,6 +46,17 @@ def test_a_part_that_is_cut_off_is_kept_apart_from_a_named_one(split: Any) -> No
     assert split(train=range(40)).loaded.dropped == {}
 
 
+def test_a_held_out_text_is_dropped_where_it_is_a_piece_of_a_longer_one(tmp_path: Path) -> None:
+    """Catches a score on text that was trained on because its document went on there."""
+    (tmp_path / "train.txt").write_text("Once. More of it.\n---\nAnother.")
+    (tmp_path / "held.txt").write_text("Once.\n---\nTwice.")
+    data = {"train": str(tmp_path / "train.txt"), "held_out": str(tmp_path / "held.txt"), "separator": "---"}
+    values = {"pivot": "p", "sources": [{"model": "s"}], "out": "o", "data": {**data, "max_bytes": 8}}
+    got = load_split(parse_config(values, "test"))
+    assert got.loaded.dropped == {FUSED_ON: 1}
+    assert "Once." not in {d.messages[0].content for d in got.train}
+
+
 def test_one_file_for_both_is_refused(split: Any) -> None:
     """Catches a run that is measured on what it was trained on."""
     with pytest.raises(DataError, match="all 9 dialogues are dropped, each a dialogue to fuse on that is held out"):
