@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ import yaml
 from merge_family import SHAPES, checksums, expect, make_family, random_tensors, read_all, recipe, write_model
 
 from fusechat.errors import ConfigError, DataError, FormatError, FusechatError, MismatchError
-from fusechat.merge import merge, reference, tensor
+from fusechat.merge import merge, output, reference, tensor
 from fusechat.merge.verify import verify
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -316,6 +317,35 @@ def test_full_disk_is_one_line_and_leaves_no_model(family: dict[str, Path], tmp_
     with pytest.raises(FusechatError, match="free space"):
         merge(recipe(family), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    enough = merge(recipe(family), tmp_path / "out", dry_run=True)["output_bytes"]  # but for the tokenizer
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(enough, 0, enough))
+    with pytest.raises(FusechatError, match="free space"):
+        merge(recipe(family), tmp_path / "out")
+
+
+def test_a_disk_that_is_full_at_the_last_file_is_one_line(
+    family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a traceback after hours of work, for a tokenizer that did not fit any more."""
+    real = output.shutil.copyfile
+
+    def full(path: Path, to: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(to))
+
+    monkeypatch.setattr(output.shutil, "copyfile", full)
+    with pytest.raises(FusechatError, match=r"out\.partial failed: .*No space left on device"):
+        merge(recipe(family), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(output.shutil, "copyfile", real)
+    merge(recipe(family), tmp_path / "out", resume=True)
+    assert verify(tmp_path / "out") > 5
+
+
+def test_a_place_that_cannot_be_is_one_line(family: dict[str, Path], tmp_path: Path) -> None:
+    """Catches a traceback for an output below a file."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FusechatError, match=r"cannot write .*file/out\.partial: .*; choose another place"):
+        merge(recipe(family), tmp_path / "file" / "out")
 
 
 def test_dry_run_writes_nothing(family: dict[str, Path], tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from fusechat.merge.estimate import adapter_bytes, estimate, n_selections, threa
 from fusechat.merge.inputs import Handles, Model, TensorPlan, match_tensors, open_models
 from fusechat.merge.layout import MAX_SHARD_BYTES, Shard, lay_out
 from fusechat.merge.lineage import check_lineage
-from fusechat.merge.output import FORMAT, Workplace, existing
+from fusechat.merge.output import FORMAT, Workplace, existing, taken_over
 from fusechat.merge.settings import layer_of
 from fusechat.merge.tensor import Device, Job, measure_energy, merge_one
 
@@ -80,30 +80,32 @@ def merge(
         if finished is not None:
             return finished
         workplace = stack.enter_context(closing(Workplace(out, request, shards)))
-        workplace.begin(resume=resume)
-        held = sum(path.stat().st_size for path in workplace.directory.iterdir())
-        require_free_bytes(out.absolute().parent, sum(shard.size_bytes for shard in shards) - held)
         try:
+            workplace.begin(resume=resume)
+            needed = {path.name: path.stat().st_size for path in taken_over(base.checkpoint.directory, tokenizer)}
+            needed |= {shard.name: shard.size_bytes for shard in shards}
+            held = sum(path.stat().st_size for path in workplace.directory.iterdir() if path.name in needed)
+            require_free_bytes(out.absolute().parent, sum(needed.values()) - held)
             _write(job, workplace, shards, plans, progress, ray)
+            summary = summarise(parsed, workplace.finished, plans)
+            facts = {
+                "base": str(parsed.base),
+                "targets": [str(target.ref) for target in parsed.targets],
+                "method": parsed.method_name,
+                "n_tensors": len(plans),
+                "n_elements": sum(plan.n for plan in plans),
+                **summary,
+            }
+            card = model_card(parsed, recipe, summary)
+            return workplace.finish(
+                _config_json(base, plans, parsed), base.checkpoint.directory, tokenizer, recipe, card, facts
+            )
         except (RuntimeError, OSError) as error:
             if isinstance(error, FusechatError):
                 raise
             raise FusechatError(
                 f"merging into {workplace.directory} failed: {error}; run again with --resume"
             ) from error
-        summary = summarise(parsed, workplace.finished, plans)
-        facts = {
-            "base": str(parsed.base),
-            "targets": [str(target.ref) for target in parsed.targets],
-            "method": parsed.method_name,
-            "n_tensors": len(plans),
-            "n_elements": sum(plan.n for plan in plans),
-            **summary,
-        }
-        card = model_card(parsed, recipe, summary)
-        return workplace.finish(
-            _config_json(base, plans, parsed), base.checkpoint.directory, tokenizer, recipe, card, facts
-        )
 
 
 def _write(

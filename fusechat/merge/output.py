@@ -53,6 +53,12 @@ def existing(out: Path, request: Json) -> Json | None:
     return provenance
 
 
+def taken_over(base: Path, tokenizer: Path) -> list[Path]:
+    """Return the files that go into a merged model as they are: the base's, and the tokenizer's."""
+    places = [*((base, pattern) for pattern in _BASE_FILES), *((tokenizer, pattern) for pattern in _TOKENIZER_FILES)]
+    return [path for folder, pattern in places for path in folder.glob(pattern)]
+
+
 def open_shard(directory: Path, shard: Shard) -> tuple[int, bool]:
     """Open a shard for writing, reserve its whole size and write its header.
 
@@ -89,8 +95,12 @@ class Workplace:
 
         Raises MismatchError when it holds anything else, FusechatError when another process writes there.
         """
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._lock = lock_directory(self.directory)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._lock = lock_directory(self.directory)
+        except OSError as error:
+            reason = error.strerror or error
+            raise FusechatError(f"cannot write {self.directory}: {reason}; choose another place") from error
         self._take_over(resume)
         write_json(self.directory / REQUEST, self.request)
 
@@ -151,10 +161,8 @@ class Workplace:
         directory = self.directory
         if len(self.shards) > 1:
             write_json(directory / "model.safetensors.index.json", index_json(self.shards))
-        for folder, patterns in ((base, _BASE_FILES), (tokenizer, _TOKENIZER_FILES)):
-            for pattern in patterns:
-                for path in folder.glob(pattern):
-                    shutil.copyfile(path, directory / path.name)
+        for path in taken_over(base, tokenizer):
+            shutil.copyfile(path, directory / path.name)
         write_json(directory / "config.json", config)
         write_json(directory / STATISTICS, self.finished)
         (directory / "merge.yaml").write_text(recipe, encoding="utf-8")
