@@ -87,6 +87,25 @@ def test_tokenizer_of_another_model(family: dict[str, Path], tmp_path: Path) -> 
     assert json.loads((tmp_path / "out" / "tokenizer.json").read_text()) == {"of": "b"}
 
 
+def test_of_the_tokenizers_model_no_weights_are_downloaded(
+    family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches hundreds of gigabytes for one tokenizer.json."""
+    import huggingface_hub
+
+    asked: list[str] = []
+
+    def download(name: str, *, allow_patterns: list[str], **_: Any) -> str:
+        asked.extend((name, *allow_patterns))
+        return str(family["b"])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    merge(recipe(family, tokenizer={"source": "owner/70B"}), tmp_path / "out")
+    assert asked[0] == "owner/70B"
+    assert "*.json" in asked
+    assert "*.safetensors" not in asked
+
+
 @pytest.mark.parametrize("method", ["sce", "linear"])
 def test_threads_and_shards_do_not_change_a_bit(family: dict[str, Path], tmp_path: Path, method: str) -> None:
     """Catches results that depend on how the work is cut."""

@@ -63,7 +63,9 @@ def merge(
         check_lineage(targets)
         plans = match_tensors(base, targets, parsed.out_dtype, parsed.vocab)
         _check_parameters(parsed, plans)
-        tokenizer = base.checkpoint.directory if parsed.tokenizer == "base" else resolve_model(parsed.tokenizer)
+        tokenizer = base.checkpoint.directory
+        if parsed.tokenizer != "base":
+            tokenizer = resolve_model(parsed.tokenizer, weights=False)
         request = _request(parsed, base, targets, allow_nonfinite, max_shard_bytes, device)
         shards = lay_out(plans, max_shard_bytes)
         job = Job(
