@@ -17,7 +17,7 @@ import yaml
 from merge_family import SHAPES, checksums, expect, make_family, random_tensors, read_all, recipe, write_model
 
 from fusechat.errors import ConfigError, DataError, FormatError, FusechatError, MismatchError
-from fusechat.merge import merge, output, reference, tensor
+from fusechat.merge import driver, merge, output, reference, tensor
 from fusechat.merge.verify import verify
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -295,6 +295,27 @@ def test_a_second_process_may_not_write_the_same_merge(family: dict[str, Path], 
     merge(recipe(family), out, resume=True)
     assert checksums(out) == checksums(tmp_path / "plain")
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_merge_that_another_has_finished_meanwhile_is_returned(
+    family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a merge made twice, and a traceback of the rename, when two start at once and one is done before the
+    other has the lock."""
+    real, done = driver.existing, []
+
+    def overtaken(out: Path, request: Any) -> Any:
+        found = real(out, request)
+        if not done:
+            done.append("begun")
+            done.append(merge(recipe(family), out))
+        return found
+
+    monkeypatch.setattr(driver, "existing", overtaken)
+    found = merge(recipe(family), tmp_path / "out")
+    assert found == done[1]
+    assert not (tmp_path / "out.partial").exists()
+    assert verify(tmp_path / "out") > 5
 
 
 def test_resume_refuses_changed_inputs_and_a_new_merge_begins_anew(family: dict[str, Path], tmp_path: Path) -> None:

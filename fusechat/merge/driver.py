@@ -83,7 +83,9 @@ def merge(
             return finished
         workplace = stack.enter_context(closing(Workplace(out, request, shards)))
         try:
-            workplace.begin(resume=resume)
+            finished = workplace.begin(resume=resume)
+            if finished is not None:  # by another process, since the first look
+                return finished
             needed = {path.name: path.stat().st_size for path in taken_over(base.checkpoint.directory, tokenizer)}
             needed |= {shard.name: shard.size_bytes for shard in shards}
             held = sum(path.stat().st_size for path in workplace.directory.iterdir() if path.name in needed)

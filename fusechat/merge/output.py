@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -90,10 +91,12 @@ class Workplace:
         self.finished: dict[str, Json] = {}
         self._lock: int | None = None
 
-    def begin(self, *, resume: bool) -> None:
+    def begin(self, *, resume: bool) -> Json | None:
         """Take the directory, with what another merge of the same inputs left there if `resume`.
 
-        Raises MismatchError when it holds anything else, FusechatError when another process writes there.
+        Where the same merge has been finished meanwhile, begins nothing and returns its provenance. Raises
+        MismatchError when the directory holds anything else, FusechatError when it cannot be written or another process
+        writes there.
         """
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -101,14 +104,20 @@ class Workplace:
         except OSError as error:
             reason = error.strerror or error
             raise FusechatError(f"cannot write {self.directory}: {reason}; choose another place") from error
-        self._take_over(resume)
-        write_json(self.directory / REQUEST, self.request)
+        finished = existing(self.out, self.request)
+        if finished is None:
+            self._take_over(resume)
+            write_json(self.directory / REQUEST, self.request)
+        return finished
 
     def close(self) -> None:
         """Give the directory free for another process."""
         if self._lock is None:
             return
         (self.directory / LOCK).unlink(missing_ok=True)
+        if self.directory != self.out:
+            with contextlib.suppress(OSError):
+                self.directory.rmdir()  # refuses unless nothing was begun
         os.close(self._lock)
         self._lock = None
 
