@@ -9,8 +9,9 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 import fusechat
 from fusechat.dialogue import load_dialogues
 from fusechat.errors import ConfigError, DataError, FusechatError
+from fusechat.extract import on_ray
 from fusechat.extract.backend import device_groups
 from fusechat.extract.budget import MAX_BATCHED_TOKENS, max_batched_tokens, prompt_logprob_bytes
 from fusechat.extract.child import ChildEngine
@@ -279,6 +281,16 @@ def test_without_ray_the_mend_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match="pip install"):
+        fusechat.extract(str(tiny_world.source), dialogues, tmp_path / "s", ray="local")
+
+
+def test_a_cluster_without_cpus_is_told_the_mend_for_it(
+    tiny_world: Any, dialogues: list[Dialogue], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches advice about GPUs where there are none."""
+    empty = SimpleNamespace(cluster_resources=dict, nodes=lambda: [{"Alive": True, "Resources": {"memory": 1e9}}])
+    monkeypatch.setattr(on_ray, "ray_cluster", lambda _: nullcontext(empty))
+    with pytest.raises(ConfigError, match=r"1 CPUs, .*: start one with CPUs"):
         fusechat.extract(str(tiny_world.source), dialogues, tmp_path / "s", ray="local")
 
 

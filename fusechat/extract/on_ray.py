@@ -39,7 +39,8 @@ def run_on_ray(task: Task, shards: Iterable[Shard], *, note: Callable[[Shard, Js
         rows = [{"shard": pickle.dumps(shard)} for shard in shards]
         on_gpus = ray.cluster_resources().get("GPU", 0) > 0
         share = {"cpus": 0, "gpus": config.tensor_parallel_size} if on_gpus else {"cpus": 1}
-        room = room_for(ray, **share, mend="lower extract.tensor_parallel_size")
+        mend = "lower extract.tensor_parallel_size" if on_gpus else "start one with CPUs (ray start --num-cpus)"
+        room = room_for(ray, **share, mend=mend)
         actors = config.engines or (room if on_gpus else 1)
         for row in actor_results(ray, ShardActor, (task,), rows, actors=actors, **share):
             result: Json = json.loads(row["note"])

@@ -129,22 +129,25 @@ def _write(
         if progress is not None:
             progress(done, total)
 
-    job = _with_unit_weights(job, plans)
+    def prepared() -> Job:
+        return _with_unit_weights(job, plans)
+
     if ray is not None:
         from fusechat.merge.on_ray import write_on_ray
 
-        write_on_ray(job, workplace, shards, ray, lambda shard: advance(*(slot.plan for slot in shard.slots)))
+        write_on_ray(job, prepared, workplace, shards, ray, lambda shard: advance(*(slot.plan for slot in shard.slots)))
         return
+    ready = prepared()
     ahead = iter([slot.plan for shard in shards for slot in shard.slots][1:])
     for shard in shards:
         fd = workplace.open_shard(shard)
         try:
             for slot in shard.slots:
                 following = next(ahead, None)
-                if following is not None and job.handles is not None:
-                    job.handles.read_ahead([following.base, *following.targets])
+                if following is not None and ready.handles is not None:
+                    ready.handles.read_ahead([following.base, *following.targets])
                 if slot.plan.name not in workplace.finished:
-                    workplace.note(slot.plan.name, merge_one(job, slot.plan, fd, slot.offset))
+                    workplace.note(slot.plan.name, merge_one(ready, slot.plan, fd, slot.offset))
                 advance(slot.plan)
             os.fsync(fd)
         finally:

@@ -33,17 +33,23 @@ def merge_shard(job: Job, shard: Shard, directory: Path, finished: frozenset[str
 
 
 def write_on_ray(
-    job: Job, workplace: Workplace, shards: Sequence[Shard], address: str, note_progress: Callable[[Shard], None]
+    job: Job,
+    prepared: Callable[[], Job],
+    workplace: Workplace,
+    shards: Sequence[Shard],
+    address: str,
+    note_progress: Callable[[Shard], None],
 ) -> None:
     """Merge every shard as a task of the Ray cluster at `address` ("local" starts one here).
 
-    Raises ConfigError when Ray is absent, cannot be reached, or has no machine of so many threads, and whatever a task
-    raised.
+    `prepared` gives the job with what it needs to know of all tensors; as that may read them all, the cluster is asked
+    first. Raises ConfigError when Ray is absent, cannot be reached, or has no machine of so many threads, and whatever
+    a task raised.
     """
     with ray_cluster(address) as ray:
-        # Descriptors do not travel: every task opens its own.
-        travelling = replace(job, handles=None)
         room_for(ray, cpus=job.threads, mend="lower --threads")
+        # Descriptors do not travel: every task opens its own.
+        travelling = replace(prepared(), handles=None)
         remote: Any = ray.remote(num_cpus=job.threads)(merge_shard)
         finished = frozenset(workplace.finished)
         waiting = {remote.remote(travelling, shard, workplace.directory, finished): shard for shard in shards}
