@@ -17,7 +17,7 @@ import yaml
 from merge_family import SHAPES, checksums, expect, make_family, random_tensors, read_all, recipe, write_model
 
 from fusechat.errors import ConfigError, DataError, FormatError, FusechatError, MismatchError
-from fusechat.merge import driver, merge, output, reference, tensor
+from fusechat.merge import driver, estimate, merge, output, reference, tensor
 from fusechat.merge.verify import verify
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -398,6 +398,20 @@ def test_dry_run_writes_nothing(family: dict[str, Path], tmp_path: Path) -> None
     assert needs["output_bytes"] == (tmp_path / "real" / "model.safetensors").stat().st_size
     with pytest.raises(ConfigError, match="too little: this merge needs"):
         merge(recipe(family), tmp_path / "out", max_memory_bytes=1_000_000)
+
+
+def test_the_memory_of_slerp_holds_both_models(
+    family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a bound that forgets the base, which slerp hands to the engine as a model like the other."""
+    monkeypatch.setattr(estimate, "resident_bytes", lambda: 0)
+    one = {name: family[name] for name in ("base", "a")}
+    two = {name: family[name] for name in ("base", "a", "b")}
+    slerp = recipe(one, "slerp", parameters={"t": 0.5})
+    needs = [merge(config, tmp_path / "out", threads=2, dry_run=True) for config in (slerp, recipe(two, "linear"))]
+    assert needs[0]["memory_bytes"] == needs[1]["memory_bytes"]
+    with pytest.raises(ConfigError, match="too little"):
+        merge(slerp, tmp_path / "out", threads=1, max_memory_bytes=estimate.engine_bytes(1, 1))
 
 
 def test_merging_loads_no_torch(family: dict[str, Path], tmp_path: Path) -> None:

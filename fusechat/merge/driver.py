@@ -14,7 +14,7 @@ from fusechat.checkpoint import resolve_model
 from fusechat.errors import ConfigError, FusechatError
 from fusechat.merge.card import model_card
 from fusechat.merge.config import MergeConfig, load_merge_config
-from fusechat.merge.estimate import adapter_bytes, estimate, n_selections, threads_within
+from fusechat.merge.estimate import adapter_bytes, estimate, n_seen, n_selections, threads_within
 from fusechat.merge.inputs import Handles, Model, TensorPlan, match_tensors, open_models
 from fusechat.merge.layout import MAX_SHARD_BYTES, Shard, lay_out
 from fusechat.merge.lineage import check_lineage
@@ -71,7 +71,7 @@ def merge(
         job = Job(
             config=parsed, base=base, targets=targets, handles=Handles(stack), n_layers=_count_layers(plans),
             threads=threads_within(
-                max_memory_bytes, threads or len(os.sched_getaffinity(0)), len(targets), n_selections(parsed),
+                max_memory_bytes, threads or len(os.sched_getaffinity(0)), n_seen(parsed), n_selections(parsed),
                 adapter_bytes([base, *targets]),
             ),
             allow_nonfinite=allow_nonfinite, unit_weights={}, device=device,

@@ -37,6 +37,11 @@ def engine_bytes(n_targets: int, threads: int, n_selections: int = 1) -> int:
     return threads * per_thread + min(n_selections, 2) * _SAMPLE_BYTES + lists + n_targets * _HISTOGRAM_BYTES
 
 
+def n_seen(config: MergeConfig) -> int:
+    """Return how many models the engine sees beside its base; slerp gives it the merge's own base as one of them."""
+    return len(config.targets) + (config.method_name == "slerp")
+
+
 def n_selections(config: MergeConfig) -> int:
     """Return how many selections of a tensor's elements run at once: ties makes one per target."""
     return len(config.targets) if config.method_name == "ties" else 1
@@ -82,7 +87,7 @@ def estimate(job: Job, shards: Sequence[Shard], plans: Sequence[TensorPlan]) -> 
         "output_bytes": sum(shard.size_bytes for shard in shards),
         "n_shards": len(shards),
         "threads": job.threads,
-        "memory_bytes": held + engine_bytes(len(job.targets), job.threads, n_selections(job.config)),
+        "memory_bytes": held + engine_bytes(n_seen(job.config), job.threads, n_selections(job.config)),
         "seconds": _seconds_per_element(job, plans) * n_elements,
     }
 

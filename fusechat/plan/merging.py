@@ -7,7 +7,7 @@ from typing import Any
 
 from fusechat.config import ExtractConfig
 from fusechat.merge.config import parse_merge_config
-from fusechat.merge.estimate import engine_bytes, n_selections
+from fusechat.merge.estimate import engine_bytes, n_seen, n_selections
 from fusechat.plan.extraction import on_device
 from fusechat.plan.hardware import Hardware
 from fusechat.plan.model_shape import ModelShape, count_parameters, stored_bytes
@@ -63,7 +63,7 @@ def plan_sweep(
     merges = [parse_merge_config(recipe, "merge.sweep") for recipe in recipes]
     merging = sum(max(_seconds(merge.method_name, pivot, len(merge.targets), threads, hardware)) for merge in merges)
     flops, scoring = scoring_work(pivot, lengths, n_validation, config, hardware)
-    engine = max(engine_bytes(len(merge.targets), threads, n_selections(merge)) for merge in merges)
+    engine = max(engine_bytes(n_seen(merge), threads, n_selections(merge)) for merge in merges)
     parts = scoring_parts(pivot, lengths, n_validation, config, base_bytes)
     while_merging = {"process": base_bytes, "engine": engine}
     common: dict[str, Any] = {
