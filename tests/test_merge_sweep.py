@@ -144,6 +144,29 @@ def test_two_models_at_most_are_on_disk_and_a_stopped_sweep_goes_on(
     assert table["best"] == NAMES[0]
 
 
+def test_a_stopped_sweep_goes_on_with_a_model_that_has_changed(
+    family: dict[str, Path], scored: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a refusal of folders that are the sweep's own, and a merge of the old model that is taken for the new."""
+    real = bpb.score_dialogues
+
+    def stop_at_the_second(model: str, dialogues: Any, **options: Any) -> bpb.Scores:
+        if scored:
+            raise KeyboardInterrupt
+        return real(model, dialogues, **options)
+
+    monkeypatch.setattr(bpb, "score_dialogues", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(_recipe(family), ENTRIES, tmp_path / "out", VALIDATION)
+    write_model(family["a"], random_tensors(9, read_all(family["base"])), shards=3)
+    monkeypatch.setattr(bpb, "score_dialogues", real)
+    table = sweep(_recipe(family), ENTRIES, tmp_path / "out", VALIDATION)
+    assert len(scored) == 1 + 3
+    best = next(c for c in candidates(_recipe(family), ENTRIES) if c.name == table["best"])
+    merge(best.recipe, tmp_path / "plain")
+    assert checksums(tmp_path / "out")["model.safetensors"] == checksums(tmp_path / "plain")["model.safetensors"]
+
+
 def test_the_file_form_and_the_printed_table(
     family: dict[str, Path], scored: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,6 +27,7 @@ from fusechat.merge.driver import merge
 from fusechat.merge.inputs import open_model
 from fusechat.merge.layout import MAX_SHARD_BYTES
 from fusechat.merge.methods import METHODS
+from fusechat.merge.output import PROVENANCE
 
 if TYPE_CHECKING:
     from fusechat.evaluate.bpb import Scores
@@ -191,7 +192,7 @@ class Work:
         note = self.place(candidate).with_name(self.place(candidate).name + ".json")
         facts = read_json(note) if note.exists() else {}
         if facts.get("request") != self.request:
-            provenance = merge(candidate.recipe, self.place(candidate), **options)
+            provenance = self._merge(candidate, options)
             scores = score(self.place(candidate))
             known = np.isfinite(scores.nll) & (scores.content_bytes > 0)
             nll, size = scores.nll[known], scores.content_bytes[known]
@@ -208,6 +209,17 @@ class Work:
         loser = candidate if self.best == before and before != candidate else before
         if loser != self.best and not self.keep_all:
             shutil.rmtree(self.place(loser), ignore_errors=True)
+
+    def _merge(self, candidate: Candidate, options: Json) -> Json:
+        """Merge one candidate, anew where its folder holds what was merged of models that have changed since."""
+        place = self.place(candidate)
+        try:
+            return merge(candidate.recipe, place, **options)
+        except MismatchError:
+            if not (place / PROVENANCE).exists():
+                raise
+            shutil.rmtree(place)
+            return merge(candidate.recipe, place, **options)
 
     def table(self, validation: Sequence[Dialogue], samples: int, confidence: float, seed: int) -> Json:
         """Return every candidate's bits per byte and paired difference to the best, with bootstrap intervals."""
