@@ -94,6 +94,7 @@ def test_the_best_is_left_with_its_table(family: dict[str, Path], scored: list[s
     assert not (tmp_path / "out.sweep").exists()
     rows = table["merges"]
     assert list(rows) == NAMES
+    assert table["request"]["scoring"]["template"] == "own"
     assert rows[NAMES[0]]["difference_to_best"] == [0, 0, 0]
     value, low, high = rows[NAMES[1]]["difference_to_best"]
     assert 0 < low <= value <= high

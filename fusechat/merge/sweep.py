@@ -126,9 +126,9 @@ def sweep(
     from fusechat.evaluate.bpb import score_dialogues
 
     found = candidates(recipe, entries)
-    scoring: Json = {"max_length_tokens": max_length_tokens, "dtype": dtype, "batch_tokens": batch_tokens}
-    if template != "own":  # not a key of the sweeps made before it could be another
-        scoring["template"] = template
+    scoring: Json = {
+        "template": template, "max_length_tokens": max_length_tokens, "dtype": dtype, "batch_tokens": batch_tokens
+    }  # fmt: skip
     merges = [load_merge_config(candidate.recipe) for candidate in found]
     models = dict.fromkeys(ref for config, _ in merges for ref in (config.base, *(t.ref for t in config.targets)))
     request: Json = {
