@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from safetensors.torch import load_file, save_file
 import fusechat
 from fusechat.artifact import ShardedWriter
 from fusechat.dialogue import load_dialogues
-from fusechat.errors import DataError, MismatchError
+from fusechat.errors import DataError, FusechatError, MismatchError
 from fusechat.extract import left_out
 from fusechat.extract.hf import length_batches, open_hf
-from fusechat.extract.task import open_work
+from fusechat.extract.task import Shard, Task, open_work
 from fusechat.model import check_head, load_model
 from fusechat.records import Dialogue, Message
 from fusechat.store import open_topk, row_positions
@@ -294,6 +295,41 @@ def test_what_changes_the_rounding_is_of_the_request(
     fusechat.extract(str(tiny_world.pivot), some, tmp_path / "vllm", engine_args={"seed": 1}, **vllm)
     with pytest.raises(MismatchError, match="engine_args"):
         fusechat.extract(str(tiny_world.pivot), some, tmp_path / "vllm", engine_args={"seed": 2}, **vllm)
+    with pytest.raises(MismatchError, match="tensor_parallel_size: null there, 2 here"):
+        fusechat.extract(
+            str(tiny_world.pivot), some, tmp_path / "vllm", engine_args={"seed": 1}, tensor_parallel_size=2, **vllm
+        )
+
+
+def test_a_store_goes_on_with_what_the_error_advised(
+    tiny_world: Any, dialogues: list[Dialogue], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches advice to lower vLLM's share of the memory that the half-made store then refuses."""
+    options: Any = {"backend": "vllm", "dtype": "float32", "shard_dialogues": 2}
+    made: list[str] = []
+
+    def engines(task: Task, _: Any) -> Any:
+        @contextmanager
+        def dying() -> Any:
+            with open_work(task, open_hf) as work:
+
+                def once(shard: Shard, advance: Any) -> Any:
+                    if len(made) == 1:
+                        made.append("out of memory")
+                        raise FusechatError("out of memory")
+                    made.append(shard.name)
+                    return work(shard, advance)
+
+                yield once
+
+        return [dying()]
+
+    monkeypatch.setattr("fusechat.extract.engines_of", engines)
+    with pytest.raises(FusechatError, match="out of memory"):
+        fusechat.extract(str(tiny_world.pivot), dialogues[:4], tmp_path / "s", **options)
+    less = {"gpu_memory_utilization": 0.5, "max_num_batched_tokens": 512}
+    fusechat.extract(str(tiny_world.pivot), dialogues[:4], tmp_path / "s", engine_args=less, **options)
+    assert made == ["shard-00000.safetensors", "out of memory", "shard-00001.safetensors"]
 
 
 def test_nothing_to_make_starts_no_engine(

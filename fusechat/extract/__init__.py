@@ -39,6 +39,12 @@ __all__ = ["extract", "left_out"]
 make_callable(__name__)
 
 Progress = Callable[[int, int], None]
+# Arguments of vLLM that another machine, or a step that ran out of memory, may need to have changed in mid-store. By
+# default they depend on the machine's memory anyway.
+_MEMORY_AND_LOGGING = {
+    "gpu_memory_utilization", "kv_cache_memory_bytes", "max_num_batched_tokens", "max_num_seqs", "swap_space",
+    "cpu_offload_gb", "disable_log_stats",
+}  # fmt: skip
 
 
 def extract(
@@ -121,9 +127,14 @@ def left_out(manifest: Json) -> str:
 
 
 def _what_rounding_depends_on(config: ExtractConfig, facts: ModelFacts) -> Json:
-    """The settings, beside those every store names, that change what is stored."""
-    if config.engine_args:
-        return {"engine_args": config.engine_args}
+    """The settings, beside those every store names, that change what is stored.
+
+    `tensor_parallel_size`, where it is given: where vLLM's GPUs decide, the note of every shard has what was chosen.
+    """
+    if config.backend == "vllm":
+        told = {key: value for key, value in config.engine_args.items() if key not in _MEMORY_AND_LOGGING}
+        size = config.tensor_parallel_size or 1
+        return ({"engine_args": told} if told else {}) | ({"tensor_parallel_size": size} if size > 1 else {})
     in_batches = config.backend == "hf" and facts.dtype != "float32"
     return {"batch_tokens": config.batch_tokens} if in_batches else {}
 
