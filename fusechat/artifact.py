@@ -1,9 +1,9 @@
 """Artefacts on disk: hashes, manifests, and writes that are either whole or absent.
 
 A directory artefact is written shard by shard. While it grows, `request.json` says what it is being made from and
-every finished shard has a `.json` note with its checksum beside it; `manifest.json` appears last, atomically, and means
-that the artefact is complete. A stage that was killed finds the request, keeps the shards whose checksum holds, and
-goes on at the first missing one.
+every finished shard has a `.json` note with its checksum beside it, one of which nothing was left a note alone;
+`manifest.json` appears last, atomically, and means that the artefact is complete. A stage that was killed finds the
+request, keeps the shards whose checksum holds, and goes on at the first missing one.
 """
 
 from __future__ import annotations
@@ -138,6 +138,7 @@ class ShardedWriter:
         self.directory = directory
         self.request = request
         self.done: dict[str, Json] = {}
+        self.empty: dict[str, Json] = {}  # the notes of shards without a file, by the name it would have
         self._lock: int | None = None
         if directory.exists() and not directory.is_dir():
             raise FormatError(f"{directory} exists and is not a directory")
@@ -165,6 +166,9 @@ class ShardedWriter:
             )
         for note in sorted(self.directory.glob("*.safetensors.json")):
             shard = read_json(note)
+            if "file" not in shard:
+                self.empty[note.stem] = shard
+                continue
             file = self.directory / shard["file"]
             if file.exists() and sha256_file(file) == shard["sha256"]:
                 self.done[shard["file"]] = shard
@@ -183,8 +187,10 @@ class ShardedWriter:
         if self._lock is None:
             return
         with contextlib.suppress(OSError):
-            if {entry.name for entry in self.directory.iterdir()} <= {LOCK, REQUEST}:
-                (self.directory / REQUEST).unlink()
+            notes = {f"{name}.json" for name in self.empty}
+            if {entry.name for entry in self.directory.iterdir()} <= {LOCK, REQUEST, *notes}:
+                for name in (*notes, REQUEST):
+                    (self.directory / name).unlink(missing_ok=True)
             (self.directory / LOCK).unlink()
             self.directory.rmdir()  # refuses unless it is empty
         os.close(self._lock)

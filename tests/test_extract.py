@@ -349,6 +349,29 @@ def test_nothing_to_make_starts_no_engine(
     assert sum(shard["n_dialogues"] for shard in manifest["shards"]) == len(dialogues)
 
 
+def test_a_shard_of_which_nothing_is_left_is_not_made_again(
+    tiny_world: Any, dialogues: list[Dialogue], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches an engine started, after a kill, for dialogues that were skipped before."""
+    turns = (Message(role="user", content="why?"), Message(role="assistant", content="because. " * 200))
+    some = [*dialogues[:2], Dialogue(messages=turns), Dialogue(messages=turns), *dialogues[2:4]]
+    options: Any = {"shard_dialogues": 2, "max_length_tokens": 70}
+    whole = fusechat.extract(str(tiny_world.pivot), some, tmp_path / "whole", **options)
+    assert set(whole["skipped"]) == {"2", "3"}
+    assert len(whole["shards"]) == 2
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardedWriter, "finish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fusechat.extract(str(tiny_world.pivot), some, tmp_path / "s", **options)
+    monkeypatch.setattr("fusechat.extract.engines_of", lambda *_: pytest.fail("an engine was started"))
+    assert fusechat.extract(str(tiny_world.pivot), some, tmp_path / "s", **options) == whole
+    assert not list((tmp_path / "s").glob("*.safetensors.json"))
+
+
 def test_the_manifest_says_which_model_by_its_name_and_commit(
     tiny_world: Any, dialogues: list[Dialogue], tmp_path: Path
 ) -> None:

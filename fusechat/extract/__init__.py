@@ -114,8 +114,8 @@ def extract(
         if writer.complete:
             return store_manifest(task.out, TOPK_FORMAT)
         writer.begin()
-        empty = _make_missing(task, dialogues, writer, progress)
-        return _finish(task, writer, empty)
+        _make_missing(task, dialogues, writer, progress)
+        return _finish(task, writer)
 
 
 def left_out(manifest: Json) -> str:
@@ -165,13 +165,11 @@ def _shards(dialogues: Sequence[Dialogue], size: int) -> Iterator[Shard]:
         yield Shard(number=number, first=first, dialogues=list(dialogues[first : first + size]))
 
 
-def _make_missing(
-    task: Task, dialogues: Sequence[Dialogue], writer: ShardedWriter, progress: Progress | None
-) -> list[Json]:
-    """Make every shard that is not there; return the notes of those of which nothing could be encoded."""
-    empty: list[Json] = []
+def _make_missing(task: Task, dialogues: Sequence[Dialogue], writer: ShardedWriter, progress: Progress | None) -> None:
+    """Make every shard that is not there."""
     tokens = sum(shard["n_tokens"] for shard in writer.done.values())
     seen = sum(shard["n_dialogues"] + len(shard["skipped"]) for shard in writer.done.values())
+    seen += sum(len(shard["skipped"]) for shard in writer.empty.values())
     whole_shards_tokens = tokens
 
     def advance(more: int) -> None:
@@ -188,13 +186,14 @@ def _make_missing(
             writer.done[result["file"]] = result
             whole_shards_tokens += result["n_tokens"]
         else:
-            empty.append(result)
+            writer.empty[shard.name] = result
         advance(0)
 
-    lacking = (s for s in _shards(dialogues, task.config.shard_dialogues) if s.name not in writer.done)
+    shards = _shards(dialogues, task.config.shard_dialogues)
+    lacking = (shard for shard in shards if shard.name not in writer.done and shard.name not in writer.empty)
     first = next(lacking, None)
     if first is None:  # no engine need load its model to find nothing to do
-        return empty
+        return
     missing = itertools.chain([first], lacking)
     if task.config.ray is not None:
         from fusechat.extract.on_ray import run_on_ray
@@ -203,15 +202,14 @@ def _make_missing(
     else:
         earlier = [shard["engine"] for shard in writer.done.values()]
         run_shards(engines_of(task, earlier), missing, note=note, advance=advance)
-    return empty
 
 
-def _finish(task: Task, writer: ShardedWriter, empty: list[Json]) -> Json:
+def _finish(task: Task, writer: ShardedWriter) -> Json:
     notes = [writer.done[name] for name in sorted(writer.done)]
     skipped: Json = {}
     cut_turns: Json = {}
     engines: list[Json] = []
-    for note in [*notes, *empty]:
+    for note in [*notes, *writer.empty.values()]:
         skipped |= note.pop("skipped")
         cut_turns |= note.pop("cut_turns")
     for note in notes:

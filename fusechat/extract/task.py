@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fusechat.artifact import Json, write_shard
+from fusechat.artifact import Json, write_json, write_shard
 from fusechat.bytetable import ByteTable
 from fusechat.config import ExtractConfig
 from fusechat.encode import encode_set
@@ -69,7 +69,7 @@ def open_work(task: Task, open_scorer: Callable[[Task], Any]) -> Iterator[Work]:
 
 
 def make_shard(task: Task, tokenizer: Any, table: ByteTable, scorer: Scorer, shard: Shard, advance: Advance) -> Json:
-    """Encode, score and write a shard and return its note; a shard of which nothing can be encoded has no file.
+    """Encode, score and write a shard and return its note, all there is of a shard of which nothing can be encoded.
 
     Raises DataError, naming the dialogue, for scores that cannot be.
     """
@@ -81,6 +81,7 @@ def make_shard(task: Task, tokenizer: Any, table: ByteTable, scorer: Scorer, sha
         "cut_turns": {str(shard.first + place): turns for place, turns in found.cut_turns.items()},
     }
     if not found.encoded:
+        write_json(task.out / f"{shard.name}.json", facts)
         return facts
     indices = [shard.first + place for place in found.index]
     scores = scorer.score(found.encoded, indices, advance)
