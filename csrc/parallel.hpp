@@ -7,7 +7,6 @@
 #include <cstdint>
 #include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -43,8 +42,8 @@ void parallel_for(std::int64_t n, std::int64_t grain, int threads, Body &&body) 
     pool.reserve(workers - 1);
     try {
         for (int i = 1; i < workers; ++i) pool.emplace_back(work);
-    } catch (const std::system_error &) {
-        // The system gives no more threads: those that run, and this one, do all of it.
+    } catch (const std::exception &) {
+        // There are no more threads, or there is no memory for one: those that run, and this one, do all of it.
     }
     work();
     for (auto &thread : pool) thread.join();

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -372,6 +373,41 @@ def test_where_the_system_gives_no_thread_one_does_the_work() -> None:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.stdout.split() == ["True", "True"], done.stderr[-2000:]
+
+
+NO_MEMORY_FOR_A_THREAD = """
+#include <cstdio>
+#include <cstdlib>
+#include <new>
+#include "parallel.hpp"
+int left = -1;  // allocations that succeed, once it is not negative
+void *operator new(std::size_t size) {
+    if (left == 0) throw std::bad_alloc();
+    if (left > 0) --left;
+    if (void *place = std::malloc(size)) return place;
+    throw std::bad_alloc();
+}
+void operator delete(void *place) noexcept { std::free(place); }
+void operator delete(void *place, std::size_t) noexcept { std::free(place); }
+int main() {
+    std::atomic<long> sum{0};
+    left = 2;  // the list of threads, and one of them
+    fusechat::parallel_for(100, 1, 4, [&](std::int64_t begin, std::int64_t end) {
+        for (; begin < end; ++begin) sum += begin;
+    });
+    std::printf("%ld", sum.load());
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_where_no_memory_is_left_for_a_thread_the_others_do_the_work(tmp_path: Path) -> None:
+    """Catches a process that is ended because threads were still running when the next could not be made."""
+    (tmp_path / "main.cpp").write_text(NO_MEMORY_FOR_A_THREAD)
+    build = ["c++", "-std=c++20", f"-I{ROOT / 'csrc'}", "main.cpp", "-o", "main", "-pthread"]
+    subprocess.run(build, cwd=tmp_path, check=True)
+    done = subprocess.run([tmp_path / "main"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "4950"), done.stderr[-2000:]
 
 
 def test_what_comes_from_python_is_checked(tmp_path: Path) -> None:
