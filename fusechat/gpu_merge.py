@@ -54,7 +54,7 @@ def merge_tensor(
     blocks = sce.Blocks(
         n=n, n_targets=n_targets, fetch=lambda begin, count: _fetch(sources, begin, count, device), block_items=items
     )
-    report: dict[str, Any] = {"written": True, "nonfinite": [(0, -1)] * len(sources), "n_overflow": 0}
+    report: dict[str, Any] = {"nonfinite": [(0, -1)] * len(sources), "n_overflow": 0}
     if n == 0:
         zeros = [0.0] * n_targets
         return report | _numbers(torch.zeros(3 + 2 * n_targets), n_targets) | {
@@ -63,7 +63,7 @@ def merge_tensor(
     try:
         found = sce.find_threshold(blocks, _quota(quota_share), allow_nonfinite=allow_nonfinite)
     except sce.NonFiniteError:
-        return report | {"written": False, "nonfinite": _nonfinite(blocks, len(sources))}
+        return report | {"nonfinite": _nonfinite(blocks, len(sources))}
     selection = found if quota_share is not None else None
     energy = sce.energies(blocks, selection).tolist()
     total = sum(energy)

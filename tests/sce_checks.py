@@ -115,7 +115,6 @@ def test_nonfinite_and_missing_rows(tmp_path: Path) -> None:
     cpu, report = run(tmp_path, base, targets, allow_nonfinite=True, **options)
     sources = opened(tmp_path, n, ["F32"] * 4)
     _, refused = run_gpu(tmp_path, n=n, sources=sources, block_bytes=16 * sce.BLOCK, **options)
-    assert not refused["written"]
     assert refused["nonfinite"] == report["nonfinite"] == [(0, -1), (0, -1), (1, 1500), (1, 7)]
     found, _ = run_gpu(tmp_path, n=n, sources=sources, allow_nonfinite=True, **options)
     np.testing.assert_allclose(found, cpu, rtol=3e-7)

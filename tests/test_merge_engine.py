@@ -309,10 +309,8 @@ def test_nonfinite_is_counted_and_named(tmp_path: Path) -> None:
     targets[1, 4800] = np.inf
     for options in (sce_options(0.1, "paper"), {}):
         _, report = run(tmp_path, base, targets, **options)
-        assert not report["written"]
         assert report["nonfinite"] == [(0, -1), (0, -1), (2, 4321), (0, -1)]
-    found, report = run(tmp_path, base, targets, allow_nonfinite=True, **sce_options(1.0, "paper"))
-    assert report["written"]
+    found, _ = run(tmp_path, base, targets, allow_nonfinite=True, **sce_options(1.0, "paper"))
     assert found[4321] == base[4321]
     assert np.isfinite(found).all()
 

@@ -88,7 +88,6 @@ py::dict report_dict(const Report &report) {
         selections.append(facts);
     }
     py::dict result;
-    result["written"] = report.written;
     result["nonfinite"] = nonfinite_list(report.nonfinite);
     result["selections"] = selections;
     result["weights"] = report.weights;

@@ -28,8 +28,7 @@ struct Task {
 };
 
 struct Report {
-    bool written = false;              // false when something was not finite and that is not allowed
-    std::vector<NonFinite> nonfinite;  // base, then targets
+    std::vector<NonFinite> nonfinite;  // base, then targets; unless it is allowed, the output is then no merge
     std::vector<Selection> selections;
     std::vector<double> weights;
     Outcome outcome;
