@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import torch
@@ -43,8 +44,8 @@ def topk_logprob(
             Granite).
         budget_bytes: the most memory to take beyond inputs and results, 64 MiB unless given.
 
-    Raises ConfigError for shapes and dtypes that do not fit, k outside [1, V], and a budget too small for one
-    row.
+    Raises ConfigError for shapes and dtypes that do not fit, k outside [1, V], a budget too small for one row, and
+    when FUSECHAT_LOSS forces what cannot take these.
     """
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ConfigError(f"hidden is {list(hidden.shape)} and weight {list(weight.shape)}, expected [N, D] and [V, D]")
@@ -67,7 +68,15 @@ def topk_logprob(
     logprobs = torch.empty(n_rows, k, dtype=torch.float32, device=hidden.device)
     lse = torch.empty(n_rows, dtype=torch.float32, device=hidden.device)
     label_logprob = torch.full((n_rows,), float("nan"), dtype=torch.float32, device=hidden.device)
-    if scale is None and hidden.dtype in NATIVE_FORMATS and backend_for(hidden.device) != "torch":
+    backend = backend_for(hidden.device)
+    if scale is not None or hidden.dtype not in NATIVE_FORMATS:
+        if os.environ.get("FUSECHAT_LOSS") == backend != "torch":
+            raise ConfigError(
+                f"FUSECHAT_LOSS is {backend}, whose top-k takes float32, bfloat16 or float16 and no scale; "
+                f"these hidden states are {hidden.dtype}, with scale {scale}: unset it"
+            )
+        backend = "torch"
+    if backend != "torch":
         known = torch.full((n_rows,), -1, device=hidden.device) if labels is None else labels.long()
         step = budget_bytes // row_bytes
         with torch.no_grad():

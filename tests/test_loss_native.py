@@ -10,6 +10,7 @@ from dense_loss import make_rows
 from fusechat.errors import ConfigError
 from fusechat.loss import sparse_soft_ce
 from fusechat.loss.backend import backend_for
+from fusechat.topk import topk_logprob
 
 _native = pytest.importorskip("fusechat._native", reason="the compiled engine is not built")
 
@@ -139,6 +140,7 @@ def test_the_backend_is_chosen_and_can_be_forced(monkeypatch):
 def test_a_forced_backend_is_used_or_refused(logits, monkeypatch):
     """Catches a comparison of backends that measures torch's twice."""
     rows = (torch.zeros(3).long(), torch.zeros(3, 2).long(), torch.zeros(3, 2))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     for forced in ("native", "triton"):
         monkeypatch.setenv("FUSECHAT_LOSS", forced)
         with pytest.raises(ConfigError, match=f"FUSECHAT_LOSS is {forced}, which takes float32"):
@@ -148,4 +150,15 @@ def test_a_forced_backend_is_used_or_refused(logits, monkeypatch):
         assert sparse_soft_ce(logits, *rows, hard_weight=0.5).loss.isfinite()
     monkeypatch.setenv("FUSECHAT_LOSS", "native")
     with pytest.raises(ConfigError, match="runs on the CPU, but the tensors are on cuda:0"):
+        backend_for(torch.device("cuda:0"))
+
+
+def test_triton_is_refused_where_it_cannot_run(monkeypatch):
+    """Catches a traceback from within Triton."""
+    monkeypatch.setenv("FUSECHAT_LOSS", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ConfigError, match="runs on a GPU, but the tensors are on the CPU"):
+        topk_logprob(torch.zeros(3, 8), torch.zeros(20, 8), 2)
+    monkeypatch.setattr("fusechat.loss.backend.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="triton, which is not installed"):
         backend_for(torch.device("cuda:0"))

@@ -44,6 +44,19 @@ def test_matches_the_full_softmax(dtype, n_rows, vocabulary, k, options):
     assert all(len(set(row)) == k for row in ids.tolist())
 
 
+def test_a_forced_backend_is_used_or_refused(monkeypatch):
+    """Catches a top-k by torch where the engine was asked for."""
+    hidden, weight = torch.randn(4, 8), torch.randn(20, 8)
+    monkeypatch.setenv("FUSECHAT_LOSS", "native")
+    with pytest.raises(ConfigError, match=r"FUSECHAT_LOSS is native, whose top-k takes float32.*float64"):
+        topk_logprob(hidden.double(), weight.double(), 3)
+    with pytest.raises(ConfigError, match=r"no scale.*with scale 0\.5: unset it"):
+        topk_logprob(hidden, weight, 3, scale=0.5)
+    ids = topk_logprob(hidden, weight, 3)[0]
+    monkeypatch.setenv("FUSECHAT_LOSS", "torch")
+    assert torch.equal(topk_logprob(hidden.double(), weight.double(), 3, scale=0.5)[0], ids)
+
+
 def test_without_labels_and_with_wrong_arguments():
     """Catches a label column of zeros that would read as certainty, and k or a budget that cannot be."""
     hidden, weight = torch.randn(4, 8), torch.randn(20, 8)

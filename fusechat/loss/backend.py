@@ -28,12 +28,19 @@ NATIVE_FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.fl
 def backend_for(device: torch.device) -> str:
     """Return `native`, `triton` or `torch`, the best there is for the device.
 
-    FUSECHAT_LOSS forces one; FUSECHAT_NATIVE=require refuses to do without the compiled engine.
+    FUSECHAT_LOSS forces one, and raises ConfigError where it cannot run; FUSECHAT_NATIVE=require refuses to do without
+    the compiled engine.
     """
     forced = os.environ.get("FUSECHAT_LOSS", "")
     if forced not in ("", "native", "triton", "torch"):
         raise ConfigError(f"FUSECHAT_LOSS is {forced!r}: use native, triton or torch")
-    if forced in ("torch", "triton"):
+    if forced == "torch":
+        return forced
+    if forced == "triton":
+        if find_spec("triton") is None:
+            raise ConfigError("FUSECHAT_LOSS is triton, which is not installed: pip install triton, or unset it")
+        if device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") == "0":
+            raise ConfigError("FUSECHAT_LOSS is triton, which runs on a GPU, but the tensors are on the CPU: unset it")
         return forced
     if forced == "native" and device.type != "cpu":
         raise ConfigError(f"FUSECHAT_LOSS is native, which runs on the CPU, but the tensors are on {device}: unset it")
