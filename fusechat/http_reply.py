@@ -14,8 +14,8 @@ def reply_text(reply: requests.Response, api_key: str | None) -> str:
     text = reply.text
     try:
         value = json.loads(text)
-        error = value.get("error", value) if isinstance(value, dict) else value
-        text = str(error.get("message", error) if isinstance(error, dict) else error)
+        error = (value.get("error") or value) if isinstance(value, dict) else value
+        text = str((error.get("message") or error) if isinstance(error, dict) else error)
     except (ValueError, RecursionError):
         pass
     if api_key:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import requests
 import torch
 from extract_world import check_store, make_hd32_model, manifest, shard_bytes
 
@@ -21,6 +22,7 @@ from fusechat.config import parse_config
 from fusechat.dialogue import load_dialogues
 from fusechat.errors import ConfigError, DataError, FusechatError
 from fusechat.extract import server
+from fusechat.http_reply import reply_text
 from fusechat.model import load_model
 from fusechat.plan.models import model_shape
 from fusechat.records import Dialogue
@@ -236,6 +238,32 @@ def test_servers_that_cannot_serve_are_refused_in_one_line(
     assert error.match(message)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "s").exists()
+
+
+def test_a_folder_with_an_at_sign_is_no_hub_id(model: Any, dialogues: Any, tmp_path: Path, tiny_world: Any) -> None:
+    """Catches a path that is cut like owner/name@revision, so that the server of its model is another's."""
+    here = make_hd32_model(tmp_path / "me@home" / "tiny", tiny_world.pivot)
+    with serving(Stub(model, "tiny")) as stub:
+        _extract(here, dialogues[:2], tmp_path / "s", stub)
+    with serving(Stub(model, "me")) as stub, pytest.raises(DataError, match="serves me, not"):
+        _extract(here, dialogues[:2], tmp_path / "t", stub)
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ({"error": {"message": "no room"}}, "no room"),
+        ({"error": None, "message": "busy"}, "busy"),
+        ({"error": {"message": None, "code": 7}}, "{'message': None, 'code': 7}"),
+        ({"detail": "not found"}, "{'detail': 'not found'}"),
+        ("", "an empty reply"),
+    ],
+)
+def test_what_a_server_says_is_told(said: Any, told: str) -> None:
+    """Catches "None" where the server gave its reason elsewhere."""
+    reply = requests.Response()
+    reply._content = json.dumps(said).encode()
+    assert reply_text(reply, None) == told
 
 
 def test_minus_infinity_after_the_probe_is_named(directory: Path, model: Any, dialogues: Any, tmp_path: Path) -> None:

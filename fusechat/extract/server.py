@@ -159,7 +159,9 @@ def check_model(endpoint: Endpoint, task: Task) -> Json:
 def _is_same(task: Task, name: str, card: Json) -> bool:
     if task.config.served_model is not None:
         return name == task.config.served_model
-    model, _ = hub_id(task.model)
+    model = task.model
+    if not Path(model).expanduser().is_dir():
+        model, _ = hub_id(model)
     ours = {model, str(task.directory), str(task.directory.resolve())}
     theirs = {name, str(card.get("root"))}
     return bool(ours & theirs) or Path(name).name == Path(model).name
