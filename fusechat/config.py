@@ -39,6 +39,7 @@ class DataConfig(_Section):
 
 
 _BACKENDS_OF = {
+    "cache": ("hf",),
     "device": ("hf",),
     "device_map": ("hf",),
     "tensor_parallel_size": ("vllm",),
@@ -96,8 +97,6 @@ class ExtractConfig(_Section):
             field = ExtractConfig.model_fields[key]
             if self.backend not in backends and getattr(self, key) != field.get_default(call_default_factory=True):
                 raise ValueError(f"{key} is for backend: {' or '.join(backends)}, not {self.backend}: remove it")
-        if self.cache == "sampled" and self.backend != "hf":
-            raise ValueError("cache: sampled needs the whole softmax, which only backend: hf has")
         return self
 
 

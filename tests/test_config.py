@@ -133,6 +133,7 @@ def test_extraction_settings_alone() -> None:
         ("hf", "servers", ["http://a:8000"], "vllm-server"),
         ("hf", "served_model", "m", "vllm-server"),
         ("vllm", "device", "cuda:1", "hf"),
+        ("vllm", "cache", "sampled", "hf"),
         ("vllm", "concurrency", 3, "vllm-server"),
         ("vllm-server", "engines", 2, "hf or vllm"),
         ("vllm-server", "ray", "local", "hf or vllm"),
@@ -156,8 +157,10 @@ def test_a_source_with_a_backend_of_its_own_takes_over_what_that_knows(tmp_path:
     bee = load_config(_write(tmp_path, text + common)).sources[1].extract
     assert bee is not None
     assert (bee.top_k, bee.quantization, bee.tensor_parallel_size, bee.engine_args) == (7, "fp8", 1, {})
-    with pytest.raises(ConfigError, match="cache: sampled needs the whole softmax"):
-        load_config(_write(tmp_path, text + "extract: {cache: sampled}\n"))
+    mixed = load_config(_write(tmp_path, text + "extract: {cache: sampled}\n"))
+    assert mixed.extract.cache == "sampled"
+    assert mixed.sources[1].extract is not None
+    assert mixed.sources[1].extract.cache == "top-k"
 
 
 def test_templates_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

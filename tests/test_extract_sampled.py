@@ -125,5 +125,5 @@ def test_draws_depend_on_seed_and_dialogue_alone(tiny_world: Any, tmp_path: Path
     assert rows("shards", seed=3, shard_dialogues=4, batch_tokens=1) == one
     assert rows("seed", seed=4) != one
     assert not np.array_equal(uniforms(0, 1, 3, K), uniforms(0, 2, 3, K))
-    with pytest.raises(ConfigError, match="only backend: hf"):
+    with pytest.raises(ConfigError, match="cache is for backend: hf"):
         fusechat.extract("x", dialogues, tmp_path / "v", cache="sampled", backend="vllm")
