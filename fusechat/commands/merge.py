@@ -53,6 +53,7 @@ def merge(arguments: Sequence[str]) -> None:
     from fusechat.quantity import parse_size
 
     given = parser().parse_args(arguments)
+    _check_together(given)
     if given.verify is not None:
         from fusechat.merge.verify import verify
 
@@ -61,7 +62,6 @@ def merge(arguments: Sequence[str]) -> None:
         return
     if given.config is None or given.out is None:
         raise ConfigError("fusechat merge needs CONFIG.yml and OUT, or --verify OUT")
-    _check_together(given)
     from fusechat.merge import merge as merge_models
     from fusechat.merge.report import needs, tensor_table
 
@@ -108,13 +108,24 @@ def _check_together(given: argparse.Namespace) -> None:
     """Raise ConfigError for options that would not be followed."""
     from fusechat.errors import ConfigError
 
+    if given.verify is not None:
+        alone = vars(parser().parse_args(["--verify", ""]))
+        others = [name for name, value in vars(given).items() if name != "verify" and value != alone[name]]
+        if others:
+            raise ConfigError(f"--verify OUT merges nothing: leave out {_option(others[0])}, or --verify")
+        return
     if given.sweep and given.data is None:
         raise ConfigError("--sweep needs --data FILE: dialogues that were neither trained nor will be tested on")
     for name in _OF_ONE_MERGE if given.sweep else _OF_A_SWEEP:
         if getattr(given, name):
-            option = f"--{name.replace('_', '-')}"
             why = "is of one merge, not of a --sweep" if given.sweep else "is of a --sweep"
-            raise ConfigError(f"{option} {why}: leave it out")
+            raise ConfigError(f"{_option(name)} {why}: leave it out")
+    if given.dry_run and given.report:
+        raise ConfigError("--report is of a merge that is made, not of a --dry-run: leave one out")
+
+
+def _option(name: str) -> str:
+    return name.upper() if name in ("config", "out") else f"--{name.replace('_', '-')}"
 
 
 def _sweep(
