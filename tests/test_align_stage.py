@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from typer.testing import CliRunner
 import fusechat
 from fusechat.align import RowKind, distribute, dtw, read_byte_order, read_coverage, vocab_map
 from fusechat.align.paper import branches
+from fusechat.align.rows import RowView
 from fusechat.align.shards import ShardWork, Task
+from fusechat.align.stage import PRESETS
 from fusechat.align.statistics import PairCounts
 from fusechat.align.tokenizer import store_vocabulary
 from fusechat.align.vocabulary import end_by_role
@@ -294,6 +297,16 @@ def test_ends_of_turns_map_to_the_token_that_ends_the_pivots(
     end_of_source = tokenizers[1].token_to_id("</s>")
     assert work.aligner.maps.target[number, end_of_source, 0] == tokenizer.token_to_id(end)
     assert end_by_role(work.aligner.pivot.table) == tokenizer.token_to_id(not_end)
+
+
+def test_a_store_is_not_read_for_a_token_that_no_map_asks_for(
+    tmp_path: Path, stores: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a pass over all of the pivot's tokens whose result the research code's map ignores."""
+    read: list[Any] = []
+    monkeypatch.setattr(RowView, "of", lambda block, table: read.append(block))
+    ShardWork(Task(pivot_store=stores[0], source_store=stores[1], out=tmp_path, chosen=PRESETS["paper"], threads=1))
+    assert read == []
 
 
 @pytest.mark.parametrize("unaligned", ["gold", "pivot", "skip"])

@@ -22,10 +22,11 @@ from fusechat.dialogue import load_dialogues, split_held_out
 from fusechat.encode import encode_all
 from fusechat.errors import ConfigError, DataError
 from fusechat.evaluate.agreement import agreement
-from fusechat.evaluate.shared_rows import measure_rows, prefix_agreement, row_places, turn_end_token, twins
+from fusechat.evaluate.shared_rows import measure_rows, prefix_agreement, row_places, twins
 from fusechat.records import Encoded
 from fusechat.template import load_template
 from fusechat.tokenizer import load_tokenizer
+from fusechat.turn_end import turn_end_token
 
 WORDS = [b"a", b"b", b"ab", b"abc", b"c", b"a", b"ca", b"<end>"]
 OTHER = [b"ab", b"c", b"c", b"a", b"zz", b"b", b"<|e|>", b"abcd"]
@@ -57,21 +58,21 @@ def test_twins_go_by_bytes_and_ends_of_turns_by_what_they_are_for() -> None:
     own, theirs = twins(model, 7, source, 6)
     assert own.tolist() == [0, 1, 2, 3, 4, 0, 6, 7]
     assert theirs.tolist() == [2, 4, 4, 0, -1, 1, 7, -1]
-    own, theirs = twins(model, -1, source, 6)
+    own, theirs = twins(model, None, source, 6)
     assert (own[7], theirs[6]) == (7, -1)
     same_name = ByteTable.from_tokens([b"<end>", b"<end>"], [Role.OTHER, Role.TEXT])
-    assert twins(model, -1, same_name, -1)[1].tolist() == [7, -1]  # special tokens go with special tokens only
+    assert twins(model, None, same_name, None)[1].tolist() == [7, -1]  # special tokens go with special tokens only
 
 
 def test_the_end_of_turns_is_the_special_token_that_ends_most() -> None:
     model, _ = _tables()
 
-    def dialogue(ids: list[int], turn: list[int]) -> Encoded:
-        turns = np.array(turn, np.int32)
-        return Encoded(input_ids=np.array(ids, np.int32), loss_mask=turns >= 0, turn=turns, byte_end=turns)
+    def block(ids: list[int], turn: list[int], offsets: list[int]) -> tuple[np.ndarray, ...]:
+        return np.array(ids, np.int32), np.array(turn, np.int32), np.array(offsets)
 
-    assert turn_end_token([dialogue([0, 1, 7, 2, 3, 7], [-1, 0, 0, -1, 1, 1])], model) == 7
-    assert turn_end_token([dialogue([7, 1, 2], [-1, 0, 0])], model) == -1
+    assert turn_end_token([block([0, 1, 7, 2, 3, 7], [-1, 0, 0, -1, 1, 1], [0, 6])], model) == 7
+    assert turn_end_token([block([7, 1, 2], [-1, 0, 0], [0, 3])], model) is None
+    assert turn_end_token([block([1, 7, 2, 2], [0, 0, 0, 0], [0, 2, 4])], model) == 7  # two dialogues without a user
 
 
 def _measure_slowly(
@@ -159,7 +160,8 @@ def test_sums_equal_a_walk_over_every_row_with_full_distributions(tiny_world: An
                     start = int(e.byte_end[t]) if e.turn[t] == e.turn[t + 1] else 0
                     rows[d, int(e.turn[t + 1]), start] = p[t]
         seen.append(rows)
-        tables.append((table, turn_end_token(found.encoded, table)))
+        blocks = ((one.input_ids, one.turn, np.array([0, len(one.turn)])) for one in found.encoded)
+        tables.append((table, turn_end_token(blocks, table)))
     (model, model_end), (source, source_end) = tables
     own_twin, source_twin = twins(model, model_end, source, source_end)
     shared = seen[0].keys() & seen[1].keys()

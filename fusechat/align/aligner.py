@@ -23,7 +23,7 @@ from fusechat.store import Array, Block, Store, map_block
 class Aligner:
     """Both vocabularies and the choices; the maps for turns' first tokens are made when a lead is first seen.
 
-    `turn_end` is the token that ends the pivot's turns, None where none does.
+    `turn_end` is the token that ends the pivot's turns, None where none does or no map asks for it.
     """
 
     pivot: Vocabulary
@@ -149,15 +149,6 @@ class Aligner:
 def fresh_shard(store: Store, number: int) -> Block:
     """Map one shard anew: the store's own maps would keep every page they ever touched for as long as it is open."""
     return map_block(store.directory / store.manifest["shards"][number]["file"])
-
-
-def find_turn_end(store: Store, vocabulary: Vocabulary) -> int | None:
-    """Return the special token that most often ends a turn of a TopKStore, None where turns end without one."""
-    counts = np.zeros(len(vocabulary.table), np.int64)
-    for number in range(store.n_shards):
-        rows = RowView.of(fresh_shard(store, number), vocabulary.table)
-        counts += np.bincount(rows.gold[rows.at_end], minlength=len(counts))
-    return int(counts.argmax()) if counts.any() else None
 
 
 def count_shard(aligner: Aligner, pivot_block: Block, source: Store) -> PairCounts:

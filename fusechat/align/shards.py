@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusechat.align.aligner import Aligner, align_shard, count_shard, find_turn_end, fresh_shard
-from fusechat.align.rows import Choices
+from fusechat.align.aligner import Aligner, align_shard, count_shard, fresh_shard
+from fusechat.align.rows import Choices, RowView
 from fusechat.align.statistics import PairCounts
 from fusechat.align.tokenizer import store_vocabulary
 from fusechat.artifact import Json, write_shard
+from fusechat.bytetable import ByteTable
 from fusechat.store import open_topk, write_block
+from fusechat.turn_end import turn_end_token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +28,10 @@ class Task:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Corpus:
-    """What the maps need to know of all shards together: the token that ends the pivot's turns, and counts of pairs."""
+    """What the maps need to know of all shards together: the token that ends the pivot's turns, and counts of pairs.
+
+    The token is None, too, where no map asks for it.
+    """
 
     turn_end: int | None
     counts: PairCounts | None = None
@@ -35,14 +40,14 @@ class Corpus:
 class ShardWork:
     """Both stores, checked before, and their vocabularies opened, and the vocabulary maps made so far.
 
-    Without `corpus` the pivot's store is read for the token that ends its turns.
+    Without `corpus` the pivot's store is read for the token that ends its turns, if a map asks for it.
     """
 
     def __init__(self, task: Task, corpus: Corpus | None = None) -> None:
         self.task = task
         self.pivot, self.source = (open_topk(store, verify=False) for store in (task.pivot_store, task.source_store))
         pivot, source = (store_vocabulary(store.directory, store.manifest) for store in (self.pivot, self.source))
-        corpus = corpus or Corpus(turn_end=find_turn_end(self.pivot, pivot))
+        corpus = corpus or Corpus(turn_end=self._turn_end(pivot.table))
         self.aligner = Aligner(
             pivot=pivot,
             source=source,
@@ -53,6 +58,13 @@ class ShardWork:
             turn_end=corpus.turn_end,
             counts=corpus.counts,
         )
+
+    def _turn_end(self, table: ByteTable) -> int | None:
+        if (self.task.chosen["tokens"], self.task.chosen["vocab"]) == ("dtw", "ms-upstream"):
+            return None  # the only map there is goes by the specials' ids
+        views = (RowView.of(fresh_shard(self.pivot, i), table) for i in range(self.pivot.n_shards))
+        parts = ((v.block["token.input_ids"], v.block["token.turn"], v.block.offsets["token"]) for v in views)
+        return turn_end_token(parts, table)
 
     @property
     def corpus(self) -> Corpus:

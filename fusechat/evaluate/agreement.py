@@ -29,7 +29,6 @@ from fusechat.evaluate.shared_rows import (
     measure_rows,
     prefix_agreement,
     row_places,
-    turn_end_token,
     twins,
 )
 from fusechat.extract.hf import score_rows
@@ -38,6 +37,7 @@ from fusechat.records import Dialogue, Encoded
 from fusechat.store import row_positions
 from fusechat.template import load_template
 from fusechat.tokenizer import load_tokenizer
+from fusechat.turn_end import turn_end_token
 
 MEASURES = ("top1", "top1_prefix", "topk", "kl_bits")
 _CHUNK_ROWS = 256
@@ -46,13 +46,13 @@ _CHUNK_ROWS = 256
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidates:
     """A source's view of a data set: per dialogue its rows' places int64[R] (ascending, unique), top-k ids int64[R,K]
-    and log-probabilities float64[R,K]; the byte table, and the token that ends its turns (−1 when none does)."""
+    and log-probabilities float64[R,K]; the byte table, and the token that ends its turns (None when none does)."""
 
     places: dict[int, Ints]
     ids: dict[int, Ints]
     logprobs: dict[int, Floats]
     table: ByteTable
-    turn_end: int
+    turn_end: int | None
 
 
 class _Loaded:
@@ -74,7 +74,8 @@ class _Loaded:
             max_length_tokens=context_tokens(self.lm.config, max_length_tokens),
         )
         self.index, self.encoded = found.index, found.encoded
-        self.turn_end = turn_end_token(self.encoded, self.table)
+        blocks = ((one.input_ids, one.turn, np.array([0, len(one.turn)])) for one in self.encoded)
+        self.turn_end = turn_end_token(blocks, self.table)
         check_head(self.lm, self.encoded[0].input_ids)
 
 

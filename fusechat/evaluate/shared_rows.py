@@ -6,9 +6,6 @@ models predict what follows the same prefix. Tokens are compared by their bytes,
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 
@@ -36,16 +33,7 @@ def row_places(encoded: Encoded) -> tuple[Ints, Ints]:
     return unique, positions[len(positions) - 1 - from_behind]
 
 
-def turn_end_token(encoded: Sequence[Encoded], table: ByteTable) -> int:
-    """Return the special token that most often ends a turn, −1 when turns end without one."""
-    counts: Counter[int] = Counter()
-    for one in encoded:
-        last = np.flatnonzero((one.turn >= 0) & (np.append(one.turn[1:], -1) != one.turn))
-        counts.update(int(t) for t in one.input_ids[last] if table.roles[t] != Role.TEXT)
-    return counts.most_common(1)[0][0] if counts else -1
-
-
-def twins(model: ByteTable, model_end: int, source: ByteTable, source_end: int) -> tuple[Ints, Ints]:
+def twins(model: ByteTable, model_end: int | None, source: ByteTable, source_end: int | None) -> tuple[Ints, Ints]:
     """Return for every token of the model, and for every token of the source, the model's token of the same bytes.
 
     Of several tokens of the same bytes the lowest id stands for all; special tokens go with special tokens of the same
@@ -58,7 +46,7 @@ def twins(model: ByteTable, model_end: int, source: ByteTable, source_end: int) 
     theirs = np.full(len(source), -1, np.int64)
     for i in np.flatnonzero(source.widths > 0):
         theirs[i] = by_bytes.get((bool(source.roles[i] == Role.TEXT), source.token(int(i))), -1)
-    if model_end >= 0 and source_end >= 0:
+    if model_end is not None and source_end is not None:
         theirs[source_end] = own[model_end]
     return own, theirs
 
