@@ -98,7 +98,7 @@ FUSECHAT_INLINE void load_cells(const std::uint8_t *cell_of, Words &cells) {
 template <bool kCells, class F>
 FUSECHAT_INLINE void exp_lanes(F &v, float shift, float inverse_tau, const std::uint8_t *cell_of, F &sum) {
     v -= shift;
-    exp_negative(v, inverse_tau, v);
+    exp_bounded(v, inverse_tau, v);
     if constexpr (kCells) {
         typename Like<F>::Words cells;
         load_cells(cell_of, cells);

@@ -10,7 +10,7 @@
 namespace fusechat::loss {
 namespace {
 
-// exp_negative gives 0 below it, and so does a rescaling.
+// exp_bounded gives 0 below it, and so does a rescaling.
 constexpr float kLeast = 1e-30F;
 
 // A whole block's exponentials, in place, while the next whole block is read: memory and arithmetic work at the same time.

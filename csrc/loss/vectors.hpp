@@ -165,7 +165,7 @@ FUSECHAT_INLINE void exp_parts(const F &x, float scale, F &power, F &rest) {
 // exp(x · scale) for x · scale <= kSlack. Below e^−69 = 1e-30 it is 0: gradients made of such numbers are subnormal, at which a
 // CPU's matrix product slows down twentyfold. NaN stays NaN.
 template <class F>
-FUSECHAT_INLINE void exp_negative(const F &x, float scale, F &result) {
+FUSECHAT_INLINE void exp_bounded(const F &x, float scale, F &result) {
     F power, rest;
     exp_parts(x, scale, power, rest);
     result = x < -69.0F / scale ? F{} : power + power * rest;
