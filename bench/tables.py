@@ -5,7 +5,7 @@ stale ones.
 
 A table holds the figures of one machine; results of other machines get tables of their own. Of several results of one
 machine the newest has the word, claim by claim. README shows the machine with most of the headline's lines, of equals
-the newest.
+the one measured last.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,75 @@ RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- {name}: written by `make readme-table` -->", "<!-- end of {name} -->"
 Claim = Mapping[str, Any]
 
-# One line a stage: what it is called there, and the claim that says it (benchmark, name, against).
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Headline:
+    """One line of README's table: the claim it shows, and where that claim's memory stands."""
+
+    stage: str
+    claim: tuple[str, str, str]
+    """Benchmark, name, against."""
+    against: str = ""
+    """In README's words, where the benchmark's own are too short or say nothing."""
+    memory: tuple[str, str, str] | None = None
+    """The claim that is about memory; where absent, the note of the other may say it."""
+
+
+_PADDED, _BYTES = "pad to 2,048, all logits in fp16", "align, bytes + ms, store to store"
+
+# One line a stage and peer.
 HEADLINES = [
-    ("align: warping as in the paper", "align", "dtw, one pair, 2048 tokens", "plain Python"),
-    ("loss on K sparse targets", "loss", "sparse_soft_ce, float32", "gather and autograd"),
-    ("loss, collation included", "loss", "collate and loss, B=4 S=512", "dense targets, as the research code"),
-    ("loss with lm_head", "linear-loss", "linear_sparse_soft_ce, float32", "its three bare products"),
-    ("training, several dialogues a row", "train", "packed tokens a second", "padded"),
-    ("merge: SCE, τ = 0.1, 0.47B", "merge", "sce 0.1", "mergekit 0.1.5"),
-    ("merge: SCE, 152k × 1,024 embedding", "merge", "sce 0.1, wide embedding", "mergekit 0.1.5"),
-    ("merge: linear, 0.12B", "merge", "linear", "mergekit 0.1.5"),
+    Headline(
+        stage="extract: top-10 of every row, transformers",
+        claim=("extract", "hf, time", _PADDED),
+        against="padded to 2,048, all logits kept in fp16",
+        memory=("extract", "hf, extra memory", _PADDED),
+    ),
+    Headline(
+        stage="align: by bytes, vocab ms, store to store",
+        claim=("align", _BYTES, "absolute"),
+        memory=("align", f"{_BYTES}, peak memory", "absolute"),
+    ),
+    Headline(stage="align: warping as in the paper", claim=("align", "dtw, one pair, 2048 tokens", "plain Python")),
+    Headline(
+        stage="loss on K sparse targets",
+        claim=("loss", "sparse_soft_ce, float32", "gather and autograd"),
+        against="gather and autograd in torch",
+    ),
+    Headline(
+        stage="loss, collation included",
+        claim=("loss", "collate and loss, B=4 S=512", "dense targets, as the research code"),
+        memory=("loss", "collate and loss, B=4 S=512, memory saved", "dense targets"),
+    ),
+    Headline(
+        stage="loss with lm_head, K sparse targets",
+        claim=("linear-loss", "linear_sparse_soft_ce, float32", "its three bare products"),
+        against="its three matrix products alone",
+    ),
+    Headline(
+        stage="loss with lm_head, hard labels",
+        claim=("linear-loss", "with lm_head, hard labels", "cut-cross-entropy, torch.compile"),
+    ),
+    Headline(
+        stage="loss with lm_head, KL to a teacher",
+        claim=("linear-loss", "with lm_head, KL to a teacher", "liger-kernel, chunked, compiled"),
+    ),
+    Headline(
+        stage="train: several dialogues a row",
+        claim=("train", "packed tokens a second", "padded"),
+        against="padded rows",
+    ),
+    Headline(stage="merge: SCE, τ = 0.1, 0.47B", claim=("merge", "sce 0.1", "mergekit 0.1.5")),
+    Headline(stage="merge: SCE, 152k × 1,024 embedding", claim=("merge", "sce 0.1, wide embedding", "mergekit 0.1.5")),
+    Headline(stage="merge: linear, 0.12B", claim=("merge", "linear", "mergekit 0.1.5")),
 ]
+
+# How the benchmarks' notes say whose memory is how much.
+_WHOSE_MIB = (
+    re.compile(r"(?P<theirs>\+[\d,]+) MiB against our (?P<ours>\+[\d,]+)"),
+    re.compile(r"^(?P<ours>\d+) against (?P<theirs>\d+) MiB"),
+    re.compile(r"its peak (?P<theirs>[\d,]+) MiB"),
+)
 
 
 def load_results(folder: Path = RESULTS) -> dict[str, list[Claim]]:
@@ -55,25 +114,61 @@ def load_results(folder: Path = RESULTS) -> dict[str, list[Claim]]:
 
 def headline_table(results: Mapping[str, Sequence[Claim]]) -> str:
     """Return README's table: one line a stage, against whom, the ratio, the memory."""
-    tables = {machine: _headline_rows(claims) for machine, claims in results.items()}
-    machine = max(tables, key=lambda name: len(tables[name]))  # of equals the first, which is the newest
+    shown = {machine: _headlines(claims) for machine, claims in results.items()}
+    # Of equals the one whose oldest line is newest, else the first.
+    machine = max(shown, key=lambda name: (len(shown[name]), min((c["date"] for _, c in shown[name]), default="")))
     others = [name for name in results if name != machine]
     heading = f"Measured on {machine}, {max(claim['date'] for claim in results[machine])}"
     heading += f"; {' and '.join(others)} in [performance](docs/performance.md):" if others else ":"
-    return f"{heading}\n\n" + _table(("stage", "against", "", "our peak memory"), tables[machine])
+    return f"{heading}\n\n" + _table(
+        ("stage", "against", "fusechat", "memory, ours and theirs"), _headline_rows(shown[machine], results[machine])
+    )
 
 
-def _headline_rows(claims: Sequence[Claim]) -> list[tuple[str, str, str, str]]:
+def _headlines(claims: Sequence[Claim]) -> list[tuple[Headline, Claim]]:
+    known = {_key(claim): claim for claim in claims if claim["value"] is not None}
+    return [(line, known[line.claim]) for line in HEADLINES if line.claim in known]
+
+
+def _headline_rows(shown: Sequence[tuple[Headline, Claim]], claims: Sequence[Claim]) -> list[tuple[str, ...]]:
     known = {_key(claim): claim for claim in claims}
-    rows = []
-    for title, *key in HEADLINES:
-        claim = known.get(tuple(key))
-        if claim is None or claim["value"] is None:
-            continue
-        memory = "" if claim.get("peak_mib") is None else f"{claim['peak_mib']:,.0f} MiB"
-        means = "faster" if claim["higher_is_better"] else "its time"
-        rows.append((title, claim["against"], f"{_figure(claim)} {means}", memory))
-    return rows
+    return [
+        (
+            line.stage,
+            line.against or claim["against"].replace("absolute", "–"),
+            _said(claim),
+            _memory(line, known.get(line.memory or line.claim)),
+        )
+        for line, claim in shown
+    ]
+
+
+def _said(claim: Claim) -> str:
+    words = ""
+    if claim["unit"] == "×":
+        words = " faster" if claim["higher_is_better"] else " their time"
+    return f"{_figure(claim)}{words}{_short(claim)}"
+
+
+def _memory(line: Headline, claim: Claim | None) -> str:
+    """Return whose memory is how much; a + is what comes on top of the inputs."""
+    if claim is None or claim["value"] is None:
+        return ""
+    short = _short(claim) if line.memory else ""
+    found = next((match.groupdict() for form in _WHOSE_MIB if (match := form.search(claim["note"]))), None)
+    if found is not None:
+        ours = found.get("ours") or f"{claim['peak_mib']:.0f}"
+        return f"{_grouped(ours)} MiB against {_grouped(found['theirs'])}{short}"
+    less = " less" if claim["higher_is_better"] else ""
+    return f"{_figure(claim)}{less}{short}" if line.memory else ""
+
+
+def _short(claim: Claim) -> str:
+    return f", short of {claim['to_reach']} {claim['unit']}" if claim["verdict"] == "short" else ""
+
+
+def _grouped(digits: str) -> str:
+    return "+" * digits.startswith("+") + f"{int(digits.replace(',', '')):,}"
 
 
 def _key(claim: Claim) -> tuple[str, ...]:
@@ -177,7 +272,7 @@ def _figure(claim: Claim) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:#.3g}"
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

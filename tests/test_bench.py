@@ -25,7 +25,7 @@ from fusechat.bench.peers import check_against, peer_python, peer_version
 from fusechat.bench.report import print_table, sizes
 from fusechat.bench.roofline import plot_roofline
 from fusechat.bench.suite import MODULES, run_benchmarks
-from fusechat.bench.tables import headline_table, load_results, pages, performance_tables, rewritten
+from fusechat.bench.tables import HEADLINES, headline_table, load_results, pages, performance_tables, rewritten
 from fusechat.bench.timing import Samples, interleave, rate, ratio
 from fusechat.errors import ConfigError, DataError
 
@@ -231,7 +231,7 @@ def test_a_table_never_mixes_machines(tmp_path: Path) -> None:
     text = performance_tables(load_results(tmp_path))
     new, old = text.split("## 2 × old")
     assert new.startswith("## 2 × new")
-    assert ("| 2 × |" in new, "| 1 × |" in new, "| 1 × |" in old) == (True, False, True)
+    assert ("| 2.00 × |" in new, "| 1.00 × |" in new, "| 1.00 × |" in old) == (True, False, True)
 
 
 def test_two_generations_of_a_processor_of_one_name_are_two_machines() -> None:
@@ -261,6 +261,52 @@ def test_the_headline_is_of_one_machine_the_newest_that_has_most_lines(
     text = headline_table(load_results(tmp_path))
     assert text.startswith(f"Measured on 2 × {shown}, 2026-")
     assert text.count("| stage |") == 1
+
+
+def test_one_newer_line_does_not_make_a_machine_the_newest(tmp_path: Path) -> None:
+    _write(tmp_path, "a.json", "new", "2026-02-01", align=1.0, loss=2.0)
+    _write(tmp_path, "b.json", "old", "2026-01-01", align=7.0)
+    _write(tmp_path, "c.json", "old", "2026-02-01", loss=8.0)
+    assert headline_table(load_results(tmp_path)).startswith("Measured on 2 × new, 2026-02-01")
+
+
+def test_the_headline_says_what_falls_short_and_whose_memory_is_how_much(tmp_path: Path) -> None:
+    padded, kl = (
+        "pad to 2,048, all logits in fp16",
+        ("with lm_head, KL to a teacher", "liger-kernel, chunked, compiled"),
+    )
+    claims = {
+        "extract": [
+            at_least("hf, time", padded, 10.94, 5),
+            at_least("hf, extra memory", padded, 12.6, 15, note="132 against 1663 MiB, batch of 4"),
+        ],
+        "loss": [at_least("sparse_soft_ce, float32", "gather and autograd", 37.3, 40)],
+        "linear-loss": [
+            at_most("linear_sparse_soft_ce, float32", "its three bare products", 1.0009, 1.1),
+            at_least(*kl, 1.61, 1, note="0.8.5: 1.45e+03 ms, +1,250 MiB against our +64; and more"),
+        ],
+        "merge": [at_least("linear", "mergekit 0.1.5", 10.5, 10, peak_mib=22.6, note="its peak 1,934 MiB")],
+    }
+    for benchmark, found in claims.items():
+        result = _result(*found)
+        for claim in result["claims"]:
+            claim["benchmark"] = benchmark
+        (tmp_path / f"{benchmark}.json").write_text(json.dumps(result))
+    lines = [line.strip("| ").split(" | ") for line in headline_table(load_results(tmp_path)).splitlines()[4:]]
+    assert [line[2:] for line in lines] == [
+        ["10.9 × faster", "132 MiB against 1,663, short of ≥ 15 ×"],
+        ["37.3 × faster, short of ≥ 40 ×"],
+        ["1.00 × their time"],
+        ["1.61 × faster", "+64 MiB against +1,250"],
+        ["10.5 × faster", "23 MiB against 1,934"],
+    ]
+
+
+def test_every_headline_is_a_claim_that_some_result_has() -> None:
+    """Catches a claim that was renamed, whose line would silently be gone."""
+    known = {(c["benchmark"], c["name"], c["against"]) for claims in load_results().values() for c in claims}
+    wanted = {key for line in HEADLINES for key in (line.claim, line.memory) if key is not None}
+    assert wanted <= known
 
 
 def test_a_folder_of_old_results_is_asked_for_this_instruction_set_or_the_nearest_below(tmp_path: Path) -> None:

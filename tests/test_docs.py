@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from conftest import TinyWorld
 from pydantic import BaseModel
@@ -120,6 +121,24 @@ def test_the_commands_of_a_page_run(page: Path, tiny_world: TinyWorld, tmp_path:
                 check=False,
             )
             assert done.returncode == 0, f"{page.name}:\n{fence.body}\n{done.stderr[-2000:]}"
+
+
+def test_the_loss_of_readme_runs_as_it_stands() -> None:
+    code = re.search(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    assert code is not None
+    lm_head = torch.nn.Linear(8, 50, bias=False)
+    labels = torch.randint(50, (6,))
+    labels[0] = -100
+    teacher = torch.randn(6, 50).log_softmax(-1).topk(4)
+    names = {
+        "hidden": torch.randn(6, 8),
+        "lm_head": lm_head,
+        "labels": labels,
+        "teacher_ids": teacher.indices,
+        "teacher_logprobs": teacher.values,
+    }
+    exec(code[1], names)
+    assert lm_head.weight.grad is not None
 
 
 def test_every_key_of_the_configuration_is_described() -> None:
