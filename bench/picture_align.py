@@ -2,7 +2,8 @@
 
     python bench/picture_align.py [--out docs/images/alignment.svg]
 
-Real tokenizers are needed: ../shared/data, or the folder that FUSECHAT_SHARED_DATA names. The text is our own.
+Real tokenizers are needed: ../shared/data, or the folder that FUSECHAT_SHARED_DATA names. The text is our own, because
+none of the real dialogues there may be copied into the repository.
 """
 
 from __future__ import annotations
