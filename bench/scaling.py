@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,16 @@ from fusechat.align import dtw
 from fusechat.bench.machine import environment, machine_name
 from fusechat.bench.merge_models import llama_config, llama_shapes, write_family
 from fusechat.bench.timing import Clock, interleave
+from fusechat.bench.train import write_stores
 from fusechat.loss.backend import forward_rows
 from fusechat.loss.options import LossOptions
 from fusechat.loss.rows import check_rows
 from fusechat.merge import merge
+from fusechat.store import open_topk
+from fusechat.train.collate import collate
+from fusechat.train.dataset import FusionDataset
+from fusechat.train.select import Selection
+from fusechat.train.source import open_source
 
 Calls = dict[int, Callable[[], object]]
 
@@ -112,6 +118,19 @@ def merge_call(folder: Path, hidden: int, n_targets: int, threads: int = 1) -> C
     return call
 
 
+def collate_calls(folder: Path, n_sources: Sequence[int], n_dialogues: int, length: int) -> Calls:
+    """Return the reading and mixing of a micro-batch that so many sources and the pivot teach together."""
+    pivot_path, aligned = write_stores(folder, n_dialogues, length)
+    pivot = open_topk(pivot_path)
+
+    def call(n: int) -> Callable[[], object]:
+        sources = [open_source(aligned["chain"], pivot, f"source-{i}") for i in range(n)]
+        data = FusionDataset(pivot, sources, select=Selection(rule="avg_ce", unit="token"), when_pivot_wins="pivot")
+        return lambda: collate([data[i] for i in range(n_dialogues)], pad_token_id=0)
+
+    return {n: call(n) for n in n_sources}
+
+
 def n_parameters(hidden: int) -> int:
     """Count what `merge_call` makes."""
     return sum(int(np.prod(shape)) for shape in llama_shapes(hidden, 4, 8000, 4 * hidden, tied=True).values())
@@ -124,6 +143,7 @@ def studies(folder: Path, small: bool) -> dict[str, Callable[[], Study]]:
     vocabularies = (4_000, 16_000) if small else (16_000, 32_000, 64_000, 128_000, 256_000)
     hidden = (64, 128) if small else (128, 256, 512, 1024)
     targets = (2, 4) if small else (2, 3, 4, 6, 8)
+    sources, length = ((1, 2), 128) if small else ((1, 2, 4, 6), 1024)
     cores = (1, 2)
     n_rows, vocabulary = (32, 8_000) if small else (256, 32_000)
     return {
@@ -141,6 +161,9 @@ def studies(folder: Path, small: bool) -> dict[str, Callable[[], Study]]:
         "loss-V": lambda: study("fused loss", "vocabulary", 1, {v: loss_call(64, v, 10) for v in vocabularies}, rounds),
         "loss-threads": lambda: study(
             "fused loss", "threads", -1, {t: loss_call(n_rows, vocabulary, 10, t) for t in cores}, rounds, "wall"
+        ),
+        "collate-sources": lambda: study(
+            "multi collate", "sources", 1, collate_calls(folder / "stores", sources, 4, length), rounds
         ),
         "merge-targets": lambda: study(
             "sce merge", "targets", 1, {n: merge_call(folder, hidden[-1] // 2, n) for n in targets}, rounds

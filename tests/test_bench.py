@@ -24,6 +24,7 @@ from fusechat.bench.machine import LEVELS, instruction_set, machine_name
 from fusechat.bench.peers import check_against, peer_python, peer_version
 from fusechat.bench.report import print_table, sizes
 from fusechat.bench.roofline import plot_roofline
+from fusechat.bench.scaling import collate_calls
 from fusechat.bench.suite import MODULES, run_benchmarks
 from fusechat.bench.tables import HEADLINES, headline_table, load_results, pages, performance_tables, rewritten
 from fusechat.bench.timing import Samples, interleave, rate, ratio
@@ -326,6 +327,12 @@ def test_ci_has_a_baseline_for_the_levels_it_meets() -> None:
     folder = ROOT / "bench" / "results" / "baseline"
     for level in ("x86-64-v3", "x86-64-v4-amx"):
         assert read_old(folder, level)["claims"]
+
+
+def test_the_study_of_sources_times_batches_that_all_of_them_teach(tmp_path: Path) -> None:
+    calls = collate_calls(tmp_path, (1, 3), 2, 32)
+    # Where a source's tokens are finer, on every eighth row here, it has rows of its own beside the mixture's.
+    assert [len(calls[n]()["rows"]) for n in (1, 3)] == [2 * (31 + 4), 2 * (31 + 3 * 4)]
 
 
 def test_a_page_without_markers_is_named() -> None:
