@@ -347,6 +347,8 @@ def test_choices_and_damage_are_named(tmp_path: Path, stores: tuple[Path, Path])
         fusechat.align(*stores, stores[0])
     with pytest.raises(ConfigError, match="'papre' is not one of paper"):
         fusechat.align(*stores, tmp_path / "out", preset="papre")
+    with pytest.raises(ConfigError, match=r"preset: paper is vocab: ms-upstream: leave out align.vocab: ms, or "):
+        fusechat.align(*stores, tmp_path / "out", preset="paper", tokens="dtw", vocab="ms")
     shard = stores[1] / "shard-00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-7])
     with pytest.raises(FormatError, match="the manifest says"):

@@ -28,6 +28,7 @@ from fusechat.artifact import (
     sha256_file,
     write_json,
 )
+from fusechat.config import AlignConfig
 from fusechat.errors import ConfigError, FormatError, MismatchError
 from fusechat.ray import ray_cluster
 from fusechat.store import ALIGNED_FORMAT, Store, open_topk
@@ -73,8 +74,8 @@ def align(
 ) -> Json:
     """Write the AlignedStore of one source and return its manifest; resumes at the first missing shard.
 
-    Shards follow the pivot's. `preset: paper` sets the five choices to the research code's default mode, whatever else
-    is given; with `tokens: dtw` rows are taken as they stand (`granularity: first`). `workers` is the number of threads
+    Shards follow the pivot's. `preset: paper` sets the five choices to the research code's default mode and refuses
+    others; with `tokens: dtw` rows are taken as they stand (`granularity: first`). `workers` is the number of threads
     (all of this process when None). `ray` is the address of a Ray cluster that sees the same files, or "local": shards
     are then made there, by actors of `workers` threads each (one when None). The output is the same for any of these.
     `progress(done_rows, all_rows)` is called after every shard. The manifest's `coverage` says what became of rows and
@@ -134,7 +135,13 @@ def _choose(
         "granularity": granularity,
         "unaligned": unaligned,
         "collisions": collisions,
-    } | PRESETS.get(preset or "", {})
+    }
+    for key, value in PRESETS.get(preset or "", {}).items():
+        if chosen[key] not in (value, AlignConfig.model_fields[key].default):
+            raise ConfigError(
+                f"align.preset: {preset} is {key}: {value}: leave out align.{key}: {chosen[key]}, or the preset"
+            )
+        chosen[key] = value
     for key, value in chosen.items():
         if value not in _CHOICES[key]:
             raise ConfigError(f"align.{key}: {value!r} is not one of {', '.join(_CHOICES[key])}")
