@@ -12,6 +12,7 @@ from fusechat.commands.evaluate import app as evaluate
 from fusechat.commands.extract import extract
 from fusechat.commands.info import info
 from fusechat.commands.inspect import inspect
+from fusechat.commands.keys import with_keys
 from fusechat.commands.merge import merge
 from fusechat.commands.plan import plan
 from fusechat.commands.profile import profile
@@ -31,9 +32,9 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(run)
 app.command()(plan)
-app.command()(extract)
+app.command(cls=with_keys("ExtractConfig"))(extract)
 app.command()(align)
-app.command()(train)
+app.command(cls=with_keys("TrainConfig"))(train)
 
 
 @app.command(

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from fusechat.config_values import merged, overridden, resolve_paths, validated
+from fusechat.config_values import merged, overridden, read_yaml, resolve_paths, validated
 from fusechat.errors import ConfigError
 
 
@@ -332,7 +332,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises ConfigError for a missing or malformed file, an unknown key (naming the nearest known one) or a wrong value.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

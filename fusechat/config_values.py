@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +14,23 @@ from pydantic import BaseModel, ValidationError
 from fusechat.errors import ConfigError
 
 _ModelT = TypeVar("_ModelT", bound=BaseModel)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as PyYAML reads it, and 1e-6 as the number it is in YAML 1.2; 1.1 wants 1.0e-6 and takes the other for text.
+
+    It matters where no type is declared, as in `train.lr_scheduler_args` and `extract.engine_args`. Quoted, it is text.
+    """
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def read_yaml(text: str) -> Any:
+    """Return what a YAML text says; raises yaml.YAMLError."""
+    return yaml.load(text, _Loader)
 
 
 def validated(model: type[_ModelT], values: Any, where: str) -> _ModelT:
@@ -55,7 +73,7 @@ def overridden(overrides: Sequence[str]) -> dict[str, Any]:
         if not equals or not key:
             raise ConfigError(f"override `{override}` is not of the form key.subkey=value")
         try:
-            value = yaml.safe_load(text)
+            value = read_yaml(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"override `{override}`: the value is not valid YAML") from error
         *parents, last = key.split(".")

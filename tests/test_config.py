@@ -5,8 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
+from typer.testing import CliRunner
 
-from fusechat.config import load_config, parse_config, parse_extract, parse_train, source_name
+from fusechat.cli import app
+from fusechat.config import (
+    ExtractConfig,
+    TrainConfig,
+    load_config,
+    parse_config,
+    parse_extract,
+    parse_train,
+    source_name,
+)
 from fusechat.errors import ConfigError
 
 MINIMAL = "pivot: ./p\nsources: [./a, {model: org/b, name: bee}]\ndata: {train: ./x.jsonl}\nout: runs/one\n"
@@ -80,6 +91,28 @@ def test_what_belongs_together_is_taken(tmp_path: Path) -> None:
     assert load_config(path, ["merge.method=linear", "merge.weights=[1, 3]"]).merge.weights == [1, 3]
     multi = load_config(path, ["train.mode=multi", "merge.select_topk=0.1"])  # a default written out is no wish
     assert parse_config(multi.model_dump(), "again") == multi
+
+
+def test_numbers_without_a_point_are_numbers_where_no_type_is_declared(tmp_path: Path) -> None:
+    """YAML 1.1 takes 1e-6 for text, which transformers' scheduler would then divide by."""
+    path = _write(tmp_path, MINIMAL + "train: {lr_scheduler_args: {min_lr: 1e-6, name: '1e-6', commit: 1e6f}}\n")
+    config = load_config(path, ["extract={backend: vllm, engine_args: {swap_space: 2.5E+3}}"])
+    assert config.train.lr_scheduler_args == {"min_lr": 1e-6, "name": "1e-6", "commit": "1e6f"}
+    assert config.extract.engine_args == {"swap_space": 2500.0}
+    assert parse_train(["lr_scheduler_args.min_lr=1e-6", "learning_rate=5e-6"]).lr_scheduler_args == {"min_lr": 1e-6}
+
+
+@pytest.mark.parametrize(("command", "section"), [("train", TrainConfig), ("extract", ExtractConfig)])
+def test_help_lists_every_key_within_eighty_columns(command: str, section: type[BaseModel]) -> None:
+    done = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "80"})
+    assert done.exit_code == 0
+    lines = done.output.splitlines()
+    assert max(map(len, lines)) <= 80
+    told = {line.partition("=")[0] for line in lines}
+    options = {"backend", "top_k", "template", "max_length_tokens", "dtype", "tensor_parallel_size", "quantization"}
+    options |= {"engines", "servers", "ray"}  # of extract, in the table above
+    wanted = set(section.model_fields) | {"lora.rank"} if command == "train" else set(section.model_fields) - options
+    assert told & {*wanted, *options} == wanted
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -32,7 +32,8 @@ def extract(
     separator: Annotated[list[str] | None, typer.Option(help="what separates documents in a text file")] = None,
     max_bytes: Annotated[int | None, typer.Option(help="cut running text into pieces of so many bytes")] = None,
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="other keys of `extract` such as fast_driver=true engine_args.seed=1")
+        list[str] | None,
+        typer.Argument(help="other keys such as fast_driver=true engine_args.seed=1; --help lists them"),
     ] = None,
 ) -> None:
     """Write a model's top-k next-token log-probabilities over a dialogue set.

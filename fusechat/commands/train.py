@@ -22,7 +22,9 @@ def train(
     held_out: Annotated[Path | None, typer.Option(help="dialogues to score with every checkpoint")] = None,
     seed: Annotated[int, typer.Option()] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="two steps on two dialogues; leaves nothing")] = False,
-    overrides: Annotated[list[str] | None, typer.Argument(help="settings such as hard_weight=0.9 epochs=2")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="settings such as hard_weight=0.9 epochs=2; --help lists them")
+    ] = None,
 ) -> None:
     """Train one target from the pivot, taught by a source. Also under torchrun and accelerate launch."""
     from fusechat.commands.progress import terminal_reporter
