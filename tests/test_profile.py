@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,15 @@ from typing import Any
 import pytest
 import yaml
 from conftest import TinyWorld
+from rich.console import Console
 from typer.testing import CliRunner
 
 from fusechat.cli import app
 from fusechat.errors import ConfigError, MismatchError
 from fusechat.profile.native import Function, by_room, parse_report
 from fusechat.profile.report import what_it_did
-from fusechat.profile.summary import summarise, table
-from fusechat.profile.trace import memory_timeline, read_operators
+from fusechat.profile.summary import OUTSIDE, summarise, table
+from fusechat.profile.trace import Operator, memory_timeline, read_operators
 
 F32 = "float"
 
@@ -53,6 +55,7 @@ def test_own_time_bytes_and_flops_of_a_trace(tmp_path: Path) -> None:
     assert found["mm"].n_bytes == 2 * 4 * (8 * 16 + 16 * 32 + 8 * 32)
     assert found["linear"].seconds == pytest.approx(32e-6), "without mm and t inside it"
     assert found["t"].n_bytes == 0
+    assert found["linear"].n_bytes == 0, "mm has moved them"
     assert found["add_"].n_bytes == 2 * 16 * 4, "written in place: no third tensor"
     assert found["relu"].n_bytes == 2 * 16 * 2
     assert memory_timeline(trace) == [(0.0, 10), (1.0, 70)]
@@ -77,6 +80,8 @@ def test_the_summary_says_which_roof_is_near(tmp_path: Path) -> None:
                 event("aten::mm", 0, 1000, [[100, 1000], [1000, 100]]),  # 20 MFLOP in 1 ms: 20 GFLOP/s
                 event("aten::copy_", 2000, 1000, [[1000, 1000], [1000, 1000]]),  # 8 MB in 1 ms: 8 GB/s
                 event("custom", 4000, 1000),
+                *(event("aten::mul", 6000 + 100 * i, 60, [[8, 8], [8, 8]]) for i in range(101)),
+                *(event("aten::empty", 20_000 + 100 * i, 60) for i in range(101)),
             ],
         )
     )
@@ -85,10 +90,28 @@ def test_the_summary_says_which_roof_is_near(tmp_path: Path) -> None:
     assert lines["mm"].ceiling == pytest.approx(0.2)
     assert lines["mm"].advice == "larger shapes"
     assert lines["copy_"].ceiling == pytest.approx(0.8)
-    assert lines["copy_"].advice == "at roof: fuse"
-    assert lines["custom"].ceiling is None
+    assert lines["copy_"].advice == "fuse"
+    assert (lines["custom"].ceiling, lines["custom"].advice) == (None, "see the trace")
+    # 60 µs each, of which the memory needs a tenth of one: not its strides are slow.
+    assert lines["mul"].advice == lines["empty"].advice == "batch calls"
     assert sum(line.share for line in lines.values()) == pytest.approx(1)
-    assert table(list(lines.values())).row_count == 3
+    assert table(list(lines.values())).row_count == 5
+
+
+def test_the_table_fits_eighty_columns_and_cuts_no_figure() -> None:
+    long = "_scaled_dot_product_flash_attention_for_cpu_backward"
+    operators = [
+        Operator(name=OUTSIDE, calls=1, seconds=2.0, n_bytes=None, n_flops=0.0),
+        Operator(name=long, calls=12_345, seconds=1.0, n_bytes=123.4e9, n_flops=98.7654e12),
+        Operator(name="to_copy", calls=99_999, seconds=1.0, n_bytes=4e3, n_flops=0.0),
+    ]
+    ceilings = {"copy_gb_s": 10.0, "gemm_float32_gflop_s": 100.0}
+    out = io.StringIO()
+    Console(file=out, width=80).print(table(summarise(operators, ceilings, "float32")))
+    header, *rows = out.getvalue().splitlines()
+    assert header.split() == ["operator", "time", "calls", "MB", "GFLOP", "GB/s", "GFLOP/s", "roof", "next"]
+    assert [row.split()[2:5] for row in rows[1:]] == [["12345", "123k", "98765"], ["99999", "<0.01", "–"]]
+    assert rows[0].split() == ["outside", "operators", "50.0%", *"–––––", "–", "functions", "below"]
 
 
 def test_perf_s_report_is_read() -> None:
@@ -96,12 +119,14 @@ def test_perf_s_report_is_read() -> None:
     50.91%  libblas.so.0             [.] dgemm_kernel
      5.48%  [kernel.kallsyms]        [k] clear_page_erms
      3.10%  _native.so               [.] fusechat::merge::pass(float const*, unsigned long)
+     2.10%  libtorch_cpu.so          [.] at::native::(anonymous namespace)::copy_kernel(at::TensorIterator&)
 """
     found = parse_report(report)
     assert [(f.share, f.library, f.name) for f in found] == [
         (0.5091, "libblas.so.0", "dgemm_kernel"),
         (0.0548, "[kernel.kallsyms]", "clear_page_erms"),
         (0.031, "_native.so", "fusechat::merge::pass"),
+        (0.021, "libtorch_cpu.so", "at::native::copy_kernel"),
     ]
 
 
@@ -152,6 +177,8 @@ def test_a_training_step_is_profiled(tiny_world: TinyWorld, tmp_path: Path, monk
     facts = json.loads((out / "summary.json").read_text())
     assert facts["peak_tensor_bytes"] > 0
     assert sum(line["share"] for line in facts["operators"]) > 0.3
+    shares = {line["operator"]["name"]: line["share"] for line in facts["operators"]}
+    assert shares["outside operators"] > 0, "what torch sees is not taken for the whole"
     products = [operator for operator in read_operators(out / "trace.json") if operator.name == "mm"]
     assert products[0].n_flops > 0
     assert facts["ncu"].startswith("ncu --nvtx")

@@ -121,6 +121,12 @@ def parse_report(report: str) -> list[Function]:
     for line in report.splitlines():
         match = _ROW.match(line)
         if match:
-            name = match[4].split("(")[0] if "(" in match[4] and not match[4].startswith("(") else match[4]
-            found.append(Function(share=round(float(match[1]) / 100, 4), library=match[2], name=name))
+            share, library, name = round(float(match[1]) / 100, 4), match[2], _without_arguments(match[4])
+            found.append(Function(share=share, library=library, name=name))
     return found
+
+
+def _without_arguments(name: str) -> str:
+    """Return a demangled name up to its arguments; what lies in an anonymous namespace keeps its own."""
+    plain = name.replace("(anonymous namespace)::", "")
+    return plain.split("(")[0] or name

@@ -33,6 +33,9 @@ class Piece:
     unit: str = ""
     """What `amount` counts: tokens of the pivot, or elements of the merged model."""
 
+    in_this_process: bool = True
+    """Whether a first call leaves a later one its imports and memory; one that starts engines leaves nothing."""
+
 
 def prepare(stage: str, config: RunConfig, folder: Path, dialogues: int) -> Piece:
     """Do what a stage needs first, under `folder`, imports included, and return what is to be profiled.
@@ -61,7 +64,7 @@ def prepare(stage: str, config: RunConfig, folder: Path, dialogues: int) -> Piec
     if stage == "extract":
         if config.extract.backend == "hf":
             return _scoring(config, chosen)
-        return Piece(run=lambda out: extract_model("pivot", config.pivot, out))
+        return Piece(run=lambda out: extract_model("pivot", config.pivot, out), in_this_process=False)
     extract_model("pivot", config.pivot, stores[0])
     extract_model(name, source.model, stores[1])
     if stage == "align":

@@ -28,7 +28,7 @@ from fusechat.recipe import recipe_path
 
 FUNCTIONS_SHOWN, FUNCTIONS_SAVED = 12, 100
 STRIPPED = (
-    "the engine's functions have no names: it is built without symbols. From the sources, for names:\n"
+    "the engine's functions have no names, being built without symbols; from the sources:\n"
     "pip install --no-build-isolation --no-deps -e . -C cmake.build-type=RelWithDebInfo"
 )
 
@@ -50,8 +50,14 @@ def stage_report(stage: str, config: str, overrides: list[str], out: Path, dialo
             highlight=False,
         )
         console.print(table(lines))
-        roofs = ", ".join(f"{name} {value:,.0f}" for name, value in ceilings.items())
-        console.print(f"roofs of this run: {roofs}", style="dim", highlight=False)
+        products = ", ".join(
+            f"{value:,.0f} GFLOP/s in {name.removeprefix('gemm_').removesuffix('_gflop_s')}"
+            for name, value in ceilings.items()
+            if name.startswith("gemm_")
+        )
+        console.print(
+            f"roofs: copy {ceilings['copy_gb_s']:,.0f} GB/s, products {products}", style="dim", highlight=False
+        )
         facts["operators"] = [asdict(line) for line in lines]
     functions, done = profile_native(stage, config, overrides, out, dialogues)
     if stage not in TORCH_STAGES:
@@ -65,11 +71,12 @@ def stage_report(stage: str, config: str, overrides: list[str], out: Path, dialo
         facts["functions"] = functions
     else:
         console.print(_functions(functions))
-        console.print(_rooms(by_room(functions)))
+        rooms = by_room(functions)
+        console.print(_rooms(rooms))
         facts["functions"] = [asdict(function) for function in functions[:FUNCTIONS_SAVED]]
-        facts["rooms"] = by_room(functions)
-        if any(function.room == "engine" and function.name.startswith("0x") for function in functions):
-            console.print(STRIPPED, style="yellow", highlight=False)
+        facts["rooms"] = rooms
+        if "engine" in rooms and any(f.room == "engine" and f.name.startswith("0x") for f in functions):
+            console.print(STRIPPED, style="yellow", highlight=False, soft_wrap=True)
         data = shlex.quote(str(out / "perf.data"))
         console.print(
             f"callers: perf report -i {data}; one function line by line: perf annotate -i {data} NAME",

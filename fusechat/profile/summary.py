@@ -9,8 +9,12 @@ from rich.table import Table
 
 from fusechat.profile.trace import Operator
 
+OUTSIDE = "outside operators"
+"""The time of a stage in which none of torch's operators runs: Python, and the compiled engine that it calls."""
+
 _SMALL_CALL_S = 20e-6
 _AT_ROOF = 0.7
+_NAME_COLUMNS = 18
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,31 +58,50 @@ def summarise(operators: Sequence[Operator], ceilings: Mapping[str, float], dtyp
 
 
 def _advice(operator: Operator, gflop_s: float | None, product: float, ceiling: float | None) -> str:
-    if operator.seconds / operator.calls < _SMALL_CALL_S and operator.calls > 100:
-        return "small calls: batch"
+    if operator.name == OUTSIDE:
+        return "functions below"
+    # What a call takes at the roof: with less than this, starting it is most of it.
+    at_best = operator.seconds * min(ceiling or 1.0, 1.0) / operator.calls
+    if operator.calls > 100 and (at_best < _SMALL_CALL_S or operator.n_bytes == 0):
+        return "batch calls"
     if ceiling is None:
-        return "no shapes: the trace"
+        return "see the trace"
     at_roof = ceiling > _AT_ROOF
     if gflop_s is not None and gflop_s / product >= ceiling:
-        return "at roof: fewer FLOPs" if at_roof else "larger shapes"
-    return "at roof: fuse" if at_roof else "strides, threads"
+        return "fewer FLOPs" if at_roof else "larger shapes"
+    return "fuse" if at_roof else "strides, threads"
 
 
 def table(lines: Sequence[Line]) -> Table:
     """Return a table within 80 columns."""
     result = Table(box=None, pad_edge=False, padding=(0, 0, 0, 1))
-    result.add_column("operator", max_width=30, no_wrap=True, overflow="ellipsis")
-    for header in ("time", "calls", "GB/s", "GFLOP/s", "roof"):
+    result.add_column("operator", no_wrap=True)
+    for header in ("time", "calls", "MB", "GFLOP", "GB/s", "GFLOP/s", "roof"):
         result.add_column(header, justify="right", no_wrap=True)
     result.add_column("next", style="dim", no_wrap=True)
     for line in lines:
+        operator = line.operator
+        name = operator.name.lstrip("_")
         result.add_row(
-            line.operator.name,
+            name if len(name) <= _NAME_COLUMNS else name[: _NAME_COLUMNS - 1] + "…",
             f"{line.share:.1%}",
-            f"{line.operator.calls}",
-            "–" if line.gb_s is None else f"{line.gb_s:.3g}",
-            "–" if line.gflop_s is None else f"{line.gflop_s:.3g}",
+            "–" if operator.name == OUTSIDE else f"{operator.calls}",
+            _digits(operator.n_bytes and operator.n_bytes / 1e6),
+            _digits(operator.n_flops and operator.n_flops / 1e9),
+            _digits(line.gb_s),
+            _digits(line.gflop_s),
             "–" if line.ceiling is None else f"{line.ceiling:.0%}",
             line.advice,
         )
     return result
+
+
+def _digits(value: float | None) -> str:
+    """Return a number that is not nothing in at most five columns, three digits of it or more."""
+    if not value:
+        return "–"
+    if value < 0.01:
+        return "<0.01"
+    if value >= 99_999.5:
+        return f"{value / 1e3:.0f}k"
+    return f"{value:.0f}" if value >= 99.95 else f"{value:#.3g}"[:4]

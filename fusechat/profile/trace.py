@@ -16,12 +16,13 @@ _ITEM_BYTES = {
 }  # fmt: skip
 _FREE = frozenset(
     {
-        "_local_scalar_dense", "_unsafe_view", "alias", "as_strided", "chunk", "detach", "empty", "empty_like",
-        "empty_strided", "expand", "item", "lift_fresh", "narrow", "permute", "reshape", "resize_", "select", "slice",
-        "split", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
+        "_local_scalar_dense", "_unsafe_view", "alias", "as_strided", "chunk", "contiguous", "detach", "einsum",
+        "empty", "empty_like", "empty_strided", "expand", "item", "lift_fresh", "linear", "matmul", "narrow", "permute",
+        "reshape", "resize_", "scaled_dot_product_attention", "select", "slice", "split", "squeeze", "t", "to",
+        "transpose", "unbind", "unsqueeze", "view",
     }
 )  # fmt: skip
-"""Operators that move nothing: they look at memory differently, or ask for it."""
+"""Operators that move nothing themselves: they look at memory differently, ask for it, or call those that do."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,12 +108,12 @@ def _operator(name: str, calls: Sequence[tuple[Mapping[str, Any], float]]) -> Op
 
 
 def _work(name: str, args: Mapping[str, Any]) -> tuple[float | None, float]:
-    dims, types = args.get("Input Dims"), args.get("Input type")
-    if not dims or not types:
-        return None, 0.0
     short = name.removeprefix("aten::")
     if short in _FREE:
         return 0.0, 0.0
+    dims, types = args.get("Input Dims"), args.get("Input type")
+    if not dims or not types:
+        return None, 0.0
     tensors = [
         (shape, _ITEM_BYTES[kind])
         for shape, kind in zip(dims, types)
