@@ -6,6 +6,12 @@ import os
 import shlex
 import sys
 
+# Commands that keep what they have done, and find it when they are run again.
+_RESUMED = (
+    ["run"], ["demo"], ["extract"], ["align"], ["train"], ["merge"],
+    ["eval", "answers"], ["eval", "judge"], ["eval", "alpaca"],
+)  # fmt: skip
+
 
 def main() -> None:
     """Run the command line; a user's error is one line on stderr and exit code 2, with `--debug` the traceback."""
@@ -36,7 +42,9 @@ def main() -> None:
             launcher = "" if n == "1" else f" (under its launcher, as now with {n} processes)"
             print(f"fusechat: {stop}; to go on{launcher}: {shlex.join(['fusechat', *sys.argv[1:]])}", file=sys.stderr)
     except KeyboardInterrupt:
-        print("fusechat: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        goes_on = sys.argv[1:2] in _RESUMED or sys.argv[1:3] in _RESUMED
+        hint = "; the same command goes on where it stopped" if goes_on else ""
+        print(f"fusechat: interrupted{hint}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -7,10 +7,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from merge_family import make_family, recipe
+
+from fusechat.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -75,3 +78,23 @@ def test_errors_are_one_line_and_exit_2(config: Path, tmp_path: Path) -> None:
         assert message in " ".join(done.stderr.split())
         assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "goes_on"),
+    [("run x.yaml", True), ("merge x.yaml out", True), ("eval answers m", True), ("eval bpb m", False), ("bench", False)],
+)
+def test_an_interrupt_promises_to_go_on_only_where_work_is_kept(
+    words: str, goes_on: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a promise to whoever stops a benchmark."""
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fusechat.cli.app", stopped)
+    monkeypatch.setattr("fusechat.commands.merge.merge", stopped)
+    monkeypatch.setattr(sys, "argv", ["fusechat", *words.split()])
+    with pytest.raises(SystemExit, match="130"):
+        main()
+    assert ("goes on where it stopped" in capsys.readouterr().err) == goes_on

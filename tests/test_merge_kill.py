@@ -16,7 +16,7 @@ from merge_family import checksums, make_family, recipe
 from fusechat import _native
 from fusechat.merge import merge
 
-OPTIONS: dict[str, Any] = {"max_shard_bytes": 4000, "threads": 1, "resume": True}
+OPTIONS: dict[str, Any] = {"max_shard_bytes": 4000, "threads": 1}
 WRITING = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
 
 

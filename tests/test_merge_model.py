@@ -256,7 +256,7 @@ def test_a_killed_merge_resumes_to_the_same_bytes(family: dict[str, Path], tmp_p
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     assert not out.exists()
     assert (tmp_path / "out.partial").is_dir()
-    assert merge(recipe(family), out, max_shard_bytes=2000, resume=True) == whole
+    assert merge(recipe(family), out, max_shard_bytes=2000) == whole
     assert checksums(out) == checksums(tmp_path / "whole")
     assert not (tmp_path / "out.partial").exists()
 
@@ -292,7 +292,7 @@ def test_a_second_process_may_not_write_the_same_merge(family: dict[str, Path], 
         first.kill()
         first.wait()
     merge(recipe(family), tmp_path / "plain")
-    merge(recipe(family), out, resume=True)
+    merge(recipe(family), out)
     assert checksums(out) == checksums(tmp_path / "plain")
     assert not (tmp_path / "out.partial").exists()
 
@@ -316,6 +316,32 @@ def test_a_merge_that_another_has_finished_meanwhile_is_returned(
     assert found == done[1]
     assert not (tmp_path / "out.partial").exists()
     assert verify(tmp_path / "out") > 5
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_stopped_merge_goes_on_at_its_first_missing_tensor(
+    family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool
+) -> None:
+    """Catches hours of work that the same command, with or without --resume, removes before it begins again."""
+    merged: list[str] = []
+    real = driver.merge_one
+
+    def counted(job: Any, plan: Any, *place: int) -> Any:
+        if len(merged) == 4:
+            merged.append("")
+            raise KeyboardInterrupt
+        merged.append(plan.name)
+        return real(job, plan, *place)
+
+    monkeypatch.setattr(driver, "merge_one", counted)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        merge(recipe(family), out, max_shard_bytes=2000, resume=resume)  # a kill may come before anything was begun
+    whole = merge(recipe(family), tmp_path / "whole", max_shard_bytes=2000)
+    del merged[5:]
+    assert merge(recipe(family), out, max_shard_bytes=2000, resume=resume) == whole
+    assert sorted(filter(None, merged)) == sorted(SHAPES), "each tensor once"
+    assert checksums(out) == checksums(tmp_path / "whole")
 
 
 def test_resume_refuses_changed_inputs_and_a_new_merge_begins_anew(family: dict[str, Path], tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     add("--threads", type=_at_least_one, metavar="N", help="threads; all allowed cores when absent")
     add("--max-memory", metavar="SIZE", help="memory of the whole process, such as 100MB")
     add("--dry-run", action="store_true", help="check everything and print what the merge would need")
-    add("--resume", action="store_true", help="go on with a merge that was interrupted")
+    add("--resume", action="store_true", help="refuse to begin anew where OUT.partial is of other inputs")
     add("--allow-nonfinite", action="store_true", help="keep the base's value where an input is NaN (linear, slerp: 0)")
     add("--shard-size", metavar="SIZE", default="5GB", help="largest size of one output file (5GB)")
     add("--report", action="store_true", help="print the numbers of every tensor")

@@ -45,10 +45,11 @@ def merge(
 
     `config` is mergekit's YAML form, as a mapping or a file. All headers, shapes, parameters and the free disk are
     checked before the first byte is written. `out` appears whole or not at all; a merge that was killed leaves
-    `out` + ".partial", which `resume` continues with an identical result. The bytes do not depend on `threads` or
-    `max_memory_bytes`. A finished merge of the same inputs is returned as it is. `progress(done_bytes, all_bytes)`
-    counts input bytes. `allow_nonfinite` keeps the base's value where any input is NaN or infinite; `linear` and
-    `slerp`, which have no base, and rows the base lacks are zero there. `ray` is the
+    `out` + ".partial", which the same merge continues with an identical result; one of other inputs is begun anew or,
+    with `resume`, refused. The bytes do not depend on `threads` or `max_memory_bytes`. A finished merge of the same
+    inputs is returned as it is. `progress(done_bytes, all_bytes)` counts input bytes. `allow_nonfinite` keeps the
+    base's value where any input is NaN or infinite; `linear` and `slerp`, which have no base, and rows the base lacks
+    are zero there. `ray` is the
     address of a Ray cluster on the same file system ("local": one started here) that merges the shards as tasks.
     `device` "cuda" merges SCE in blocks on a GPU; the CPU's bytes but for η's last bit.
 
@@ -108,7 +109,7 @@ def merge(
             if isinstance(error, FusechatError):
                 raise
             raise FusechatError(
-                f"merging into {workplace.directory} failed: {error}; run again with --resume"
+                f"merging into {workplace.directory} failed: {error}; the same merge, run again, goes on there"
             ) from error
 
 

@@ -92,11 +92,11 @@ class Workplace:
         self._lock: int | None = None
 
     def begin(self, *, resume: bool) -> Json | None:
-        """Take the directory, with what another merge of the same inputs left there if `resume`.
+        """Take the directory, with what another merge of the same inputs left there; one of other inputs is begun anew.
 
         Where the same merge has been finished meanwhile, begins nothing and returns its provenance. Raises
-        MismatchError when the directory holds anything else, FusechatError when it cannot be written or another process
-        writes there.
+        MismatchError when the directory holds anything else or, if `resume`, a merge of other inputs, FusechatError
+        when it cannot be written or another process writes there.
         """
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -128,17 +128,20 @@ class Workplace:
         found = [path for path in self.directory.iterdir() if path.name != LOCK]
         if not begun and any(path.suffix != PARTIAL_SUFFIX for path in found):
             raise MismatchError(f"{self.directory} exists and is not a merge of ours: remove it")
-        if not resume:
-            for path in found:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if not resume or not begun:
-            return
-        theirs = read_json(request) if request.exists() else read_json(provenance)["request"]
-        if theirs != self.request:
-            what = "; ".join(differences(self.request, theirs))
-            raise MismatchError(
-                f"{self.directory} was begun from other inputs ({what}): run without --resume to begin anew"
-            )
+        if begun:
+            theirs = read_json(request) if request.exists() else read_json(provenance)["request"]
+            if theirs == self.request:
+                self._read_journal()
+                return
+            if resume:
+                what = "; ".join(differences(self.request, theirs))
+                raise MismatchError(
+                    f"{self.directory} was begun from other inputs ({what}): run without --resume to begin anew"
+                )
+        for path in found:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _read_journal(self) -> None:
         journal = self.directory / JOURNAL
         if not journal.exists():
             return
