@@ -91,6 +91,13 @@ def read_json(path: Path) -> Any:
         raise FormatError(f"{path} is not valid JSON: {error}") from error
 
 
+def _read_object(path: Path) -> Json:
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise FormatError(f"{path} is not ours, or damaged: remove {path.parent} or choose another place")
+    return value
+
+
 def read_manifest(directory: Path, expected_format: str, *, newest: int = 1) -> Json:
     """Return the manifest of a complete artefact of format version 1 to `newest`.
 
@@ -152,23 +159,25 @@ class ShardedWriter:
 
     def _resume(self) -> None:
         if self.complete:
-            found = read_json(self.directory / MANIFEST).get("request")
+            found = _read_object(self.directory / MANIFEST).get("request")
         elif (self.directory / REQUEST).exists():
-            found = read_json(self.directory / REQUEST)
+            found = _read_object(self.directory / REQUEST)
         elif all(entry.name == LOCK or entry.name.endswith(PARTIAL_SUFFIX) for entry in self.directory.iterdir()):
             return
         else:
             raise MismatchError(f"{self.directory} holds something that is not ours: choose another place")
         if found != self.request:
-            what = "; ".join(differences(self.request, found or {}))
+            what = "; ".join(differences(self.request, found if isinstance(found, dict) else {}))
             raise MismatchError(
                 f"{self.directory} was made from other inputs ({what}): remove it or choose another place"
             )
         for note in sorted(self.directory.glob("*.safetensors.json")):
-            shard = read_json(note)
-            if "file" not in shard:
+            shard = _read_object(note)
+            if "file" not in shard and "skipped" in shard:
                 self.empty[note.stem] = shard
                 continue
+            if shard.get("file") != note.stem or "sha256" not in shard:
+                raise FormatError(f"{note} is not the note of a shard of ours: remove it")
             file = self.directory / shard["file"]
             if file.exists() and sha256_file(file) == shard["sha256"]:
                 self.done[shard["file"]] = shard

@@ -16,6 +16,7 @@ from fusechat.commands.keys import with_keys
 from fusechat.commands.merge import merge
 from fusechat.commands.plan import plan
 from fusechat.commands.profile import profile
+from fusechat.commands.recipe import recipe
 from fusechat.commands.report import report
 from fusechat.commands.run import run
 from fusechat.commands.train import train
@@ -51,4 +52,5 @@ app.command()(compare)
 app.command()(bench)
 app.command()(profile)
 app.command()(inspect)
+app.command()(recipe)
 app.command()(info)

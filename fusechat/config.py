@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fusechat.config_values import merged, overridden, read_yaml, resolve_paths, validated
 from fusechat.errors import ConfigError
+from fusechat.recipe import is_recipe, recipe_path
 
 
 class _Section(BaseModel):
@@ -256,7 +257,7 @@ class EvalConfig(_Section):
     """Held-out bits per byte with bootstrap intervals over dialogues."""
 
     sources: bool = Field(
-        True, description="score the sources too, those of backend vllm-server aside; each must fit one device"
+        True, description="score the sources too, by transformers; one that cannot be is named with the reason"
     )
     bootstrap_samples: int = Field(2000, ge=100, description="resamples of dialogues behind every interval")
     confidence: float = Field(0.95, gt=0, lt=1, description="of the intervals")
@@ -269,6 +270,9 @@ class RunConfig(_Section):
     sources: list[SourceConfig] = Field(min_length=1, description="a directory or hub id each, or a section of its own")
     data: DataConfig = Field(description="see its section")
     out: str = Field(description="folder of everything the run makes")
+    stores: str | None = Field(
+        None, description="folder of extract/ and align/, which runs may share: the `out` of another; `out` when absent"
+    )
     seed: int = Field(0, description="of the split, the order of training, dropout and every random draw")
     extract: ExtractConfig = ExtractConfig()
     align: AlignConfig = AlignConfig()
@@ -325,12 +329,15 @@ def source_name(source: SourceConfig) -> str:
     return source.name or Path(source.model).name.partition("@")[0]
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run's YAML and apply dotted overrides such as `train.epochs=2`.
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's YAML, or a shipped one by `recipe:NAME`, and apply dotted overrides such as `train.epochs=2`.
 
-    Relative paths in the file are relative to the file's own folder, those in overrides to the current one.
-    Raises ConfigError for a missing or malformed file, an unknown key (naming the nearest known one) or a wrong value.
+    Relative paths in the file are relative to the file's own folder, those of a recipe and of overrides to the current
+    one. Raises ConfigError for a missing or malformed file, an unknown key (naming the nearest known one) or a wrong
+    value.
     """
+    folder = Path.cwd() if is_recipe(path) else Path(path).resolve().parent
+    path = recipe_path(str(path))
     try:
         values = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -339,7 +346,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping with the keys {', '.join(RunConfig.model_fields)}")
-    resolve_paths(values, path.resolve().parent)
+    resolve_paths(values, folder)
     changes = overridden(overrides)
     resolve_paths(changes, Path.cwd())
     return parse_config(merged(values, changes), str(path))

@@ -112,7 +112,7 @@ def resolve_paths(values: dict[str, Any], folder: Path) -> None:
             is_file = str(template).endswith((".jinja", ".jinja2"))
             section["extract"] = options | {"template": resolve(template, must_be_path=is_file)}
 
-    for key, must_be_path in (("pivot", False), ("out", True)):
+    for key, must_be_path in (("pivot", False), ("out", True), ("stores", True)):
         if key in values:
             values[key] = resolve(values[key], must_be_path=must_be_path)
     resolve_template(values)

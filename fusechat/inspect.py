@@ -16,7 +16,8 @@ from fusechat.store import ALIGNED_FORMAT, TOPK_FORMAT, Store, row_positions
 from fusechat.tokenizer import load_tokenizer
 
 _NO_LINE = (
-    "request", "shards", "skipped", "losses", "groups", "merged_to", "merges", "nll", "content_bytes", "categories",
+    "request", "shards", "skipped", "losses", "groups", "merged_to", "not_scored", "merges", "nll", "content_bytes",
+    "categories",
 )  # fmt: skip
 
 

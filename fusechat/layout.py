@@ -8,9 +8,10 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """Where a run keeps what it makes."""
+    """Where a run keeps what it makes; its stores lie under `stores`, under `out` when that is None."""
 
     out: Path
+    stores: Path | None = None
 
     @property
     def config(self) -> Path:
@@ -34,11 +35,11 @@ class Layout:
 
     def store(self, name: str) -> Path:
         """The TopKStore of the pivot or of a source."""
-        return self.out / "extract" / name
+        return (self.stores or self.out) / "extract" / name
 
     def aligned(self, name: str) -> Path:
         """The AlignedStore of a source."""
-        return self.out / "align" / name
+        return (self.stores or self.out) / "align" / name
 
     def target(self, name: str) -> Path:
         """The target trained with a source, or the control `sft`."""
@@ -58,6 +59,11 @@ class Layout:
     def scores(self) -> Path:
         """What every model spent on every held-out dialogue, from which the table of results is made."""
         return self.out / "scores.json"
+
+    @property
+    def scored(self) -> Path:
+        """The scores of the models that an evaluation has come to so far; gone when the results are there."""
+        return self.out / "scored.json"
 
     @property
     def report(self) -> Path:

@@ -8,21 +8,36 @@ from pathlib import Path
 from fusechat.errors import ConfigError
 
 PREFIX = "recipe:"
-_OTHERS = ("merge-", "accelerate-", "deepspeed-")
+FOLDER = Path(__file__).parent / "recipes"
+_MERGES = "merge-"
+_OTHERS = (_MERGES, "accelerate-")
 
 
-def recipe_path(config: str) -> Path:
-    """Return the path of a YAML, or of the shipped recipe that `recipe:NAME` names.
+def recipes() -> dict[str, Path]:
+    """Return all recipes by name: of runs, of merges (merge-…) and of accelerate launch (accelerate-…)."""
+    return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
+
+
+def is_recipe(config: Path | str) -> bool:
+    """Return whether a configuration is named as a recipe."""
+    return str(config).startswith(PREFIX)
+
+
+def recipe_path(config: Path | str, *, merge: bool = False) -> Path:
+    """Return the path of a YAML, or of the shipped recipe of a run, or of a merge, that `recipe:NAME` names.
 
     Raises ConfigError with the nearest name for a recipe that there is not.
     """
-    if not config.startswith(PREFIX):
+    if not is_recipe(config):
         return Path(config)
-    name = config.removeprefix(PREFIX)
-    folder = Path(__file__).parent / "recipes"
-    known = sorted(path.stem for path in folder.glob("*.yaml") if not path.stem.startswith(_OTHERS))
+    known = {name: path for name, path in recipes().items() if name.startswith(_MERGES if merge else _OTHERS) == merge}
+    return find_recipe(str(config).removeprefix(PREFIX), known)
+
+
+def find_recipe(name: str, known: dict[str, Path]) -> Path:
+    """Return one of the known recipes by its name; raises ConfigError with the nearest name when it is none of them."""
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
         raise ConfigError(f"no recipe {name!r}: {hint}")
-    return folder / f"{name}.yaml"
+    return known[name]

@@ -6,7 +6,7 @@ out/align/NAME/      AlignedStore of every source
 out/targets/NAME/    one target per source (`multi` when all teach at once), and `sft`, the control
 out/merged/          the fused model
 out/results.json     held-out bits per byte of all of them
-out/scores.json      the same, dialogue by dialogue
+out/scores.json      the same, dialogue by dialogue; scored.json while they are made
 out/categories.json  the category of every dialogue that was fused on
 out/stages.jsonl     what each stage took
 out/report.html      what came out, for people; report.md and report.json beside it
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -27,6 +26,7 @@ from fusechat.dialogue import dataset_fingerprint
 from fusechat.errors import FormatError, MismatchError
 from fusechat.layout import Layout
 from fusechat.ledger import Ledger
+from fusechat.preflight import preflight
 from fusechat.processes import rank, wait_until
 from fusechat.records import Dialogue
 from fusechat.reporter import Reporter
@@ -48,13 +48,13 @@ def run(config: RunConfig | Path | str, overrides: Sequence[str] = (), *, report
 
     Under torchrun or accelerate launch all processes train, and the first does the other stages; only it has results.
 
-    Stages whose artefacts are whole and made from the same inputs are skipped; raises MismatchError, naming both sides,
-    when they were made from others.
+    What would be refused is refused before the first stage, where no weights are needed to see it. Stages whose
+    artefacts are whole and made from the same inputs are skipped; raises MismatchError, naming both sides, when they
+    were made from others.
     """
     if not isinstance(config, RunConfig):
-        config = load_config(Path(config), overrides)
-    layout = Layout(out=Path(config.out))
-    layout.out.mkdir(parents=True, exist_ok=True)
+        config = load_config(config, overrides)
+    layout = Layout(out=Path(config.out), stores=None if config.stores is None else Path(config.stores))
     ledger = Ledger(reporter or Reporter(), layout.ledger)
     report = ledger if rank() == 0 else Reporter()
     names = [source_name(source) for source in config.sources]
@@ -65,7 +65,10 @@ def run(config: RunConfig | Path | str, overrides: Sequence[str] = (), *, report
         candidates(_merged_models(config, layout, targets), config.merge.sweep)  # a typo is told now, not after days
     split = _load_data(config, report)
     if rank() == 0:
-        if not layout.config.exists() or not layout.store("pivot").exists():
+        preflight(config, layout, split, [*targets, *[SFT] * config.train.sft_control])
+        layout.out.mkdir(parents=True, exist_ok=True)
+        made = layout.store("pivot") if layout.stores is None else layout.target(targets[0]).parent
+        if not layout.config.exists() or not made.exists():
             _write_config(config, layout)  # nothing is made yet that other settings would be of
         _extract_all(config, layout, split.train, report)
         _write_categories(split.train, layout)
@@ -101,11 +104,9 @@ def _write_config(config: RunConfig, layout: Layout) -> None:
 
 def _extract_all(config: RunConfig, layout: Layout, dialogues: list[Dialogue], report: Reporter) -> None:
     from fusechat.extract import extract, left_out
-    from fusechat.extract.settings import extract_settings
+    from fusechat.extract.settings import models_with_settings
 
-    models = {"pivot": (config.pivot, extract_settings(config))}
-    models |= {source_name(s): (s.model, extract_settings(config, s)) for s in config.sources}
-    for name, (model, options) in models.items():
+    for name, (model, options) in models_with_settings(config).items():
         manifest = extract(
             model,
             dialogues,
@@ -211,18 +212,18 @@ def _merge(config: RunConfig, layout: Layout, names: list[str], validation: list
     from fusechat.merge import merge
 
     if config.merge.sweep:
-        from fusechat.extract.settings import extract_settings
+        from fusechat.evaluate.run_scores import scoring_options
         from fusechat.merge.sweep import sweep
 
+        scoring = scoring_options(config)
+        place = {key: scoring.pop(key) for key in ("device", "device_map")}
         table = sweep(
             _merged_models(config, layout, names),
             config.merge.sweep,
             layout.merged,
             validation,
-            template=extract_settings(config).template,
-            max_length_tokens=config.extract.max_length_tokens,
-            dtype=config.extract.dtype,
-            batch_tokens=config.extract.batch_tokens,
+            **scoring,
+            place=place,
             samples=config.eval.bootstrap_samples,
             confidence=config.eval.confidence,
             seed=config.seed,
@@ -237,31 +238,20 @@ def _merge(config: RunConfig, layout: Layout, names: list[str], validation: list
 
 
 def _evaluate(config: RunConfig, layout: Layout, names: list[str], held_out: list[Dialogue], report: Reporter) -> Json:
-    from fusechat.checkpoint import checkpoint_sha256, resolve_model
-    from fusechat.evaluate.bpb import SCORES_FORMAT, paired_differences, results_table, score_models
-    from fusechat.extract.settings import extract_settings
+    from fusechat.evaluate.bpb import SCORES_FORMAT, paired_differences, results_table
+    from fusechat.evaluate.run_scores import models_of, score_run
 
-    targets = names + [SFT] * config.train.sft_control
-    models: dict[str, Any] = {"pivot": config.pivot}
-    # The weights of a served source may be nowhere near, and may be many.
-    served = [source_name(s) for s in config.sources if extract_settings(config, s).backend == "vllm-server"]
-    scored = [s for s in config.sources if config.eval.sources and source_name(s) not in served]
-    sources = {f"source {source_name(s)}": s for s in scored}
-    models |= {name: source.model for name, source in sources.items()}
-    models |= {SFT if name == SFT else f"target {name}": layout.target(name) for name in targets}
-    models["merged"] = layout.merged
-    # Targets and the merge speak as the pivot was fused on.
-    templates = dict.fromkeys(models, extract_settings(config).template)
-    templates |= {name: extract_settings(config, s).template for name, s in sources.items()}
-    stores = dict.fromkeys(models, "pivot") | {name: source_name(s) for name, s in sources.items()}
+    targets = {SFT if name == SFT else f"target {name}": name for name in names + [SFT] * config.train.sft_control}
+    models, not_scored = models_of(config, layout, targets)
+    stores = dict.fromkeys(models, "pivot") | {f"source {name}": name for name in map(source_name, config.sources)}
     others = {
         name: store_manifest(layout.store(stores[name]), TOPK_FORMAT)["template_sha256"]
-        for name, template in templates.items()
-        if template != OWN
+        for name, one in models.items()
+        if one.scoring["template"] != OWN
     }
     request = {
         "held_out_fingerprint": dataset_fingerprint(held_out),
-        "models": {name: checkpoint_sha256(resolve_model(str(model))) for name, model in models.items()},
+        "models": {name: one.sha256 for name, one in models.items()},
         "eval": config.eval.model_dump(exclude={"sources"}),  # `models` says it
         "seed": config.seed,
         **({"templates": others} if others else {}),
@@ -271,17 +261,11 @@ def _evaluate(config: RunConfig, layout: Layout, names: list[str], held_out: lis
         if results.get("format") != RESULTS_FORMAT:
             raise FormatError(f"{layout.results} is not a table of results: choose another `out`")
         if results["request"] == request:
+            layout.scored.unlink(missing_ok=True)  # left by a kill just after the results were written
             return dict(results)
         raise MismatchError(f"{layout.results} is of other models or dialogues: remove it or choose another `out`")
-    scores = score_models(
-        models,
-        held_out,
-        templates=templates,
-        max_length_tokens=config.extract.max_length_tokens,
-        dtype=config.extract.dtype,
-        batch_tokens=config.extract.batch_tokens,
-        progress=report.stage("evaluate", "models"),
-    )
+    scores, failed = score_run(models, held_out, layout.scored, progress=report.stage("evaluate", "models"))
+    not_scored |= failed
     bootstrap: Json = {
         "samples": config.eval.bootstrap_samples, "confidence": config.eval.confidence, "seed": config.seed,
     }  # fmt: skip
@@ -290,6 +274,7 @@ def _evaluate(config: RunConfig, layout: Layout, names: list[str], held_out: lis
         "format": RESULTS_FORMAT,
         "version": 1,
         **results_table(scores, held_out, against=against, **bootstrap),
+        "not_scored": not_scored,
         "merged_to": paired_differences(scores, of="merged", to=[f"target {name}" for name in names], **bootstrap),
         "request": request,
     }
@@ -303,7 +288,8 @@ def _evaluate(config: RunConfig, layout: Layout, names: list[str], held_out: lis
     }
     write_json(layout.scores, kept)
     write_json(layout.results, results)
-    left_out = f"; not scored, for a server has them: {', '.join(served)}" if served and config.eval.sources else ""
+    layout.scored.unlink(missing_ok=True)
+    left_out = "".join(f"; {name} is not scored: {why}" for name, why in not_scored.items())
     report.done("evaluate", f"{results['n_dialogues']} held-out dialogues{left_out}")
     return results
 

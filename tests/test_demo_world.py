@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import random
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from fusechat.commands.demo import demo
+from fusechat.config import load_config, source_name
 from fusechat.demo import world as world_module
+from fusechat.demo.fusion import write_config
 from fusechat.demo.grammar import MEMBERS, TOPICS, ZIPF_EXPONENT, Facts, dialogues
 from fusechat.demo.tokenizers import KINDS
-from fusechat.demo.world import PIVOT, SOURCES, build_world
+from fusechat.demo.world import PIVOT, SOURCES, World, build_world
 from fusechat.dialogue import dialogue_key, load_dialogues
 from fusechat.errors import MismatchError
+from fusechat.layout import Layout
 
 EVEN = dict.fromkeys(TOPICS, 1.0)
 
@@ -45,6 +51,23 @@ def test_draws_follow_the_conditions_distribution() -> None:
     flat = Counter(Facts(1, zipf_exponent=0.0).one(rng, items, "here") for _ in range(4000))
     assert max(flat.values()) < 1.4 * min(flat.values())
     assert len(set(facts.draw(rng, items, "here", count=len(items)))) == len(items)
+
+
+def test_the_first_page_names_what_the_demo_leaves(tmp_path: Path) -> None:
+    """Catches a how-to whose commands end in "does not exist"; the demo itself takes minutes."""
+    page = Path(__file__).resolve().parents[1] / "docs" / "howto" / "first-run.md"
+    named = set(re.findall(r"fusechat-demo/[\w./-]*\w", page.read_text(encoding="utf-8")))
+    out = inspect.signature(demo).parameters["out"].default
+    world = World(
+        pivot=tmp_path, sources={spec.name: tmp_path for spec in SOURCES}, train=tmp_path, held_out=tmp_path, topics={}
+    )
+    config = write_config(world, tmp_path, seed=0)
+    settings = load_config(config)
+    run = out / Path(settings.out).relative_to(tmp_path.resolve())
+    layout = Layout(out=run)
+    source = source_name(settings.sources[-1])
+    left = {run, layout.store("pivot"), layout.aligned(source), layout.merged, layout.results, out / config.name}
+    assert named == {str(path) for path in left}
 
 
 def test_sums_are_right() -> None:

@@ -69,7 +69,11 @@ def test_errors_are_one_line_and_exit_2(config: Path, tmp_path: Path) -> None:
         ((config, tmp_path / "out", "--sweep", "--data", "x", "--dry-run"), "--dry-run is of one merge"),
         ((config, tmp_path / "out", "--sweep", "--data", "x", "--report"), "--report is of one merge"),
         ((config, tmp_path / "out", "--data", "x"), "--data is of a --sweep"),
+        ((config, tmp_path / "out", "--format", "text"), "--format is of a --sweep"),
+        ((config, tmp_path / "out", "--template", "plain"), "--template is of a --sweep"),
         ((config, tmp_path / "out", "--keep-all"), "--keep-all is of a --sweep"),
+        (("recipe:merge-sec", tmp_path / "out"), "did you mean merge-sce?"),
+        (("recipe:stories", tmp_path / "out"), "no recipe 'stories'"),
         ((config, tmp_path / "out", "--separator", "x"), "--separator is of a --sweep"),
         ((config, tmp_path / "out", "--max-bytes", "9"), "--max-bytes is of a --sweep"),
     ]:
@@ -82,7 +86,13 @@ def test_errors_are_one_line_and_exit_2(config: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("words", "goes_on"),
-    [("run x.yaml", True), ("merge x.yaml out", True), ("eval answers m", True), ("eval bpb m", False), ("bench", False)],
+    [
+        ("run x.yaml", True),
+        ("merge x.yaml out", True),
+        ("eval answers m", True),
+        ("eval bpb m", False),
+        ("bench", False),
+    ],
 )
 def test_an_interrupt_promises_to_go_on_only_where_work_is_kept(
     words: str, goes_on: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

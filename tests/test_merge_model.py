@@ -48,7 +48,7 @@ def test_sce_of_the_module_and_of_the_file_are_one(family: dict[str, Path], tmp_
 
     fusechat.merge(recipe(family), tmp_path / "mapping")
     (tmp_path / "m.yml").write_text(yaml.safe_dump(recipe(family)))
-    merge(tmp_path / "m.yml", tmp_path / "file")
+    merge(str(tmp_path / "m.yml"), str(tmp_path / "file"))
     a, b = checksums(tmp_path / "mapping"), checksums(tmp_path / "file")
     assert a["model.safetensors"] == b["model.safetensors"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from merge_family import checksums, make_family, random_tensors, read_all, recip
 from rich.console import Console
 
 from fusechat.commands import sweep as sweep_command
+from fusechat.commands.merge import merge as merge_command
 from fusechat.config import load_config
 from fusechat.errors import ConfigError, MismatchError
 from fusechat.evaluate import bpb
@@ -186,6 +188,26 @@ def test_the_file_form_and_the_printed_table(
     path.write_text(yaml.safe_dump(_recipe(family)))
     with pytest.raises(ConfigError, match="needs a list `sweep`"):
         load_sweep(path)
+
+
+def test_the_command_reads_and_renders_as_it_is_told(
+    family: dict[str, Path], scored: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a sweep that reads chats as another layout, or scores them in another template than was asked for."""
+    real, seen = bpb.score_dialogues, []
+
+    def score(model: str, dialogues: Any, **options: Any) -> bpb.Scores:
+        seen.append((options["template"], len(dialogues)))
+        return real(model, dialogues, **options)
+
+    monkeypatch.setattr(bpb, "score_dialogues", score)
+    path, data = tmp_path / "merge.yml", tmp_path / "chats"
+    path.write_text(yaml.safe_dump(_recipe(family) | {"sweep": ENTRIES[:1]}))
+    lines = [{"messages": [{"role": m.role, "content": m.content} for m in d.messages]} for d in VALIDATION]
+    data.with_suffix(".jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    words = [str(path), str(tmp_path / "out"), "--sweep", "--data", f"{data}.jsonl"]
+    merge_command([*words, "--format", "messages", "--template", "plain"])
+    assert seen == [("plain", len(VALIDATION))]
 
 
 @pytest.mark.slow

@@ -13,10 +13,14 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from fusechat.cli import app
+from fusechat.commands.results import print_results
 from fusechat.config import load_config
 from fusechat.errors import ConfigError, DataError, MismatchError
-from fusechat.evaluate.bpb import NATS_PER_BIT, score_dialogues
+from fusechat.evaluate.bpb import NATS_PER_BIT, Scores, score_dialogues
+from fusechat.evaluate.run_scores import out_of_reach, scoring_of, scoring_options
 from fusechat.inspect import describe, sample_rows
 from fusechat.run import run
 from fusechat.split import load_split
@@ -177,7 +181,8 @@ def test_a_missing_model_or_file_is_named_before_anything_is_written(tiny_world:
         run(config, ["pivot=./nowhere"])
     with pytest.raises(DataError, match=r"model .*other.* does not exist"):
         run(config, ["pivot=./other"])
-    assert yaml.safe_load((tmp_path / "x" / "config.yaml").read_text())["pivot"].endswith("other")  # nothing was made
+    with pytest.raises(DataError, match=r"model .*third.* does not exist"):
+        run(config, [f"sources=[{tiny_world.source}, ./third]"])
     with pytest.raises(ConfigError, match="did you mean `select_topk`"):
         run(config, ["merge.select_top_k=1"])
     for entry, message in (
@@ -187,7 +192,112 @@ def test_a_missing_model_or_file_is_named_before_anything_is_written(tiny_world:
     ):
         with pytest.raises(ConfigError, match=message):
             run(config, [f"merge.sweep=[{entry}]"])
-    assert not (tmp_path / "x" / "extract").exists()
+    assert not (tmp_path / "x").exists()
+
+
+def test_what_a_stage_would_refuse_is_refused_before_the_first(
+    tiny_world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches hours of extraction that a setting of a later stage, or of the last source, makes worthless."""
+    base, pickled = tmp_path / "base", tmp_path / "pickled"
+    shutil.copytree(tiny_world.source, base)
+    (base / "chat_template.jinja").unlink()
+    shutil.copytree(tiny_world.source, pickled)
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    config = _config(tiny_world, tmp_path / "x")
+    for overrides, message in (
+        (["align.tokens=dtw"], "set align.granularity: first"),
+        (["train.divergence=reverse_kl", "train.missing=renormalise"], "reverse_kl is infinite"),
+        (["train.divergence=jsd", "train.beta=1.5"], "jsd needs 0 < beta < 1"),
+        (["train.lora.rank=4"], "needs the package peft"),
+        (["train.attention=flex_attention"], "no backward pass on the CPU"),
+        (["extract.template=./pivto.jinja"], r"pivto\.jinja does not exist"),
+        (["extract.top_k=1000"], "top_k 1000 is more than"),
+        ([f"sources=[{{model: {tiny_world.source}, extract: {{backend: vllm}}}}]"], "pip install 'fusechat\\[vllm\\]'"),
+        ([f"sources=[{tiny_world.source}, {base}]"], "has no chat template"),
+        ([f"sources=[{tiny_world.source}, {pickled}]"], "holds pickled weights"),
+    ):
+        with pytest.raises((ConfigError, DataError), match=message):
+            run(config, overrides)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match="does not divide by micro_batch_size 3 × 4 processes"):
+        run(config)
+    assert not (tmp_path / "x").exists()
+
+
+def test_scores_are_kept_and_a_source_that_cannot_be_scored_is_named(
+    finished: Path, tiny_world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a finished fusion that ends without a table because one source does not fit, and scores made twice."""
+    out, asked, stop = tmp_path / "run", [], [True]
+    shutil.copytree(finished, out)
+    for name in ("results.json", "scores.json", "report.html"):
+        (out / name).unlink()
+
+    def score(model: str, dialogues: Any, **options: Any) -> Scores:
+        asked.append(Path(model).name)
+        assert options["device"] == "cpu"
+        if model == str(tiny_world.source):
+            raise RuntimeError("CUDA out of memory\nand more")
+        if model == str(out / "merged") and stop:
+            stop.clear()
+            raise KeyboardInterrupt
+        return score_dialogues(model, dialogues, **options)
+
+    monkeypatch.setattr("fusechat.evaluate.run_scores.score_dialogues", score)
+    config = load_config(_config(tiny_world, out), ["extract.device=cpu"])
+    with pytest.raises(KeyboardInterrupt):
+        run(config)
+    assert asked == ["pivot", "source", "source", "sft", "merged"]
+    results = run(config)
+    assert asked[5:] == ["source", "merged"]
+    assert results["not_scored"] == {"source source": "CUDA out of memory"}
+    assert list(results["groups"]["overall"]["models"]) == ["pivot", "target source", "sft", "merged"]
+    whole = json.loads((finished / "results.json").read_text())["groups"]["overall"]["models"]
+    assert results["groups"]["overall"]["models"]["merged"]["bits_per_byte"] == whole["merged"]["bits_per_byte"]
+    assert "source source is not scored: CUDA out of memory." in (out / "report.md").read_text()
+    assert not (out / "scored.json").exists()
+    assert run(config) == results
+    assert len(asked) == 7
+    print_results(results)
+
+
+def test_a_source_is_scored_as_it_was_extracted(tiny_world: Any, tmp_path: Path) -> None:
+    """Catches a source that is scored on another device, in another dtype, or as weights that nobody extracted."""
+    config = load_config(_config(tiny_world, tmp_path / "x"), [
+        "extract.device=cpu",
+        "sources=[{model: a, extract: {dtype: bfloat16, batch_tokens: 77, device: 'cuda:1', max_length_tokens: 9}},"
+        "{model: b, extract: {backend: vllm, tensor_parallel_size: 2}},"
+        "{model: c, extract: {backend: vllm, quantization: fp8}},"
+        "{model: d, extract: {backend: vllm-server, servers: ['http://h:1']}}]",
+    ])  # fmt: skip
+    a, b, c, d = config.sources
+    common = {"template": "own", "max_length_tokens": 200, "device_map": None}
+    on_cpu = common | {"dtype": "auto", "device": "cpu", "batch_tokens": 8192}
+    assert scoring_options(config) == on_cpu
+    assert scoring_options(config, a) == common | {"dtype": "bfloat16", "device": "cuda:1", "batch_tokens": 77}
+    assert scoring_options(config, b) == on_cpu | {"device": "auto", "device_map": "auto"}
+    assert [out_of_reach(config, source) for source in (a, b)] == [None, None]
+    assert out_of_reach(config, c) == "only vLLM quantises it to fp8"
+    assert out_of_reach(config, d) == "a server has it"
+    assert (scoring_of(config, "a"), scoring_of(config, "x")) == (scoring_options(config, a), on_cpu)
+
+
+def test_runs_may_share_their_stores(finished: Path, tiny_world: Any, tmp_path: Path) -> None:
+    """Catches a second run that extracts and aligns again what the first has, and a report that does not find it."""
+    stores = [path for kind in ("extract", "align") for path in (finished / kind).rglob("*")]
+    before = {path: path.stat().st_mtime_ns for path in stores}
+    out = tmp_path / "short"
+    run(_config(tiny_world, out), [f"stores={finished}", "train.max_steps=1"])
+    assert {path.name for path in out.iterdir()}.isdisjoint({"extract", "align"})
+    stores = [path for kind in ("extract", "align") for path in (finished / kind).rglob("*")]
+    assert {path: path.stat().st_mtime_ns for path in stores} == before
+    report = json.loads((out / "report.json").read_text())
+    assert report["sources"]["by_source"].keys() == report["alignment"]["by_source"].keys() == {"source"}
+    with pytest.raises(MismatchError, match="top_k: 4 there, 5 here"):
+        run(_config(tiny_world, tmp_path / "other"), [f"stores={finished}", "extract.top_k=5"])
 
 
 def test_every_model_is_scored_in_the_template_it_was_fused_in(tiny_world: Any, tmp_path: Path) -> None:
@@ -221,6 +331,12 @@ def test_every_model_is_scored_in_the_template_it_was_fused_in(tiny_world: Any, 
     (chosen,) = json.loads((out / "merged" / "sweep.json").read_text())["merges"].values()
     assert chosen["bits_per_byte"][0] == bits(out / "merged", jinja, split.validation)
     assert run(config) == results
+    asked = [str(tiny_world.pivot), str(plain), str(out / "merged"), "--data", str(out)]
+    done = CliRunner().invoke(app, ["eval", "bpb", *asked, "--json", str(tmp_path / "bpb.json")])
+    assert done.exit_code == 0, done.output
+    again = json.loads((tmp_path / "bpb.json").read_text())["groups"]["overall"]["models"]
+    for name, named in (("pivot", "pivot"), ("plain", "source plain"), ("merged", "merged")):
+        assert again[name]["bits_per_byte"][0] == found[named]
 
 
 def test_stores_show_a_readable_sample(finished: Path) -> None:
@@ -238,4 +354,4 @@ def test_an_aligned_store_of_another_pivot_store_is_refused(finished: Path, tiny
     manifest = json.loads((tmp_path / "pivot" / "manifest.json").read_text())
     (tmp_path / "pivot" / "manifest.json").write_text(json.dumps(manifest | {"top_k": 3}))
     with pytest.raises(MismatchError, match="another pivot store"):
-        train(str(tiny_world.pivot), tmp_path / "pivot", finished / "align" / "source", tmp_path / "t")
+        train(tiny_world.pivot, str(tmp_path / "pivot"), str(finished / "align" / "source"), str(tmp_path / "t"))

@@ -100,6 +100,26 @@ def test_another_request_is_refused_naming_both_values(tmp_path: Path) -> None:
         ShardedWriter(tmp_path / "foreign", REQUEST)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("manifest.json", "[]", r"manifest\.json is not ours, or damaged"),
+        ("request.json", "[]", r"request\.json is not ours, or damaged"),
+        ("shard-00007.safetensors.json", "[]", r"00007\.safetensors\.json is not ours, or damaged"),
+        ("shard-00007.safetensors.json", '{"rows": 3}', "is not the note of a shard of ours"),
+        ("shard-00007.safetensors.json", '{"file": "../x", "sha256": ""}', "is not the note of a shard of ours"),
+    ],
+)
+def test_a_foreign_file_in_an_unfinished_store_is_one_line(
+    tmp_path: Path, name: str, content: str, message: str
+) -> None:
+    """Catches a traceback, and a note that names a file elsewhere."""
+    _write_store(tmp_path / "s", _some()[:4], 2, finish=False)
+    (tmp_path / "s" / name).write_text(content)
+    with pytest.raises(FormatError, match=message):
+        ShardedWriter(tmp_path / "s", REQUEST)
+
+
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "foreign"])
 def test_damaged_shards_are_refused_in_one_line(tmp_path: Path, damage: str) -> None:
     _write_store(tmp_path / "s", _some(), 2)

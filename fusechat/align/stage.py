@@ -83,7 +83,14 @@ def align(
     incomplete or corrupt, MismatchError for stores of different dialogues, for a tokenizer that is not the store's, and
     when `out` was made from other inputs.
     """
-    chosen = _choose(preset, tokens, vocab, granularity, unaligned, collisions)
+    chosen = chosen_rules(
+        preset=preset,
+        tokens=tokens,
+        vocab=vocab,
+        granularity=granularity,
+        unaligned=unaligned,
+        collisions=collisions,
+    )
     pivot, source = open_topk(Path(pivot_store)), open_topk(Path(source_store))
     _want_same_dialogues(pivot, source)
     writer = ShardedWriter(Path(out), _request(pivot, source, chosen))
@@ -124,9 +131,10 @@ def _make_missing(work: ShardWork, cluster: Any, writer: ShardedWriter, progress
             progress(done_rows, all_rows)
 
 
-def _choose(
-    preset: str | None, tokens: str, vocab: str, granularity: str, unaligned: str, collisions: str
+def chosen_rules(
+    *, preset: str | None, tokens: str, vocab: str, granularity: str, unaligned: str, collisions: str
 ) -> dict[str, str]:
+    """Return the five choices of an alignment, `preset` applied; raises ConfigError when they do not fit together."""
     if preset is not None and preset not in PRESETS:
         raise ConfigError(f"align.preset: {preset!r} is not one of {', '.join(PRESETS)}")
     chosen = {

@@ -20,7 +20,7 @@ def parser() -> argparse.ArgumentParser:
         description="Merge models into one, tensor by tensor, in constant memory.",
     )
     add = options.add_argument
-    add("config", type=Path, nargs="?", metavar="CONFIG", help="the merge in mergekit's YAML form")
+    add("config", nargs="?", metavar="CONFIG", help="the merge in mergekit's YAML form, or recipe:NAME")
     add("out", type=Path, nargs="?", metavar="OUT", help="directory of the merged model")
     add("--threads", type=_at_least_one, metavar="N", help="threads; all allowed cores when absent")
     add("--max-memory", metavar="SIZE", help="memory of the whole process, such as 100MB")
@@ -33,6 +33,8 @@ def parser() -> argparse.ArgumentParser:
     add("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: sce in blocks on a GPU")
     add("--sweep", action="store_true", help="try the merges under `sweep`, keep the best")
     add("--data", metavar="FILE", help="--sweep: validation dialogues, neither trained nor tested on")
+    add("--format", choices=["auto", "sharegpt", "messages", "alpaca", "text"], help="--sweep: layout of the data")
+    add("--template", metavar="NAME", help="--sweep: own (as when absent), plain, a .jinja file, or a model's")
     add("--separator", action="append", metavar="TEXT", help="--sweep: what separates documents in a text file")
     add("--max-bytes", type=int, metavar="N", help="--sweep: cut running text into pieces of so many bytes")
     add("--keep-all", action="store_true", help="--sweep: keep the other merges in OUT.sweep")
@@ -64,6 +66,9 @@ def merge(arguments: Sequence[str]) -> None:
         raise ConfigError("fusechat merge needs CONFIG.yml and OUT, or --verify OUT")
     from fusechat.merge import merge as merge_models
     from fusechat.merge.report import needs, tensor_table
+    from fusechat.recipe import recipe_path
+
+    config = recipe_path(given.config, merge=True)
 
     options: dict[str, Any] = {
         "threads": given.threads,
@@ -75,12 +80,13 @@ def merge(arguments: Sequence[str]) -> None:
         "device": given.device,
     }
     if given.sweep:
-        options["keep_all"] = given.keep_all
-        _sweep(given.config, given.out, given.data, given.separator, given.max_bytes, options)
+        options |= {"keep_all": given.keep_all, "template": given.template or "own"}
+        data = {"format": given.format or "auto", "separator": given.separator, "max_bytes": given.max_bytes}
+        _sweep(config, given.out, given.data, data, options)
         return
 
     def run(progress: Any) -> dict[str, Any]:
-        return merge_models(given.config, given.out, dry_run=given.dry_run, progress=progress, **options)
+        return merge_models(config, given.out, dry_run=given.dry_run, progress=progress, **options)
 
     if given.dry_run:
         print(needs(run(None), given.out))
@@ -100,7 +106,7 @@ def merge(arguments: Sequence[str]) -> None:
         print(tensor_table(given.out))
 
 
-_OF_A_SWEEP = ("data", "separator", "max_bytes", "keep_all")
+_OF_A_SWEEP = ("data", "format", "template", "separator", "max_bytes", "keep_all")
 _OF_ONE_MERGE = ("dry_run", "report")
 
 
@@ -128,16 +134,14 @@ def _option(name: str) -> str:
     return name.upper() if name in ("config", "out") else f"--{name.replace('_', '-')}"
 
 
-def _sweep(
-    config: Path, out: Path, data: str, separator: list[str] | None, max_bytes: int | None, options: dict[str, Any]
-) -> None:
+def _sweep(config: Path, out: Path, data: str, reading: dict[str, Any], options: dict[str, Any]) -> None:
     from fusechat.commands.progress import terminal_reporter
     from fusechat.commands.sweep import print_sweep
     from fusechat.dialogue import load_dialogues
     from fusechat.merge.sweep import load_sweep, sweep
 
     recipe, entries = load_sweep(config)
-    dialogues = load_dialogues(data, separator=separator, max_bytes=max_bytes)
+    dialogues = load_dialogues(data, **reading)
     with terminal_reporter() as reporter:
         table = sweep(recipe, entries, out, dialogues, progress=reporter.stage("sweep", "merges"), **options)
         reporter.done("sweep", f"best of {len(table['merges'])} in {out}")

@@ -39,6 +39,8 @@ def print_results(results: dict[str, Any]) -> None:
     if others:
         console.print(f"\n[bold]difference to {against}[/bold], paired")
         console.print(_table(groups, others, difference))
+    for name, why in results.get("not_scored", {}).items():
+        console.print(f"{name} is not scored: {why}", highlight=False, markup=False)
     overall = groups["overall"]
     excluded = f" ({results['excluded_dialogues']} more do not fit)" if results["excluded_dialogues"] else ""
     console.print(

@@ -1,15 +1,14 @@
-"""fusechat run CONFIG.yaml [key=value ...]"""
+"""fusechat run CONFIG.yaml|recipe:NAME [key=value ...]"""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 
 def run(
-    config: Annotated[Path, typer.Argument(help="YAML of the run", show_default=False)],
+    config: Annotated[str, typer.Argument(help="YAML of the run, or recipe:NAME", show_default=False)],
     overrides: Annotated[list[str] | None, typer.Argument(help="changes such as train.epochs=2")] = None,
 ) -> None:
     """Do all stages of a fusion: extract, align, train, merge, evaluate. Finished stages are skipped."""

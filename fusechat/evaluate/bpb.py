@@ -56,12 +56,13 @@ def score_dialogues(
     max_length_tokens: int = 2048,
     dtype: str = "auto",
     device: str = "auto",
+    device_map: str | None = None,
     batch_tokens: int = 8192,
 ) -> Scores:
     """Score a model on every dialogue in full; one it would cut or skip is NaN: the bytes would differ."""
     directory = resolve_model(model)
     tokenizer = load_tokenizer(directory)
-    lm = load_model(directory, dtype=dtype, device=device)
+    lm = load_model(directory, dtype=dtype, device=device, device_map=device_map)
     table = ByteTable.from_tokenizer(tokenizer, embedding_rows(lm))
     encodings = encode_all(
         dialogues,
@@ -178,17 +179,16 @@ def score_models(
     models: Mapping[str, Path | str],
     dialogues: Sequence[Dialogue],
     *,
-    templates: Mapping[str, str],
+    options: Mapping[str, Mapping[str, Any]],
     progress: Callable[[int, int], None] | None = None,
-    **options: Any,
 ) -> dict[str, Scores]:
-    """Score several models on the same dialogues, each in its template, one after another.
+    """Score several models on the same dialogues, one after another, each with its options of `score_dialogues`.
 
     `progress(done_models, all_models)` is called after each.
     """
     scores = {}
     for name, model in models.items():
-        scores[name] = score_dialogues(str(model), dialogues, template=templates[name], **options)
+        scores[name] = score_dialogues(str(model), dialogues, **options[name])
         if progress is not None:
             progress(len(scores), len(models))
     return scores

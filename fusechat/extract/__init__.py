@@ -48,9 +48,9 @@ _MEMORY_AND_LOGGING = {
 
 
 def extract(
-    model: str,
+    model: str | Path,
     dialogues: Sequence[Dialogue],
-    out: Path,
+    out: Path | str,
     config: ExtractConfig | None = None,
     *,
     seed: int = 0,
@@ -70,13 +70,9 @@ def extract(
         config = parse_extract(options)
     elif options:
         raise ConfigError(f"extract takes a configuration or options, not both: {', '.join(options)}")
-    directory = resolve_model(model, weights=config.backend != "vllm-server")
-    facts = model_facts(directory, config)
-    if config.top_k > facts.vocab_size:
-        raise DataError(f"top_k {config.top_k} is more than the {facts.vocab_size} tokens of {model}: ask for fewer")
-    tokenizer = load_tokenizer(directory)
+    model = str(model)
+    directory, facts, tokenizer, template = open_inputs(model, config)
     table = ByteTable.from_tokenizer(tokenizer, facts.vocab_size)
-    template = load_template(tokenizer, config.template.removeprefix("pivot:"))
     task = Task(
         model=model,
         directory=directory.absolute(),  # workers of a cluster start elsewhere
@@ -116,6 +112,19 @@ def extract(
         writer.begin()
         _make_missing(task, dialogues, writer, progress)
         return _finish(task, writer)
+
+
+def open_inputs(model: str, config: ExtractConfig) -> tuple[Path, ModelFacts, Any, Template]:
+    """Return a model's directory, facts, tokenizer and template; raises DataError when they do not fit.
+
+    A model of the hub is downloaded, without its weights where a server has them. Reads no weights.
+    """
+    directory = resolve_model(model, weights=config.backend != "vllm-server")
+    facts = model_facts(directory, config)
+    if config.top_k > facts.vocab_size:
+        raise DataError(f"top_k {config.top_k} is more than the {facts.vocab_size} tokens of {model}: ask for fewer")
+    tokenizer = load_tokenizer(directory)
+    return directory, facts, tokenizer, load_template(tokenizer, config.template.removeprefix("pivot:"))
 
 
 def left_out(manifest: Json) -> str:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 
 from fusechat.artifact import Json
+from fusechat.config import ExtractConfig
 from fusechat.errors import ConfigError
 from fusechat.extract.child import ChildEngine
 from fusechat.extract.scores import Scorer
@@ -39,11 +40,7 @@ def engines_of(task: Task, earlier: Sequence[Json]) -> Sequence[AbstractContextM
 
         probe = Probe(task, earlier)
         return [open_work(task, partial(open_server, url=url, probe=probe)) for url in config.servers]
-    if config.device_map is not None or config.device not in ("auto", "cuda"):
-        devices, groups = [], device_groups([], 1, config.engines)  # where it runs is said already
-    else:
-        devices = visible_devices()
-        groups = device_groups(devices, config.tensor_parallel_size, config.engines)
+    devices, groups = engine_places(config)
     on_cpu = not devices and "cuda" not in config.device and config.device_map in (None, "cpu")
     if config.backend == "hf" and len(groups) == 1 and on_cpu:
         return [open_work(task, open_scorer)]
@@ -55,6 +52,21 @@ def engines_of(task: Task, earlier: Sequence[Json]) -> Sequence[AbstractContextM
         )
         for number, group in enumerate(groups)
     ]
+
+
+def engine_places(config: ExtractConfig) -> tuple[list[str], list[dict[str, str]]]:
+    """Return the CUDA devices for the engines of hf or vllm, and each engine's environment.
+
+    Raises ConfigError when vLLM is asked for and not installed, or the devices do not suffice.
+    """
+    if config.backend == "vllm":
+        from fusechat.extract.vllm import require_vllm
+
+        require_vllm()
+    if config.device_map is not None or config.device not in ("auto", "cuda"):
+        return [], device_groups([], 1, config.engines)  # where it runs is said already
+    devices = visible_devices()
+    return devices, device_groups(devices, config.tensor_parallel_size, config.engines)
 
 
 # An engine's narration would fill the log before its errors do.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ from fusechat.records import Encoded
 _MACRO_BATCH_DIALOGUES = 256
 _CPU_KV_CACHE_BYTES = 1 << 30
 
+_MISSING = "backend: vllm cannot be imported ({}): pip install 'fusechat[vllm]', or use backend: hf"
+
 _Prompt = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]
 
 
@@ -35,9 +38,7 @@ def open_vllm(task: Task) -> Iterator[Scorer]:
     try:
         import vllm
     except ImportError as error:
-        raise ConfigError(
-            f"backend: vllm cannot be imported ({error}): pip install 'fusechat[vllm]', or use backend: hf"
-        ) from error
+        raise ConfigError(_MISSING.format(error)) from error
     sampling = vllm.SamplingParams(
         max_tokens=1, temperature=0.0, prompt_logprobs=task.config.top_k, flat_logprobs=True, detokenize=False
     )
@@ -50,6 +51,12 @@ def open_vllm(task: Task) -> Iterator[Scorer]:
             score=lambda encoded, _, advance: score_prompts(engine, sampling, encoded, to_arrays, advance),
             engine=_facts(vllm, engine, task),
         )
+
+
+def require_vllm() -> None:
+    """Raise ConfigError when vLLM is not installed; loads nothing of it."""
+    if find_spec("vllm") is None:
+        raise ConfigError(_MISSING.format("it is not installed"))
 
 
 def engine_arguments(task: Task, *, on_cpu: bool, memory_bytes: int) -> Json:

@@ -84,7 +84,7 @@ class MergeConfig:
         return {pattern for scope in scopes for setting in scope.values() for pattern in setting.patterns()}
 
 
-def load_merge_config(config: Mapping[str, Any] | Path) -> tuple[MergeConfig, str]:
+def load_merge_config(config: Mapping[str, Any] | Path | str) -> tuple[MergeConfig, str]:
     """Read a merge's configuration from a mapping or a YAML file; return it with its text.
 
     Paths of models are taken from the current folder, as mergekit takes them. Raises ConfigError in one line.
@@ -92,7 +92,8 @@ def load_merge_config(config: Mapping[str, Any] | Path) -> tuple[MergeConfig, st
     if isinstance(config, Mapping):
         text = yaml.safe_dump(_plain(config), sort_keys=False)
         return parse_merge_config(config, "merge configuration"), text
-    return parse_merge_config(read_yaml(config), str(config)), config.read_text(encoding="utf-8")
+    path = Path(config)
+    return parse_merge_config(read_yaml(path), str(path)), path.read_text(encoding="utf-8")
 
 
 def read_yaml(path: Path) -> Any:

@@ -28,8 +28,8 @@ _FEW_SURVIVE = 0.5
 
 
 def merge(
-    config: Mapping[str, Any] | Path,
-    out: Path,
+    config: Mapping[str, Any] | Path | str,
+    out: Path | str,
     *,
     threads: int | None = None,
     max_memory_bytes: int | None = None,
@@ -49,13 +49,13 @@ def merge(
     with `resume`, refused. The bytes do not depend on `threads` or `max_memory_bytes`. A finished merge of the same
     inputs is returned as it is. `progress(done_bytes, all_bytes)` counts input bytes. `allow_nonfinite` keeps the
     base's value where any input is NaN or infinite; `linear` and `slerp`, which have no base, and rows the base lacks
-    are zero there. `ray` is the
-    address of a Ray cluster on the same file system ("local": one started here) that merges the shards as tasks.
-    `device` "cuda" merges SCE in blocks on a GPU; the CPU's bytes but for η's last bit.
+    are zero there. `ray` is the address of a Ray cluster on the same file system ("local": one started here) that
+    merges the shards as tasks. `device` "cuda" merges SCE in blocks on a GPU; the CPU's bytes but for η's last bit.
 
     Raises ConfigError, DataError (models that do not fit, NaN), FormatError (corrupt files), MismatchError (`out` holds
     something else) and FusechatError (disk).
     """
+    out = Path(out)
     parsed, recipe = load_merge_config(config)
     if device == "cuda":
         _check_gpu(parsed, ray)

@@ -50,9 +50,9 @@ class Candidate:
     recipe: Mapping[str, Any]
 
 
-def load_sweep(path: Path) -> tuple[Json, list[Any]]:
+def load_sweep(path: Path | str) -> tuple[Json, list[Any]]:
     """Read a merge's YAML file with a `sweep` list; returns the recipe without it, and the list. Raises ConfigError."""
-    raw = read_yaml(path)
+    raw = read_yaml(Path(path))
     if not isinstance(raw, dict) or not isinstance(raw.get("sweep"), list) or not raw["sweep"]:
         raise ConfigError(f"{path}: --sweep needs a list `sweep` of merges to compare (docs/merge.md shows one)")
     return {key: value for key, value in raw.items() if key != "sweep"}, raw["sweep"]
@@ -99,7 +99,7 @@ def _candidate(recipe: Mapping[str, Any], entry: Mapping[str, Any], chosen: Json
 def sweep(
     recipe: Mapping[str, Any],
     entries: Sequence[Any],
-    out: Path,
+    out: Path | str,
     validation: Sequence[Dialogue],
     *,
     keep_all: bool = False,
@@ -107,6 +107,7 @@ def sweep(
     max_length_tokens: int = 2048,
     dtype: str = "auto",
     batch_tokens: int = 8192,
+    place: Mapping[str, Any] | None = None,
     samples: int = 2000,
     confidence: float = 0.95,
     seed: int = 0,
@@ -119,12 +120,14 @@ def sweep(
     [value, low, high], and the share of each update that survived. While it works, `out` + ".sweep" holds two merged
     models at most, or all of them with `keep_all`, which leaves the others there. Scores are kept as they are found: a
     sweep that was stopped goes on. `validation` should be neither trained nor tested on: the choice fits it.
-    `template` names the one its dialogues are written in (fusechat.template).
+    `template` names the one its dialogues are written in (fusechat.template); `place` holds `device` and `device_map`
+    of the scoring (fusechat.model.load_model).
     `options` are those of `merge`. Raises what `merge` raises, and MismatchError when `out` holds another sweep.
     """
     from fusechat.dialogue import dataset_fingerprint
     from fusechat.evaluate.bpb import score_dialogues
 
+    out = Path(out)
     found = candidates(recipe, entries)
     scoring: Json = {
         "template": template, "max_length_tokens": max_length_tokens, "dtype": dtype, "batch_tokens": batch_tokens
@@ -146,9 +149,13 @@ def sweep(
         return table
     if out.exists() and any(out.iterdir()):
         raise MismatchError(f"{out} exists and is no sweep of ours: choose another place")
+
+    def score(model: Path) -> Scores:
+        return score_dialogues(str(model), validation, **scoring, **(place or {}))
+
     work = Work(folder=out.with_name(out.name + FOLDER_SUFFIX), request=request, keep_all=keep_all)
     for done, candidate in enumerate(found, 1):
-        work.try_out(candidate, lambda model: score_dialogues(str(model), validation, **scoring), options)
+        work.try_out(candidate, score, options)
         if progress is not None:
             progress(done, len(found))
     best = work.best

@@ -11,11 +11,12 @@ from fusechat.merge.native import _native
 from fusechat.merge.output import FORMAT, PROVENANCE, STATISTICS
 
 
-def verify(out: Path) -> int:
+def verify(out: Path | str) -> int:
     """Check every file of a merge against its checksum and return how many there are.
 
     Raises FormatError naming the first file that is missing, cut short or changed; of weights, the tensor too.
     """
+    out = Path(out)
     provenance = read_json(out / PROVENANCE)
     if not isinstance(provenance, dict) or provenance.get("format") != FORMAT:
         raise FormatError(f"{out} is no merge of ours: its {PROVENANCE} says otherwise")

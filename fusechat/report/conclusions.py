@@ -67,6 +67,7 @@ def _outcome(o: Json) -> list[str]:
             f"{plural(o['excluded_dialogues'], 'held-out dialogue')} did not fit every model's context and "
             f"{'is' if o['excluded_dialogues'] == 1 else 'are'} left out."
         )
+    told += [f"{model(name)} is not scored: {why}." for name, why in o["not_scored"].items()]
     return told
 
 

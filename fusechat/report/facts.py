@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -38,6 +40,8 @@ SECTIONS: dict[str, Section] = {
 def gather(layout: Layout) -> Json:
     """Return the facts of a run's directory; raises ConfigError when it is none."""
     config = _config(layout)
+    if config.get("stores") is not None:
+        layout = replace(layout, stores=Path(str(config["stores"])))
     facts: Json = {
         "format": REPORT_FORMAT,
         "version": 1,

@@ -45,6 +45,7 @@ def outcome(layout: Layout, config: Json) -> Json:
         "bootstrap_samples": config.get("eval", {}).get("bootstrap_samples"),
         "n_dialogues": results["n_dialogues"],
         "excluded_dialogues": results["excluded_dialogues"],
+        "not_scored": results.get("not_scored", {}),
         "content_bytes": groups["overall"]["content_bytes"],
         "significance": results.get("significance"),
         "models": models,

@@ -49,10 +49,10 @@ _FREE_TO_CHANGE = {
 
 
 def train(
-    pivot: str,
-    pivot_store: Path,
-    aligned_store: Path | Sequence[Path] | None,
-    out: Path,
+    pivot: str | Path,
+    pivot_store: Path | str,
+    aligned_store: Path | str | Sequence[Path | str] | None,
+    out: Path | str,
     config: TrainConfig | None = None,
     *,
     seed: int = 0,
@@ -72,7 +72,9 @@ def train(
     after SIGTERM.
     """
     config = config or TrainConfig()
-    stores = [] if aligned_store is None else [aligned_store] if isinstance(aligned_store, Path) else [*aligned_store]
+    pivot, pivot_store, out = str(pivot), Path(pivot_store), Path(out)
+    several = [aligned_store] if isinstance(aligned_store, Path | str) else aligned_store or []
+    stores = [Path(store) for store in several]
     _join_processes(config)
     if dry_run:
         small = {

@@ -63,6 +63,7 @@ def fit(
     Raises Stopped after a SIGTERM, with a checkpoint written; DataError when a loss is NaN; MismatchError when the last
     checkpoint was written under another way of sharding.
     """
+    check_settings(config)
     set_verbosity_error()
     set_seed(seed)
     tokenizer = load_tokenizer(directory)
@@ -148,8 +149,6 @@ def prepare_model(directory: Path, config: TrainConfig) -> Any:
         model = load_model(directory, device="cpu").train().float()  # half precision is the Trainer's autocast
     else:
         model = _quantized(directory, config.quantization, config.dtype)
-    if config.attention == "flex_attention" and not torch.cuda.is_available():
-        raise ConfigError("train.attention: flex_attention has no backward pass on the CPU: leave it out, or use sdpa")
     if config.attention is not None:
         model.set_attn_implementation(config.attention)
     if config.gradient_checkpointing:
@@ -162,11 +161,6 @@ def prepare_model(directory: Path, config: TrainConfig) -> Any:
 
 
 def _quantized(directory: Path, bits: str, dtype: str) -> Any:
-    if find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            f"train.quantization: {bits} needs the package bitsandbytes: pip install bitsandbytes, or leave it out "
-            "(train.lora alone needs nothing)"
-        )
     from peft import prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -202,13 +196,44 @@ def with_adapters(model: Any, config: TrainConfig) -> Any:
     )
 
 
-def loss_settings(model: Any, config: TrainConfig) -> LossSettings:
-    """Return what of the configuration the loss needs."""
+def check_settings(config: TrainConfig) -> None:
+    """Raise ConfigError for settings that do not go together or that this machine lacks a package, a device or
+    processes for; loads no model."""
+    accumulation_steps(config)
+    _loss_options(config)
+    if config.lora is not None and find_spec("peft") is None:
+        raise ConfigError("train.lora needs the package peft: pip install 'fusechat[peft]', or leave it out")
+    if config.quantization is not None and find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"train.quantization: {config.quantization} needs the package bitsandbytes: pip install bitsandbytes, or "
+            "leave it out (train.lora alone needs nothing)"
+        )
+    if config.attention == "flex_attention" and not torch.cuda.is_available():
+        raise ConfigError("train.attention: flex_attention has no backward pass on the CPU: leave it out, or use sdpa")
+
+
+def accumulation_steps(config: TrainConfig) -> int:
+    """Return the forward passes of every process in one step; raises ConfigError when the batch does not divide."""
+    per_forward = config.micro_batch_size * n_processes()
+    if config.batch_size % per_forward:
+        raise ConfigError(
+            f"train.batch_size {config.batch_size} does not divide by micro_batch_size {config.micro_batch_size} × "
+            f"{n_processes()} processes: set it to a multiple of {per_forward}"
+        )
+    return config.batch_size // per_forward
+
+
+def _loss_options(config: TrainConfig) -> dict[str, Any]:
     names = ("divergence", "missing", "temperature", "student_temperature", "beta", "label_smoothing", "z_loss")
     options = {name: getattr(config, name) for name in names}
-    LossOptions(**options)  # refuses what does not go together before anything is computed
+    LossOptions(**options)  # refuses what does not go together
+    return options
+
+
+def loss_settings(model: Any, config: TrainConfig) -> LossSettings:
+    """Return what of the configuration the loss needs."""
     return LossSettings(
-        **options,
+        **_loss_options(config),
         objective=config.objective,
         alm_temperature=config.alm_temperature,
         router_weight=router_weight(unwrapped(model).config, config.router_weight),
@@ -234,12 +259,6 @@ def training_arguments(
     work: Path, config: TrainConfig, seed: int, *, with_held_out: bool, checkpoints: bool = True
 ) -> TrainingArguments:
     """Return the Trainer's arguments; raises ConfigError when the batch does not divide by the processes."""
-    per_forward = config.micro_batch_size * n_processes()
-    if config.batch_size % per_forward:
-        raise ConfigError(
-            f"train.batch_size {config.batch_size} does not divide by micro_batch_size {config.micro_batch_size} × "
-            f"{n_processes()} processes: set it to a multiple of {per_forward}"
-        )
     if "tensorboard" in config.report_to:
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(work / "tensorboard")
     held_out: dict[str, Any] = {}
@@ -254,7 +273,7 @@ def training_arguments(
     return TrainingArguments(
         output_dir=str(work),
         per_device_train_batch_size=config.micro_batch_size,
-        gradient_accumulation_steps=config.batch_size // per_forward,
+        gradient_accumulation_steps=accumulation_steps(config),
         learning_rate=config.learning_rate,
         num_train_epochs=config.epochs,
         max_steps=config.max_steps,

@@ -21,34 +21,37 @@ def bpb(
     separator: Annotated[list[str] | None, typer.Option(help="what separates documents in a text file")] = None,
     max_bytes: Annotated[int | None, typer.Option(help="cut running text into pieces of so many bytes")] = None,
     limit: Annotated[int | None, typer.Option(help="only so many dialogues", min=1)] = None,
-    template: Annotated[str, typer.Option(help="own, plain, a .jinja file, or a model's")] = "own",
-    max_length: Annotated[int, typer.Option(help="tokens", min=2)] = 2048,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    template: Annotated[
+        str | None, typer.Option(help="own, plain, a .jinja file, or a model's; the run's, else own")
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(help="tokens; the run's, else 2048", min=2)] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16; the run's, else auto")] = None,
     samples: Annotated[int, typer.Option(help="of the bootstrap", min=100)] = 2000,
     confidence: Annotated[float, typer.Option(help="of the intervals", min=0.5, max=0.999)] = 0.95,
     seed: Annotated[int, typer.Option(help="of the bootstrap")] = 0,
     json_out: Annotated[Path | None, typer.Option("--json", help="also write the table here")] = None,
 ) -> None:
-    """Bits per byte of models on held-out dialogues, by category, with paired intervals and tests."""
+    """Bits per byte of models on held-out dialogues, by category, with paired intervals and tests.
+
+    With a run as --data its sources are scored as the run scores them, and all other models as its pivot.
+    """
     from fusechat.artifact import write_json
-    from fusechat.commands.evaluate.held_out import held_out
+    from fusechat.commands.evaluate.held_out import held_out, run_config
     from fusechat.commands.evaluate.names import model_names
     from fusechat.commands.progress import terminal_reporter
     from fusechat.commands.results import print_results
     from fusechat.evaluate.bpb import results_table, score_models
+    from fusechat.evaluate.run_scores import scoring_of
 
     names = model_names(models)
     dialogues = held_out(data, format=format, separator=separator, max_bytes=max_bytes, limit=limit)
+    run = run_config(data)
+    given = {"template": template, "max_length_tokens": max_length, "dtype": dtype}
+    asked = {key: value for key, value in given.items() if value is not None}
+    options = {name: (scoring_of(run, model) if run else {}) | asked for name, model in names.items()}
     with terminal_reporter() as reporter:
         advance = reporter.stage("evaluate", "models")
-        scores = score_models(
-            names,
-            dialogues,
-            templates=dict.fromkeys(names, template),
-            max_length_tokens=max_length,
-            dtype=dtype,
-            progress=advance,
-        )
+        scores = score_models(names, dialogues, options=options, progress=advance)
         reporter.done("evaluate", f"{len(names)} models")
     results = results_table(
         scores, dialogues, against=next(iter(names)), samples=samples, confidence=confidence, seed=seed

@@ -1,0 +1,21 @@
+"""fusechat recipe [NAME]"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def recipe(
+    name: Annotated[str | None, typer.Argument(help="one of them, to print", show_default=False)] = None,
+) -> None:
+    """List the recipes that come with the package, or print one: `fusechat recipe NAME > mine.yaml` to change it."""
+    from fusechat.recipe import PREFIX, find_recipe, recipes
+
+    if name is not None:
+        typer.echo(find_recipe(name.removeprefix(PREFIX), recipes()).read_text(encoding="utf-8"), nl=False)
+        return
+    for known, path in recipes().items():
+        first = path.read_text(encoding="utf-8").partition("\n")[0]
+        typer.echo(f"{known:<24} {first.removeprefix('# ')}")
