@@ -17,5 +17,5 @@ aligned = fusechat.align(f"{out}/extract/pivot", f"{out}/extract/source", f"{out
 print(f"rows with a counterpart: {1 - aligned['coverage']['rows']['none']:.0%}")
 settings = TrainConfig(hard_weight=0.5, epochs=1, batch_size=8, learning_rate=1e-3)
 fusechat.train(pivot, f"{out}/extract/pivot", f"{out}/align/source", f"{out}/target", settings)
-recipe = {"merge_method": "linear", "base_model": pivot, "models": [{"model": f"{out}/target"}]}
-fusechat.merge(recipe | {"parameters": {"weight": 1.0}}, f"{out}/merged")
+targets = [{"model": f"{out}/target", "parameters": {"weight": 1.0}}]  # one for each source
+fusechat.merge({"merge_method": "linear", "base_model": pivot, "models": targets}, f"{out}/merged")
