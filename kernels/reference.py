@@ -19,6 +19,12 @@ IGNORE_LABEL = -100
 MASS_FLOOR = 1e-6
 
 
+def cap_slope(logits: Tensor, softcap: float) -> Tensor:
+    """Return the derivative of softcap · tanh(logits / softcap); 1 − tanh² would cancel where the cap is reached."""
+    e = torch.exp(logits.abs() * (-2.0 / softcap))
+    return 4.0 * e / (1.0 + e).square()
+
+
 def merge_duplicates(keys: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Add the mass of entries with equal keys into the first of them; a key of −1 is absent.
 
@@ -156,7 +162,9 @@ def sparse_soft_ce_chunk(
     correct = valid & (z_label >= 0.0)
     hard = lse_z - z_label
     if label_smoothing:
-        hard = hard + label_smoothing * (z_label - (z - top).mean(1))
+        # A token that the model rules out, −∞, adds nothing to the sum: the loss stays a number.
+        finite = torch.where(z == float("-inf"), 0.0, z - top)
+        hard = hard + label_smoothing * (z_label - finite.mean(1))
     soft = torch.zeros_like(hard)
     soft_weight = torch.zeros_like(hard)
     soft_grad = None
@@ -180,7 +188,7 @@ def sparse_soft_ce_chunk(
             g_z += soft_grad.mul_((soft_weight * tau).unsqueeze(1))
         g_z.scatter_add_(1, label, (-(1.0 - label_smoothing) * hard_weight).unsqueeze(1))
         if softcap:
-            g_z *= 1.0 - (z / softcap).square()
+            g_z *= cap_slope(logits.float(), softcap)
         g_z *= row_scale.unsqueeze(1)
         # A row that does not count must be zero whatever its logits hold: 0 · NaN would not be.
         grad.copy_(g_z.masked_fill_(~valid.unsqueeze(1), 0.0))

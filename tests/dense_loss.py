@@ -83,7 +83,7 @@ def teacher(entries: list[frozenset[int]], logprobs: list[float], vocabulary: in
 
 
 def row_loss(z: Tensor, label: int, ids, logprobs, hard_weight: float, partition: bool, options: dict) -> tuple:
-    """Return loss, hard and soft of one row of fp64 logits."""
+    """Return loss, hard and soft of one row of fp64 logits, and whether fp32 can tell the gradient."""
     if options.get("softcap"):
         z = options["softcap"] * torch.tanh(z / options["softcap"])
     vocabulary = z.shape[0]
@@ -92,6 +92,7 @@ def row_loss(z: Tensor, label: int, ids, logprobs, hard_weight: float, partition
     hard = -(1 - smoothing) * log_q[label] - smoothing * log_q.mean()
     loss = hard_weight * hard + options.get("z_loss", 0.0) * torch.logsumexp(z, 0) ** 2
     soft = torch.zeros((), dtype=torch.float64)
+    smooth = True
     if ids:
         missing = "tail" if partition else options.get("missing", "renormalise")
         divergence, tau = options.get("divergence", "ce"), options.get("student_temperature", 1.0)
@@ -100,6 +101,8 @@ def row_loss(z: Tensor, label: int, ids, logprobs, hard_weight: float, partition
         q = torch.stack([log_q[cell].exp().sum() for cell in cells])
         keep = slice(None, -1) if missing in ("zero", "uniform") or not cells[-1] else slice(None)
         soft = published(divergence, p[keep], q[keep], options.get("beta", 0.5))
+        # |p − Q| has a kink, on whose side fp32 may find itself wrongly.
+        smooth = divergence != "tvd" or not ((p > 0) & ((p - q).abs() < 1e-6))[keep].any()
         if missing == "uniform" and cells[-1]:
             share = p[-1] / len(cells[-1])
             soft = soft - share * log_q[cells[-1]].sum()
@@ -107,20 +110,26 @@ def row_loss(z: Tensor, label: int, ids, logprobs, hard_weight: float, partition
                 soft = soft + p[-1] * share.log()
         soft = soft * tau**2
         loss = loss + (1 - hard_weight) * soft
-    return loss, hard, soft
+    return loss, hard, soft, smooth
 
 
 def magnitudes(z: Tensor, label: int, ids, options: dict) -> Tensor:
     """Return the size of the terms whose sum is each element of the gradient: what rounding errors are
     relative to."""
+    slope = torch.ones_like(z)
     if options.get("softcap"):
         z = options["softcap"] * torch.tanh(z / options["softcap"])
+        slope = 1.0 - (z / options["softcap"]).square()
     tau, vocabulary = options.get("student_temperature", 1.0), z.shape[0]
     size = torch.softmax(z, 0) + tau * torch.softmax(z / tau, 0) + options.get("label_smoothing", 0.0) / vocabulary
     size += 1.0 / vocabulary if options.get("missing") == "uniform" else 0.0
     size += 2 * options.get("z_loss", 0.0) * torch.logsumexp(z, 0).abs() * torch.softmax(z, 0)
     size[[label, *(token for entry in ids if len(entry) == 1 for token in entry)]] += tau
-    return size
+    rest = sorted(set(range(vocabulary)).difference(*ids))
+    if options.get("missing") == "tail" and rest:
+        # The teacher's tail is 1 − Σ p, which in fp32 errs by some 10⁻⁷ however small it is.
+        size[rest] += 0.1 * tau * torch.softmax(z[rest] / tau, 0)
+    return size * slope
 
 
 def entries_of(ids, logprobs, cells, row: int) -> tuple[list[frozenset[int]], list[float]]:
@@ -152,9 +161,11 @@ def dense_loss(logits, labels, ids, logprobs, *, hard_weight, row_weight=None, p
         in_cells = bool(partition[row]) if partition is not None else False
         label = int(labels[row])
         entries, kept = entries_of(ids, logprobs, cells, row)
-        one, hard[row], soft[row] = row_loss(z[row], label, entries, kept, share, in_cells, options)
+        one, hard[row], soft[row], smooth = row_loss(z[row], label, entries, kept, share, in_cells, options)
         total = total + weight * one
         size[row] = weight * magnitudes(z[row].detach(), label, entries, options)
+        if not smooth:
+            size[row] = torch.inf
         if options.get("divergence") == "alpha":
             size[row] *= 1.0 + float(soft[row].detach())  # p^β Q^(1−β) has no bound for β > 1
     (gradient,) = torch.autograd.grad(total, z)

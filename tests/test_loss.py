@@ -289,6 +289,29 @@ def test_an_infinite_or_absent_number_is_not_hidden():
     assert gradient[[0, 2]].isfinite().all()
 
 
+def test_a_token_that_is_ruled_out_leaves_a_smoothed_label_a_number():
+    """Catches −∞ in the mean over the vocabulary: a model that rules tokens out gives them such logits."""
+    logits, labels, ids, logprobs = make_rows(19, 6, 60, 4)
+    labels[labels == 5], ids[ids == 5] = 6, 6
+    common = {"hard_weight": 0.4, "missing": "tail", "label_smoothing": 0.1}
+    logits[:, 5] = -60.0
+    _, expected = run_ours(logits, labels, ids, logprobs, **common)
+    logits[:, 5] = -float("inf")
+    out, gradient = run_ours(logits, labels, ids, logprobs, **common)
+    assert out.loss.isfinite()
+    assert out.hard.isfinite().all()
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_logits_beyond_the_cap_keep_their_gradient():
+    """Catches 1 − tanh² for the slope of a softcap, of which nothing is left where tanh rounds to one."""
+    rows = make_rows(20, 6, 200, 5, scale=12.0)
+    common = {"hard_weight": 0.4, "missing": "tail", "softcap": 2.0}
+    _, gradient, size, _, _ = dense_loss(*rows, **common)
+    _, ours = run_ours(*rows, **common)
+    assert_elementwise(ours, gradient, size)
+
+
 def rising_rows():
     """Return rows of several blocks of the compiled loop whose later blocks hold logits up to ten above the first's."""
     rows = make_rows(17, 6, 5000, 6)

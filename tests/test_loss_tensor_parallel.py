@@ -98,6 +98,16 @@ def test_a_token_that_is_impossible_leaves_numbers(alone, form):
         torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-6)
 
 
+def test_logits_beyond_the_cap_keep_their_gradient(alone):
+    """Catches 1 − tanh² for the slope of a softcap, of which nothing is left where tanh rounds to one."""
+    rows = make_rows(5, N, V, K, scale=12.0)
+    form = {"hard_weight": 0.4, "missing": "tail", "softcap": 2.0}
+    _, gradient, size, _, _ = dense_loss(*rows, **form)
+    leaf = rows[0].clone().requires_grad_(True)
+    sharded_sparse_soft_ce(leaf * 1, *rows[1:], first=0, vocabulary=V, **form).loss.backward()
+    assert_elementwise(leaf.grad, gradient, size)
+
+
 def test_an_index_no_rank_owns_does_not_pass_for_absent(alone):
     """Catches a row that is computed without its label or without an entry of its teacher."""
     logits, labels, ids, logprobs = make_rows(4, N, V, K)

@@ -107,7 +107,7 @@ def shard_loss(
         at_label = torch.where(label >= 0, (-(1.0 - smoothing) * hard_weight).unsqueeze(1), 0.0)
         g.scatter_add_(1, label.clamp(min=0), at_label)
         if options.softcap is not None:
-            g *= 1.0 - (z / options.softcap).square()
+            g *= reference.cap_slope(logits.float(), options.softcap)
         grad.copy_((g * row_scale.unsqueeze(1)).masked_fill_(~valid.unsqueeze(1), 0.0))
     loss, hard, soft, lse = (torch.where(valid, value, 0.0) for value in (loss, hard, soft, lse))
     return loss, hard, soft, lse, valid & (z_label.squeeze(1) >= 0.0)
