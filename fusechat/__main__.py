@@ -30,7 +30,12 @@ def main() -> None:
         else:
             from fusechat.cli import app
 
-            app()
+            try:
+                app()
+            except SystemExit as end:
+                if end.code == 130:  # typer's for an interruption, of which it says nothing
+                    raise KeyboardInterrupt from None
+                raise
     except FusechatError as error:
         if debug:
             raise
@@ -41,6 +46,7 @@ def main() -> None:
             n = os.environ.get("WORLD_SIZE", "1")
             launcher = "" if n == "1" else f" (under its launcher, as now with {n} processes)"
             print(f"fusechat: {stop}; to go on{launcher}: {shlex.join(['fusechat', *sys.argv[1:]])}", file=sys.stderr)
+        sys.exit(stop.exit_code)
     except KeyboardInterrupt:
         goes_on = sys.argv[1:2] in _RESUMED or sys.argv[1:3] in _RESUMED
         hint = "; the same command goes on where it stopped" if goes_on else ""

@@ -29,3 +29,11 @@ class NativeMissingError(FusechatError, ImportError):
 
 class Stopped(Exception):  # noqa: N818
     """A run was asked to stop and did so after saving: no error, and the same command goes on where it stopped."""
+
+    exit_code = 0
+
+
+class Interrupted(Stopped):
+    """The same by Ctrl-C: what a shell would do next is not meant to follow."""
+
+    exit_code = 130

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections import namedtuple
 from importlib.util import find_spec
 from itertools import chain
@@ -20,11 +21,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from transformers import TrainingArguments
 
 import fusechat
 from fusechat.config import parse_train
 from fusechat.dialogue import load_dialogues
-from fusechat.errors import ConfigError, DataError, FusechatError, MismatchError, Stopped
+from fusechat.errors import ConfigError, DataError, FusechatError, Interrupted, MismatchError, Stopped
+from fusechat.train import fit
 from fusechat.train.batches import StepBatches
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,36 +60,98 @@ def whole(tiny_world: Any, stores: Path) -> Path:
     return stores / "whole"
 
 
-def test_sigterm_saves_and_the_same_call_goes_on(tiny_world: Any, stores: Path, whole: Path, tmp_path: Path) -> None:
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@pytest.mark.parametrize(("number", "kind"), zip(SIGNALS, (Stopped, Interrupted), strict=True))
+def test_a_signal_saves_and_the_same_call_goes_on(
+    number: signal.Signals, kind: type[Stopped], tiny_world: Any, stores: Path, whole: Path, tmp_path: Path
+) -> None:
     def strike(done: int, total: int) -> None:
         if done == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Stopped, match="stopped by SIGTERM after step 3 of 6, saved"):
+    before = [signal.getsignal(one) for one in SIGNALS]
+    with pytest.raises(kind, match=f"stopped by {number.name} after step 3 of 6, saved"):
         _train(tiny_world, stores, tmp_path / "t", progress=strike)
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert [signal.getsignal(one) for one in SIGNALS] == before
     assert not (tmp_path / "t").exists()
     _train(tiny_world, stores, tmp_path / "t")
     assert _checksum(tmp_path / "t") == _checksum(whole)
 
 
-def test_the_command_line_ends_a_stop_with_zero_and_the_line_to_resume(
-    tiny_world: Any, stores: Path, tmp_path: Path
+def test_a_second_interruption_stops_at_once(tiny_world: Any, stores: Path, whole: Path, tmp_path: Path) -> None:
+    def strike(done: int, total: int) -> None:
+        if done == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before = [signal.getsignal(one) for one in SIGNALS]
+    with pytest.raises(KeyboardInterrupt):
+        _train(tiny_world, stores, tmp_path / "t", progress=strike)
+    assert [signal.getsignal(one) for one in SIGNALS] == before
+    assert [p.name for p in (tmp_path / "t.partial").glob("checkpoint-*")] == ["checkpoint-2"]
+    _train(tiny_world, stores, tmp_path / "t")
+    assert _checksum(tmp_path / "t") == _checksum(whole)
+
+
+def test_training_in_a_thread_leaves_the_signals_alone(tiny_world: Any, stores: Path, tmp_path: Path) -> None:
+    """Catches handlers set where Python forbids it, which ends the training of a notebook's or a server's thread."""
+    thread = threading.Thread(target=_train, args=(tiny_world, stores, tmp_path / "t", "max_steps=1"))
+    thread.start()
+    thread.join()
+    assert (tmp_path / "t" / "provenance.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("numbers", "code", "said"),
+    [
+        (["SIGTERM"], 0, "stopped by SIGTERM after step 1 of 6, saved; to go on: fusechat {command}"),
+        (["SIGINT"], 130, "stopped by SIGINT after step 1 of 6, saved; to go on: fusechat {command}"),
+        (["SIGINT", "SIGINT"], 130, "fusechat: interrupted; the same command goes on where it stopped"),
+    ],
+)
+def test_the_command_line_ends_a_stop_with_the_line_to_resume(
+    numbers: list[str], code: int, said: str, tiny_world: Any, stores: Path, tmp_path: Path
 ) -> None:
-    code = (
+    struck = "".join(f"    os.kill(os.getpid(), signal.{number})\n" for number in numbers)
+    script = (
         "import os, signal, sys\nimport fusechat.train.callbacks as callbacks\n"
         "begin = callbacks.Watch.on_train_begin\n"
-        "def struck(self, *a, **k):\n    begin(self, *a, **k)\n    os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"def struck(self, *a, **k):\n    begin(self, *a, **k)\n{struck}"
         "callbacks.Watch.on_train_begin = struck\nfrom fusechat.__main__ import main\nmain()"
     )
     command = ["train", str(tiny_world.pivot), "--pivot-store", str(stores / "pivot"), "--out", str(tmp_path / "t")]
     done = subprocess.run(
-        [sys.executable, "-c", code, *command, "--", *FAST],
+        [sys.executable, "-c", script, *command, "--", *FAST],
         env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert f"stopped by SIGTERM after step 1 of 6, saved; to go on: fusechat {' '.join(command)}" in done.stderr
+    assert done.returncode == code, done.stderr[-2000:]
+    assert said.format(command=" ".join(command)) in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_one_process_trains_on_one_gpu(
+    tiny_world: Any, stores: Path, whole: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """Catches the Trainer's nn.DataParallel, which deals out the tokens of a batch but not what they teach."""
+
+    def as_on_gpus(**options: Any) -> TrainingArguments:
+        return TrainingArguments(**options | {"use_cpu": False})
+
+    def refused(*_: Any) -> None:
+        raise AssertionError("the model was wrapped for several GPUs")
+
+    monkeypatch.setattr(fit, "TrainingArguments", as_on_gpus)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.nn.DataParallel, "__init__", refused)
+    fit._tell_of_idle_gpus.cache_clear()
+    for name in ("t", "again"):
+        _train(tiny_world, stores, tmp_path / name)
+        assert _checksum(tmp_path / name) == _checksum(whole)
+    assert caplog.text.count("3 GPUs are visible and this process trains on one") == 1
+    assert "torchrun --nproc-per-node 3 -m fusechat" in caplog.text
 
 
 def test_a_nan_names_step_and_dialogues_and_keeps_the_last_good_checkpoint(

@@ -69,7 +69,7 @@ def train(
     and leaves nothing. Under a launcher every process calls it, and each returns the same.
 
     Raises MismatchError when `out` or the stores were made from other inputs, DataError when a loss is NaN, Stopped
-    after SIGTERM.
+    after SIGTERM and Interrupted, a kind of it, after SIGINT.
     """
     config = config or TrainConfig()
     pivot, pivot_store, out = str(pivot), Path(pivot_store), Path(out)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -15,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from fusechat.artifact import Json, read_json, write_json
 from fusechat.errors import DataError, MismatchError
+from fusechat.processes import rank
 from fusechat.train.trainer import FusionTrainer
 
 COMPLETE = "complete.json"
@@ -87,32 +90,44 @@ def follow_a_moved_folder(checkpoint: Path) -> None:
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]
-    """Tells progress, stops at NaN, saves and stops at SIGTERM, and measures the held-out set at the last step."""
+    """Tells progress, stops at NaN, saves and stops at a signal, and measures the held-out set at the last step."""
 
     def __init__(self, trainer: FusionTrainer, progress: Callable[[int, int], None] | None) -> None:
         self.trainer = trainer
         self.progress = progress
-        self.asked_to_stop = False
-        self.stopped = False
-        self._before: Any = None
+        self.asked: signal.Signals | None = None
+        """The signal that asked to stop."""
+        self.stopped_by: signal.Signals | None = None
+        """The signal that stopped all processes, after a whole step."""
+        self._before: dict[signal.Signals, Any] = {}
+        self._process = os.getpid()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Catch SIGTERM from here on."""
+        """Catch SIGTERM and SIGINT from here on, where Python lets handlers be set: in the main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._ask)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in the background of a shell
+            self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._ask)
 
-        def stop(number: int, frame: FrameType | None) -> None:
-            self.asked_to_stop = True
-
-        self._before = signal.signal(signal.SIGTERM, stop)
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # a data worker has the handler, too: the step that is to be finished needs it
+        if number == signal.SIGINT:
+            if self.asked is signal.SIGINT:
+                raise KeyboardInterrupt
+            if rank() == 0:  # not by print, which this may have interrupted
+                os.write(2, b"\nfusechat: stops after this step and saves; Ctrl-C again stops at once\n")
+        self.asked = signal.Signals(number)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Let SIGTERM be what it was."""
+        """Let the signals be what they were."""
         self.release()
 
     def release(self) -> None:
-        """Give the signal back, also after an error."""
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
-            self._before = None
+        """Give the signals back, also after an error."""
+        while self._before:
+            signal.signal(*self._before.popitem())
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Stop before a NaN reaches the weights."""
@@ -126,12 +141,12 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             control.should_evaluate = self.trainer.held_out is not None
             control.should_log = True
             return
-        asked = self.asked_to_stop
+        asked = int(self.asked or 0)
         if dist.is_initialized() and dist.get_world_size() > 1:
-            # All must stop after the same step, whenever each heard of it.
-            flag = torch.tensor(float(asked), device=args.device)
-            dist.all_reduce(flag)
-            asked = bool(flag.item())
+            # All must stop after the same step and for the same reason, whenever each heard of it.
+            number = torch.tensor(asked, device=args.device)
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+            asked = int(number.item())
         if asked:
-            self.stopped = True
+            self.stopped_by = signal.Signals(asked)
             control.should_save = control.should_training_stop = True

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from transformers.utils.logging import set_verbosity_error
 
 from fusechat.artifact import Json, read_json
 from fusechat.config import TrainConfig
-from fusechat.errors import ConfigError, FusechatError, Stopped
+from fusechat.errors import ConfigError, FusechatError, Interrupted, Stopped
 from fusechat.loss import LossOptions
 from fusechat.model import load_model, unwrapped
 from fusechat.processes import n_processes, rank
@@ -34,6 +36,7 @@ from fusechat.train.meter import Meter
 from fusechat.train.trainer import FusionTrainer, rewind_log
 
 LOG_FILE = "training.jsonl"
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,8 +63,8 @@ def fit(
 ) -> Fitted:
     """Train from a model directory under `work`, resuming at its last whole checkpoint.
 
-    Raises Stopped after a SIGTERM, with a checkpoint written; DataError when a loss is NaN; MismatchError when the last
-    checkpoint was written under another way of sharding.
+    Raises Stopped after a SIGTERM and Interrupted after a SIGINT, with a checkpoint written; DataError when a loss is
+    NaN; MismatchError when the last checkpoint was written under another way of sharding.
     """
     check_settings(config)
     set_verbosity_error()
@@ -116,8 +119,10 @@ def fit(
         ) from error
     finally:
         watch.release()
-    if watch.stopped:
-        raise Stopped(f"stopped by SIGTERM after step {trainer.state.global_step} of {trainer.state.max_steps}, saved")
+    if watch.stopped_by is not None:
+        step = f"step {trainer.state.global_step} of {trainer.state.max_steps}"
+        stopped = Interrupted if watch.stopped_by is signal.SIGINT else Stopped
+        raise stopped(f"stopped by {watch.stopped_by.name} after {step}, saved")
     state = _full_state(trainer)
     if trainer.is_deepspeed_enabled:
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -270,7 +275,7 @@ def training_arguments(
             "greater_is_better": False,
             "load_best_model_at_end": config.final == "best",
         }
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(work),
         per_device_train_batch_size=config.micro_batch_size,
         gradient_accumulation_steps=accumulation_steps(config),
@@ -302,6 +307,22 @@ def training_arguments(
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
         **held_out,
+    )
+    if arguments.n_gpu > 1:
+        # The Trainer would copy the model to every GPU (nn.DataParallel) and deal out the tokens, but not what they
+        # teach.
+        _tell_of_idle_gpus(arguments.n_gpu)
+        arguments._n_gpu = 1
+    return arguments
+
+
+@cache  # a run trains several targets
+def _tell_of_idle_gpus(n_visible: int) -> None:
+    log.warning(
+        "%d GPUs are visible and this process trains on one: to use all, launch it by `torchrun --nproc-per-node %d -m "
+        "fusechat …` or `accelerate launch -m fusechat …` in place of `fusechat …`",
+        n_visible,
+        n_visible,
     )
 
 
