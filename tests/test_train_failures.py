@@ -22,8 +22,10 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 from transformers import TrainingArguments
+from typer.testing import CliRunner
 
 import fusechat
+from fusechat.cli import app
 from fusechat.config import parse_train
 from fusechat.dialogue import load_dialogues
 from fusechat.errors import ConfigError, DataError, FusechatError, Interrupted, MismatchError, Stopped
@@ -152,6 +154,30 @@ def test_one_process_trains_on_one_gpu(
         assert _checksum(tmp_path / name) == _checksum(whole)
     assert caplog.text.count("3 GPUs are visible and this process trains on one") == 1
     assert "torchrun --nproc-per-node 3 -m fusechat" in caplog.text
+
+
+def test_held_out_text_is_read_as_it_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Catches options of reading that are missing, or that nothing follows."""
+    scored: list[Any] = []
+
+    def train(*_: Any, held_out: Any, **__: Any) -> Any:
+        scored.extend(held_out)
+        return {"losses": []}
+
+    monkeypatch.setattr(sys.modules["fusechat.train"], "train", train)
+    (tmp_path / "text.txt").write_text("one of them~~another that is longer")
+    command = ["train", "pivot", "--pivot-store", "p", "--out", str(tmp_path / "t")]
+    options = ["--separator", "~~", "--max-bytes", "12"]
+    done = CliRunner().invoke(app, [*command, "--held-out", str(tmp_path / "text.txt"), *options])
+    assert done.exit_code == 0, done.output
+    texts = [dialogue.messages[0].content for dialogue in scored]
+    assert texts[0] == "one of them"
+    assert len(texts) > 2
+    assert "".join(texts[1:]).replace(" ", "") == "anotherthatislonger"
+    for option in (["--format", "text"], options[:2], options[2:]):
+        done = CliRunner().invoke(app, [*command, *option])
+        assert done.exit_code == 2
+        assert "--held-out" in done.output
 
 
 def test_a_nan_names_step_and_dialogues_and_keeps_the_last_good_checkpoint(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -20,6 +20,11 @@ def train(
         ),
     ] = None,
     held_out: Annotated[Path | None, typer.Option(help="dialogues to score with every checkpoint")] = None,
+    format: Annotated[
+        Literal["auto", "sharegpt", "messages", "alpaca", "text"], typer.Option(help="layout of the held-out data")
+    ] = "auto",
+    separator: Annotated[list[str] | None, typer.Option(help="what separates documents in a text file")] = None,
+    max_bytes: Annotated[int | None, typer.Option(help="cut running text into pieces of so many bytes")] = None,
     seed: Annotated[int, typer.Option()] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="two steps on two dialogues; leaves nothing")] = False,
     overrides: Annotated[
@@ -27,6 +32,8 @@ def train(
     ] = None,
 ) -> None:
     """Train one target from the pivot, taught by a source. Also under torchrun and accelerate launch."""
+    if held_out is None and (format != "auto" or separator or max_bytes):
+        raise typer.BadParameter("--format, --separator and --max-bytes say how --held-out is read: give that, too")
     from fusechat.commands.progress import terminal_reporter
     from fusechat.config import parse_train
     from fusechat.dialogue import load_dialogues
@@ -41,7 +48,9 @@ def train(
             out,
             settings,
             seed=seed,
-            held_out=load_dialogues(held_out) if held_out is not None else (),
+            held_out=load_dialogues(held_out, format=format, separator=separator, max_bytes=max_bytes)
+            if held_out is not None
+            else (),
             progress=reporter.stage("train", "steps"),
             dry_run=dry_run,
         )
