@@ -157,6 +157,9 @@ class TrainConfig(_Section):
     missing: Literal["renormalise", "tail", "zero", "uniform"] = Field(
         "tail", description="mass outside the stored top-k; `renormalise` is the paper's"
     )
+    compat: Literal["none", "upstream"] = Field(
+        "none", description="upstream: masses rounded and equal ids as in the research code's dense targets, for parity"
+    )
     select: Literal["min_ce", "avg_ce", "source", "weighted"] = Field(
         "min_ce",
         description="who teaches: the lowest cross-entropy; all by exp(−cross-entropy); the sources whatever the pivot "
@@ -220,6 +223,14 @@ class TrainConfig(_Section):
             raise ValueError("objective alm takes neither label_smoothing nor z_loss")
         if self.objective == "uld" and self.z_loss:
             raise ValueError("objective uld takes no z_loss: set it to 0")
+        asked = (self.divergence, self.missing, self.temperature, self.z_loss)
+        if self.compat == "upstream" and (
+            asked != ("ce", "renormalise", 1.0, 0.0) or self.select not in ("min_ce", "source")
+        ):
+            raise ValueError(
+                "compat: upstream takes divergence ce, missing renormalise, temperature 1, z_loss 0 and select min_ce "
+                "or source"
+            )
         if self.source_weights and (self.select != "weighted" or min(self.source_weights.values()) < 0):
             raise ValueError("source_weights are numbers of 0 or more, for select: weighted")
         return self
@@ -314,6 +325,14 @@ class RunConfig(_Section):
         weights = self.merge.weights
         if weights is not None and len(weights) != len(self.sources):
             raise ValueError(f"merge.weights has {len(weights)} numbers for {len(self.sources)} sources: give one each")
+        return self
+
+    @model_validator(mode="after")
+    def _upstream_knows_no_ranges(self) -> RunConfig:
+        if self.train.compat == "upstream" and self.align.preset is None and self.align.granularity == "cells":
+            raise ValueError(
+                "train.compat: upstream knows no ranges of tokens: set another align.granularity than cells"
+            )
         return self
 
     @model_validator(mode="after")

@@ -60,6 +60,12 @@ def test_overrides_change_single_keys_and_keep_their_neighbours(tmp_path: Path) 
         ("", ["sources=[{model: ./a, name: sft}]"], "may not be named 'sft'"),
         ("", ["sources=[]"], "at least 1 item"),
         ("train: {objective: uld, z_loss: 0.1}\n", [], "objective uld takes no z_loss"),
+        ("train: {compat: upstream}\n", [], "compat: upstream takes divergence ce, missing renormalise"),
+        (
+            "train: {compat: upstream, missing: renormalise}\n",
+            [],
+            "train.compat: upstream knows no ranges of tokens: set another align.granularity than cells",
+        ),
         (
             "train: {select: weighted, source_weights: {a: 1, c: 2}}\n",
             [],

@@ -340,6 +340,15 @@ def test_settings_that_cannot_be_served_are_one_line(
     assert "\n" not in str(raised.value)
 
 
+def test_upstream_targets_are_of_stores_without_ranges(tiny_world: Any, stores: Path, tmp_path: Path) -> None:
+    settings = parse_train([*FAST, "compat=upstream", "missing=renormalise", "max_steps=1"])
+    given = str(tiny_world.pivot), stores / "pivot"
+    with pytest.raises(ConfigError, match="upstream knows no ranges of tokens: align with another granularity"):
+        fusechat.train(*given, stores / "aligned", tmp_path / "refused", settings)
+    fusechat.align(stores / "pivot", stores / "source", tmp_path / "aligned", granularity="first")
+    assert fusechat.train(*given, tmp_path / "aligned", tmp_path / "t", settings)["source_share"] > 0
+
+
 def test_the_device_s_memory_running_out_names_what_to_change(
     tiny_world: Any, stores: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

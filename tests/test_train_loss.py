@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
+from fusechat.bench.baselines import collate_dense
 from fusechat.errors import ConfigError
 from fusechat.plan.model_shape import forward_flops, shape_from_config
 from fusechat.train.batch import fusion_batch
@@ -279,6 +280,25 @@ def test_alm_matches_the_likelihoods_of_chunks(temperature: float) -> None:
         return loss
 
     _compare(plain, LossSettings(objective="alm", alm_temperature=temperature), fusion_batch(columns, 0.6))
+
+
+def test_upstream_rows_are_the_dense_targets_of_the_research_code() -> None:
+    columns = _columns()
+    columns["target_ids"] = torch.arange(12 * 5).view(12, 5).int()
+    columns["target_ids"][::2, 3] = columns["target_ids"][::2, 0]
+    columns["target_ids"][3] = -1
+    columns["partition"][5] = True  # a finer row is an ordinary one there
+    ids, logprobs, labels = columns["target_ids"].long(), columns["target_logprobs"], columns["row_labels"]
+
+    def plain(hidden: Tensor, weight: Tensor) -> Tensor:
+        q = torch.log_softmax(hidden @ weight.T, -1)
+        target = collate_dense(ids.clamp(min=0)[None], logprobs.clamp(min=-99.0)[None], V)[0].double()
+        hard = -q.gather(1, labels[:, None]).squeeze(1)
+        soft = -(target * q).sum(1)
+        return torch.where(columns["taught"] > 0, 0.6 * hard + 0.4 * soft, hard).sum()
+
+    settings = LossSettings(missing="renormalise", compat="upstream")
+    _compare(plain, settings, fusion_batch(columns, 0.6))
 
 
 def test_chunks_as_likely_as_the_sources_cost_nothing() -> None:

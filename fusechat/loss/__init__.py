@@ -8,6 +8,7 @@ from fusechat.loss.linear import linear_sparse_soft_ce
 from fusechat.loss.logits import sparse_soft_ce
 from fusechat.loss.options import Divergence, LossOptions, Missing
 from fusechat.loss.rows import IGNORE_LABEL, Cells, LossOutput
+from fusechat.loss.upstream import upstream_rows
 
 __all__ = [
     "IGNORE_LABEL",
@@ -21,4 +22,5 @@ __all__ = [
     "linear_sparse_soft_ce",
     "mix_candidates",
     "sparse_soft_ce",
+    "upstream_rows",
 ]

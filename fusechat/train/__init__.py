@@ -231,7 +231,7 @@ def _dataset(store: Store, paths: list[Path], config: TrainConfig, limit: int | 
     from fusechat.train.source import open_source
 
     objective = config.objective
-    return FusionDataset(
+    dataset = FusionDataset(
         store,
         [open_source(path, store, path.name) for path in paths],
         select=Selection(
@@ -242,6 +242,9 @@ def _dataset(store: Store, paths: list[Path], config: TrainConfig, limit: int | 
         matched=[] if objective == "soft" else [open_matched(path, store, objective) for path in paths],
         limit=limit,
     )
+    if config.compat == "upstream" and dataset.byte_order is not None:
+        raise ConfigError("train.compat: upstream knows no ranges of tokens: align with another granularity than cells")
+    return dataset
 
 
 def _require_same(place: Path, request: Json, found: Json) -> None:

@@ -241,6 +241,7 @@ def loss_settings(model: Any, config: TrainConfig) -> LossSettings:
         **_loss_options(config),
         objective=config.objective,
         alm_temperature=config.alm_temperature,
+        compat=config.compat,
         router_weight=router_weight(unwrapped(model).config, config.router_weight),
         budget_bytes=config.loss_budget_bytes,
     )

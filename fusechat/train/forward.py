@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fusechat.errors import ConfigError
-from fusechat.loss import Cells, Divergence, Missing, linear_sparse_soft_ce
+from fusechat.loss import Cells, Divergence, Missing, linear_sparse_soft_ce, upstream_rows
 from fusechat.model import head_softcap, scaled_hidden, unwrapped
 from fusechat.topk import topk_logprob
 from fusechat.train.batch import FusionBatch
@@ -37,6 +37,8 @@ class LossSettings:
     beta: float = 0.5
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    compat: str = "none"
+    """upstream: rows as the research code's dense targets hold them."""
     alm_temperature: float = 100.0
     router_weight: float = 0.0
     """Weight of a mixture of experts' load-balancing loss; 0 for models without a router."""
@@ -140,8 +142,9 @@ def head_loss(
     ids, logprobs, hard_weight, divergence, missing = (
         batch.ids, batch.logprobs, batch.hard_weight, settings.divergence, settings.missing,
     )  # fmt: skip
-    row_weight = batch.row_weight
+    row_weight, partition = batch.row_weight, batch.partition
     cells = None
+    soft_scale: float | Tensor | None = None
     if settings.objective == "uld":
         if ids.shape[1]:
             own = topk_logprob(
@@ -150,11 +153,16 @@ def head_loss(
             )  # fmt: skip
             ids = torch.where(ids >= 0, own[0], -1)
         divergence, missing = "tvd", "zero"
-        # λ·CE + (1−λ)·2·TVD as one weight and one mixture: w·(λ'·CE + (1−λ')·TVD).
-        total = 2.0 - hard_weight
-        row_weight, hard_weight = row_weight * total, hard_weight / total
+        soft_scale = 2.0
+    elif settings.compat == "upstream":
+        ids, logprobs, soft_scale = upstream_rows(ids, logprobs)
+        partition = torch.zeros_like(partition)
     elif byte_order is not None and batch.low is not None and batch.high is not None:
         cells = Cells(order=byte_order.to(batch.low.device), low=batch.low, high=batch.high)
+    if soft_scale is not None:
+        # λ·hard + (1−λ)·s·soft as one weight and one mixture: w·(λ'·hard + (1−λ')·soft).
+        total = hard_weight + (1.0 - hard_weight) * soft_scale
+        row_weight, hard_weight = row_weight * total, hard_weight / total
     result = linear_sparse_soft_ce(
         hidden,
         weight,
@@ -162,7 +170,7 @@ def head_loss(
         ids,
         logprobs,
         hard_weight=hard_weight,
-        partition=batch.partition,
+        partition=partition,
         cells=cells,
         divergence=divergence,
         missing=missing,
@@ -172,7 +180,7 @@ def head_loss(
         row_weight=row_weight,
         **common,
     )
-    soft = result.soft * (2.0 if settings.objective == "uld" else 1.0)
+    soft = result.soft if soft_scale is None else result.soft * soft_scale
     return {
         "loss": result.loss,
         "hard": (result.hard * batch.row_weight).sum(),
