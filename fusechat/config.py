@@ -131,6 +131,21 @@ class LoraConfig(_Section):
     target_modules: str | list[str] = Field("all-linear", description="names of the layers that get one, as in peft")
 
 
+_OBJECTIVES_OF = {
+    "alm_temperature": ("alm",),
+    "divergence": ("soft",),
+    "beta": ("soft",),
+    "missing": ("soft",),
+    "temperature": ("soft", "uld"),
+    "student_temperature": ("soft", "uld"),
+    "label_smoothing": ("soft", "uld"),
+    "z_loss": ("soft",),
+    "compat": ("soft",),
+    "when_pivot_wins": ("soft",),
+}
+"""Keys of `train` that not every objective takes, by those that do."""
+
+
 class TrainConfig(_Section):
     """L = λ·L_SFT + (1−λ)·L_Fusion (arXiv 2408.07990, eq. 3)."""
 
@@ -219,10 +234,9 @@ class TrainConfig(_Section):
             raise ValueError("quantization needs lora: quantised weights cannot be trained")
         if self.objective != "soft" and (self.select not in ("min_ce", "source") or self.select_unit != "sequence"):
             raise ValueError(f"objective {self.objective} takes select min_ce or source, per sequence")
-        if self.objective == "alm" and (self.label_smoothing or self.z_loss):
-            raise ValueError("objective alm takes neither label_smoothing nor z_loss")
-        if self.objective == "uld" and self.z_loss:
-            raise ValueError("objective uld takes no z_loss: set it to 0")
+        for key, objectives in _OBJECTIVES_OF.items():
+            if self.objective not in objectives and getattr(self, key) != TrainConfig.model_fields[key].default:
+                raise ValueError(f"{key} is for objective: {' or '.join(objectives)}, not {self.objective}: remove it")
         asked = (self.divergence, self.missing, self.temperature, self.z_loss)
         if self.compat == "upstream" and (
             asked != ("ce", "renormalise", 1.0, 0.0) or self.select not in ("min_ce", "source")

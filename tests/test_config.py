@@ -59,7 +59,6 @@ def test_overrides_change_single_keys_and_keep_their_neighbours(tmp_path: Path) 
         ("", ["sources=[./a, ./b/a]"], "two sources are named 'a'"),
         ("", ["sources=[{model: ./a, name: sft}]"], "may not be named 'sft'"),
         ("", ["sources=[]"], "at least 1 item"),
-        ("train: {objective: uld, z_loss: 0.1}\n", [], "objective uld takes no z_loss"),
         ("train: {compat: upstream}\n", [], "compat: upstream takes divergence ce, missing renormalise"),
         (
             "train: {compat: upstream, missing: renormalise}\n",
@@ -130,6 +129,35 @@ def test_training_settings_alone() -> None:
     assert parse_train(["epochs=2", "lora={rank: 4}"]).lora is not None
     with pytest.raises(ConfigError, match="did you mean `epochs`"):
         parse_train(["epoch=2"])
+
+
+@pytest.mark.parametrize(
+    ("objective", "setting", "whose"),
+    [
+        ("alm", "divergence=kl", "soft"),
+        ("alm", "missing=zero", "soft"),
+        ("alm", "temperature=2", "soft or uld"),
+        ("alm", "student_temperature=2", "soft or uld"),
+        ("alm", "label_smoothing=0.1", "soft or uld"),
+        ("alm", "z_loss=0.1", "soft"),
+        ("alm", "when_pivot_wins=pivot", "soft"),
+        ("uld", "divergence=kl", "soft"),
+        ("uld", "beta=0.1", "soft"),
+        ("uld", "missing=zero", "soft"),
+        ("uld", "z_loss=0.1", "soft"),
+        ("uld", "compat=upstream", "soft"),
+        ("uld", "alm_temperature=1", "alm"),
+        ("soft", "alm_temperature=1", "alm"),
+    ],
+)
+def test_keys_of_another_objective_are_refused(objective: str, setting: str, whose: str) -> None:
+    """Catches a setting that nothing follows."""
+    key = setting.partition("=")[0]
+    with pytest.raises(ConfigError, match=f"{key} is for objective: {whose}, not {objective}: remove it") as error:
+        parse_train([f"objective={objective}", setting])
+    assert "\n" not in str(error.value)
+    default = parse_train([]).model_dump()[key]
+    assert parse_train([f"objective={objective}", f"{key}={default}"]).objective == objective
 
 
 def test_a_source_says_only_what_differs_for_it(tmp_path: Path) -> None:
