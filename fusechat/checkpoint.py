@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -258,7 +259,8 @@ def hub_id(model: str) -> tuple[str, str | None]:
 
 def hub_commit(directory: Path) -> str | None:
     """Return the commit of a model that lies in the hub's cache, None for any other directory."""
-    return directory.name if directory.parent.name == "snapshots" else None
+    in_cache = directory.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", directory.name)
+    return directory.name if in_cache else None
 
 
 def resolve_model(model: str, *, weights: bool = True) -> Path:

@@ -24,7 +24,7 @@ def ray_cluster(address: str) -> Iterator[Any]:
     started = not ray.is_initialized()
     if started:
         try:
-            ray.init(address=None if address == "local" else address, log_to_driver=False, include_dashboard=False)
+            ray.init(address=address, log_to_driver=False, include_dashboard=False)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ConfigError(f"no Ray cluster at {address}: {str(error).splitlines()[0]}") from error
     try:
@@ -37,7 +37,7 @@ def ray_cluster(address: str) -> Iterator[Any]:
 
 
 def _ours(error: BaseException) -> FusechatError:
-    """Return the FusechatError behind Ray's wrappers, or one made of their first line."""
+    """Return the FusechatError behind Ray's wrappers, or one made of their last line, which names the error."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, FusechatError):

@@ -56,7 +56,7 @@ def load_template(tokenizer: Any, spec: str = OWN) -> Template:
         if not path.is_file():
             raise DataError(f"template {spec} does not exist: give a .jinja file, a tokenizer's folder, own or plain")
         return _checked(Template(name=spec, jinja=path.read_text(encoding="utf-8")), tokenizer)
-    jinja = _template_of(load_tokenizer(resolve_model(spec)))
+    jinja = _template_of(load_tokenizer(resolve_model(spec, weights=False)))
     if jinja is None:
         raise DataError(f"the tokenizer of {spec} has no chat template: name one that has, or a .jinja file")
     return _checked(Template(name=spec, jinja=jinja), tokenizer)

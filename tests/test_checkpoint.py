@@ -210,7 +210,8 @@ def test_hub_ids_may_name_a_revision(tmp_path: Path, monkeypatch: pytest.MonkeyP
     import huggingface_hub
 
     asked: list[tuple[str, str | None]] = []
-    snapshot = tmp_path / "models--owner--name" / "snapshots" / "0123abc"
+    commit = "0123456789abcdef" * 2 + "01234567"
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / commit
 
     def download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
         asked.append((name, revision))
@@ -218,12 +219,13 @@ def test_hub_ids_may_name_a_revision(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return str(snapshot)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert hub_commit(resolve_model("owner/name@v1.0")) == "0123abc"
+    assert hub_commit(resolve_model("owner/name@v1.0")) == commit
     assert resolve_model("owner/name") == snapshot
     assert asked == [("owner/name", "v1.0"), ("owner/name", None)]
     (tmp_path / "a@b").mkdir()
     assert resolve_model(str(tmp_path / "a@b")) == tmp_path / "a@b"
-    assert hub_commit(tmp_path / "a@b") is None
+    for own in (tmp_path / "a@b", tmp_path / "snapshots" / "step-500", tmp_path / "other" / commit):
+        assert hub_commit(own) is None
 
 
 def test_everything_that_a_merge_copies_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

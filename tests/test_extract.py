@@ -376,8 +376,9 @@ def test_the_manifest_says_which_model_by_its_name_and_commit(
     tiny_world: Any, dialogues: list[Dialogue], tmp_path: Path
 ) -> None:
     """Catches a store whose model can no longer be named once the folder is gone."""
-    cached = tmp_path / "models--owner--name" / "snapshots" / "0123abc"
+    commit = "0123456789abcdef" * 2 + "01234567"
+    cached = tmp_path / "models--owner--name" / "snapshots" / commit
     shutil.copytree(tiny_world.pivot, cached)
-    for model, commit in ((cached, "0123abc"), (tiny_world.pivot, None)):
-        manifest = fusechat.extract(str(model), dialogues[:2], tmp_path / f"{commit}")
-        assert (manifest["model_id"], manifest["revision"]) == (str(model), commit)
+    for model, revision in ((cached, commit), (tiny_world.pivot, None)):
+        manifest = fusechat.extract(str(model), dialogues[:2], tmp_path / f"{revision}")
+        assert (manifest["model_id"], manifest["revision"]) == (str(model), revision)

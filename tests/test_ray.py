@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from fusechat.errors import ConfigError
-from fusechat.ray import room_for
+from fusechat.ray import ray_cluster, room_for
 
 
 def cluster(*machines: dict[str, float]) -> Any:
@@ -46,3 +47,19 @@ def test_a_worker_that_fits_no_machine_is_refused(
     """Catches a run that waits for ever for what the cluster has not."""
     with pytest.raises(ConfigError, match=named):
         room_for(cluster(*machines), **share, mend="lower it")
+
+
+@pytest.mark.parametrize("address", ["local", "auto", "ray://head:10001"])
+def test_the_cluster_is_the_one_that_was_named(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    """Catches `local` read as no address at all: Ray then joins RAY_ADDRESS, or a cluster that happens to run here."""
+    asked: list[str | None] = []
+    stub = SimpleNamespace(
+        is_initialized=lambda: False,
+        init=lambda address=None, **options: asked.append(address),
+        shutdown=lambda: None,
+        exceptions=SimpleNamespace(RayError=RuntimeError),
+    )
+    monkeypatch.setitem(sys.modules, "ray", stub)
+    with ray_cluster(address) as ray:
+        assert ray is stub
+    assert asked == [address]

@@ -179,6 +179,21 @@ def test_templates_come_from_the_tokenizer_a_file_or_another_tokenizer(tmp_path:
     assert len({own.sha256, other.sha256, load_template(tokenizer(), "plain").sha256}) == 3
 
 
+def test_a_template_of_the_hub_needs_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches gigabytes fetched for a template."""
+    tokenizer().save_pretrained(tmp_path / "other")
+    asked: list[str] = []
+
+    def download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.extend(allow_patterns)
+        return str(tmp_path / "other")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert load_template(tokenizer(), "owner/name").sha256 == load_template(tokenizer()).sha256
+    assert "*.json" in asked
+    assert not any("safetensors" in pattern for pattern in asked)
+
+
 def test_the_date_does_not_change_the_text() -> None:
     """Catches a data set that differs from one day to the next."""
     jinja = "\n{{ strftime_now('%d %B %Y') }}{% for m in messages %}{{ m.content }}{% endfor %}"
