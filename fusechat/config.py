@@ -9,6 +9,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from fusechat.checkpoint import hub_id
 from fusechat.config_values import merged, overridden, read_yaml, resolve_paths, validated
 from fusechat.errors import ConfigError
 from fusechat.recipe import is_recipe, recipe_path
@@ -75,7 +76,7 @@ class ExtractConfig(_Section):
     ray: str | None = Field(None, description="address of a Ray cluster whose actors do the work, or `local`")
     device: str = Field("auto", description="hf: a torch device; a CUDA device where there is one")
     device_map: str | None = Field(None, description="hf: accelerate's placement over several devices, such as auto")
-    batch_tokens: int = Field(8192, ge=1, description="hf: padded tokens in one forward pass")
+    batch_tokens: int = Field(8192, ge=1, description="hf, and scoring in bits per byte: padded tokens in one pass")
     tensor_parallel_size: int = Field(1, ge=1, description="vllm: GPUs one engine spreads over")
     quantization: str | None = Field(
         None, description="vllm: what the checkpoint does not say itself, such as fp8; vllm-server: what is served"
@@ -268,6 +269,9 @@ class MergeConfig(_Section):
         for name, default in self.changed().items():
             if name in foreign:
                 raise ValueError(f"{name} is not of method: {self.method}: leave it out (default {default})")
+        idle = [name for name in self.changed() if name != "sweep"] if self.sweep else []
+        if idle:
+            raise ValueError(f"sweep says every merge itself: leave out {', '.join(idle)}, or write it into the sweep")
         if self.weights is not None and sum(self.weights) == 0:
             raise ValueError("weights sum to zero, and linear divides by their sum: give others")
         return self
@@ -358,8 +362,14 @@ class RunConfig(_Section):
 
 
 def source_name(source: SourceConfig) -> str:
-    """Return the source's short name: the one given, else the last part of its model's path or id, less a revision."""
-    return source.name or Path(source.model).name.partition("@")[0]
+    """Return the source's short name: the one given, else its model's."""
+    return source.name or short_name(source.model)
+
+
+def short_name(model: str) -> str:
+    """Return the last part of a model's path or hub id, less a revision, which may have slashes of its own."""
+    is_path = model.startswith((".", "/", "~"))
+    return Path(model if is_path else hub_id(model)[0]).name.partition("@")[0]
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -417,8 +427,14 @@ def _for_backend(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_extract(values: dict[str, Any], overrides: Sequence[str] = (), where: str = "extract") -> ExtractConfig:
-    """Build extraction settings from values and overrides such as `batch_tokens=4096`; raises ConfigError."""
-    return validated(ExtractConfig, merged(values, overridden(overrides)), where)
+    """Build settings of an extraction alone from values and overrides such as `batch_tokens=4096`.
+
+    Raises ConfigError, for `batch_tokens` too where the backend makes its own batches: in a run, scoring goes by it.
+    """
+    config = validated(ExtractConfig, merged(values, overridden(overrides)), where)
+    if config.backend != "hf" and config.batch_tokens != ExtractConfig.model_fields["batch_tokens"].default:
+        raise ConfigError(f"{where}: batch_tokens is for backend: hf, not {config.backend}: remove it")
+    return config
 
 
 def parse_train(overrides: Sequence[str]) -> TrainConfig:

@@ -16,6 +16,7 @@ from fusechat.config import (
     parse_config,
     parse_extract,
     parse_train,
+    short_name,
     source_name,
 )
 from fusechat.errors import ConfigError
@@ -38,6 +39,18 @@ def test_paths_are_relative_to_the_file_and_hub_ids_stay(tmp_path: Path) -> None
     assert [source_name(s) for s in config.sources] == ["a", "bee"]
     pinned = load_config(_write(tmp_path, MINIMAL), ["sources=[org/b@v1.0]"])
     assert (pinned.sources[0].model, source_name(pinned.sources[0])) == ("org/b@v1.0", "b")
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("org/b@refs/pr/1", "b"), ("/models/b", "b"), ("/models/b/", "b"), ("/models/by@hand/b", "b"),
+        ("./by@hand/b", "b"), ("b@v1", "b"),
+    ],
+)  # fmt: skip
+def test_a_source_is_called_by_its_model_less_the_revision(model: str, name: str) -> None:
+    """Catches a revision with slashes whose last part becomes the name."""
+    assert short_name(model) == name
 
 
 def test_overrides_change_single_keys_and_keep_their_neighbours(tmp_path: Path) -> None:
@@ -79,6 +92,11 @@ def test_overrides_change_single_keys_and_keep_their_neighbours(tmp_path: Path) 
         ("merge: {weights: [1, 2]}\n", [], "weights is not of method: sce: leave it out (default None)"),
         ("merge: {select_topk: 1}\n", ["merge.method=linear"], "select_topk is not of method: linear: leave it out"),
         ("merge: {variant: paper}\n", ["train.mode=multi"], "leave out merge.variant (default fuseai)"),
+        (
+            "merge: {select_topk: 0.5, sweep: [{merge_method: sce}]}\n",
+            [],
+            "sweep says every merge itself: leave out select_topk",
+        ),
         ("x: [", [], "is not valid YAML"),
     ],
 )
@@ -96,6 +114,8 @@ def test_what_belongs_together_is_taken(tmp_path: Path) -> None:
     assert load_config(path, ["merge.method=linear", "merge.weights=[1, 3]"]).merge.weights == [1, 3]
     multi = load_config(path, ["train.mode=multi", "merge.select_topk=0.1"])  # a default written out is no wish
     assert parse_config(multi.model_dump(), "again") == multi
+    swept = load_config(path, ["merge.sweep=[{merge_method: sce}]", "merge.variant=fuseai"])
+    assert parse_config(swept.model_dump(), "again") == swept
 
 
 def test_numbers_without_a_point_are_numbers_where_no_type_is_declared(tmp_path: Path) -> None:
@@ -214,6 +234,15 @@ def test_keys_of_another_backend_are_refused(backend: str, key: str, value: obje
         parse_extract(values)
     default = parse_extract({}).model_dump()[key]
     assert parse_extract(values | {key: default}).backend == backend  # as the command line, which states all keys
+
+
+def test_batch_tokens_of_an_extraction_alone_are_those_of_transformers(tmp_path: Path) -> None:
+    """Catches a setting of `fusechat extract` that does nothing; in a run, scoring goes by it whatever extracts."""
+    assert parse_extract({"backend": "hf"}, ["batch_tokens=4096"]).batch_tokens == 4096
+    with pytest.raises(ConfigError, match="extract: batch_tokens is for backend: hf, not vllm: remove it"):
+        parse_extract({"backend": "vllm"}, ["batch_tokens=4096"])
+    config = load_config(_write(tmp_path, MINIMAL), ["extract.backend=vllm", "extract.batch_tokens=4096"])
+    assert config.extract.batch_tokens == 4096
 
 
 def test_a_source_with_a_backend_of_its_own_takes_over_what_that_knows(tmp_path: Path) -> None:

@@ -334,6 +334,41 @@ def test_the_merge_is_compared_with_the_best_target_by_a_paired_interval(
     assert "kept no interval" in told[0]
 
 
+def test_a_source_of_a_revision_is_found_by_the_name_the_run_gives_it(reported_run: Path, tmp_path: Path) -> None:
+    """Catches artefacts looked for under `source@v1`, and a report that says they are not there."""
+    run = shutil.copytree(reported_run, tmp_path / "run")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    for model in ("owner/source@v1", "owner/source@refs/pr/1"):
+        (run / "config.yaml").write_text(yaml.safe_dump(config | {"sources": [{"model": model, "name": ""}]}))
+        told = gather(Layout(out=run))
+        assert told["source_names"] == ["source"]
+        assert told["provenance"]["models"]["source"] is not None
+        assert told["sources"]["absent"] == told["training"]["absent"] == []
+
+
+def test_dialogues_a_twin_ends_otherwise_are_not_said_to_be_unencodable(
+    reported_run: Path, tiny_world: Any, tmp_path: Path
+) -> None:
+    """Catches a source of the pivot's vocabulary with another end of turn whose dialogues count as not encoded."""
+    run, twin = shutil.copytree(reported_run, tmp_path / "run"), reported_run / "targets" / "source"
+    train = load_split(load_config(run / "config.yaml")).train
+    (tmp_path / "other.jinja").write_text(
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<s>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    settings: Any = {"top_k": 4, "max_length_tokens": 200, "template": str(tmp_path / "other.jinja")}
+    fusechat.extract(str(twin), train, run / "extract" / "twin", **settings)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump(config | {"sources": [{"model": str(twin), "name": "twin"}]}))
+    told = gather(Layout(out=run))
+    source = told["sources"]["by_source"]["twin"]
+    assert (source["compared"], source["differing"]) == (0, source["n_dialogues"])
+    (line,) = conclude(told)["sources"]
+    assert f"{source['n_dialogues']} dialogues cannot be compared: its tokens there are not the pivot's" in line
+    assert "could not encode" not in line
+    html_page(told)
+
+
 def test_a_source_of_the_pivots_vocabulary_needs_no_alignment_and_has_its_share(
     reported_run: Path, tiny_world: Any, tmp_path: Path
 ) -> None:

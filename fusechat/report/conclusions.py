@@ -116,7 +116,10 @@ def _sources(s: Json) -> list[str]:
                     f"; most in {best['name']} ({percent(best['share'])}), least in {worst['name']} "
                     f"({percent(worst['share'])})"
                 )
-        left_out = source["n_dialogues"] - source["compared"]
+        differing = source["differing"]
+        left_out = source["n_dialogues"] - source["compared"] - differing
+        if differing:
+            line += f"; {plural(differing, 'dialogue')} cannot be compared: its tokens there are not the pivot's"
         told.append(line + (f"; {plural(left_out, 'dialogue')} it could not encode." if left_out else "."))
     if s["select"] == "source":
         told.append("select: source was set, so every row of a source is taught whatever its cross-entropy.")

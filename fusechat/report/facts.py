@@ -13,12 +13,13 @@ import yaml
 
 from fusechat import __version__
 from fusechat.artifact import Json
+from fusechat.config import short_name
 from fusechat.errors import ConfigError, FormatError, FusechatError
 from fusechat.layout import Layout
 from fusechat.report.alignment import alignment
 from fusechat.report.cost import cost
 from fusechat.report.merging import merging
-from fusechat.report.names import short_name, source_names
+from fusechat.report.names import source_names
 from fusechat.report.outcome import outcome
 from fusechat.report.provenance import provenance
 from fusechat.report.sources import sources
@@ -48,7 +49,7 @@ def gather(layout: Layout) -> Json:
         "fusechat_version": __version__,
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "run": layout.out.resolve().name,
-        "pivot": short_name(config.get("pivot")),
+        "pivot": short_name(str(config.get("pivot") or "")),
         "source_names": source_names(config),
     }
     for name, section in SECTIONS.items():

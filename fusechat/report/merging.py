@@ -14,7 +14,6 @@ from fusechat.errors import FormatError
 from fusechat.layout import Layout
 from fusechat.merge.settings import layer_of
 from fusechat.merge.sweep import TABLE
-from fusechat.report.names import short_name
 from fusechat.report.outcome import verdict
 
 PROVENANCE = "provenance.json"
@@ -38,7 +37,7 @@ def merging(layout: Layout, config: Json) -> Json:
         by_layer.setdefault(layer_of(name), []).append(name)
         by_kind.setdefault(_kind(name), []).append(name)
     layers = sorted(by_layer, key=lambda layer: (layer is None, layer))
-    targets = [short_name(target) for target in facts["targets"]]
+    targets = [Path(target).name for target in facts["targets"]]
     settings = facts.get("request", {}).get("parameters", {})
     return {
         "method": facts["method"],

@@ -49,16 +49,23 @@ def sources(layout: Layout, config: Json) -> Json:
 
 
 def _dialogues(pivot: Path, source: Path) -> dict[str, Array]:
-    """Return _COLUMNS of every dialogue of the pivot's from an AlignedStore, or from a source's own store."""
+    """Return _COLUMNS of every dialogue of the pivot's from an AlignedStore, or from a source's own store.
+
+    `differs`: the source has encoded the dialogue, but with other tokens of the assistant's than the pivot's, and
+    without alignment there is nothing to compare.
+    """
     if format_of(source) == TOPK_FORMAT:
         store = open_topk(pivot, verify=False)
-        totals = twin_totals(store, open_topk(source, verify=False))
+        own = open_topk(source, verify=False)
+        totals = twin_totals(store, own)
         unknown = (np.nan,) * len(TOTALS)
         values = np.array([totals.get(dialogue, unknown) for dialogue in store])
-        return {"index": np.array(list(store)), **dict(zip(TOTALS, values.T))}
+        differs = np.array([dialogue in own and dialogue not in totals for dialogue in store])
+        return {"index": np.array(list(store)), **dict(zip(TOTALS, values.T)), "differs": differs}
     store = open_aligned(source, verify=False)
     shards = [store.shard(i) for i in range(store.n_shards)]
-    return {name: np.concatenate([shard[f"dialogue.{name}"] for shard in shards]) for name in _COLUMNS}
+    columns = {name: np.concatenate([shard[f"dialogue.{name}"] for shard in shards]) for name in _COLUMNS}
+    return columns | {"differs": np.zeros(len(columns["index"]), np.bool_)}
 
 
 def _categories(layout: Layout) -> tuple[npt.NDArray[np.int64], list[str]]:
@@ -91,6 +98,7 @@ def _source(
     return {
         "n_dialogues": len(d["index"]),
         "compared": int(known.sum()),
+        "differing": int(d["differs"].sum()),
         "all": _won("all", won, rows, np.ones(len(won), np.bool_)),
         "source_bits_per_byte": float(source.sum() / _NATS_PER_BIT / size.sum()) if len(size) else None,
         "pivot_bits_per_byte": float(pivot.sum() / _NATS_PER_BIT / size.sum()) if len(size) else None,
