@@ -130,7 +130,8 @@ def test_answers_of_the_weights_that_were_there_before_are_not_taken_for_the_new
     before = out.read_bytes()
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
-    for more in (["--template", str(tiny_world.source)], ["--dtype", "bfloat16"], ["--seed", "1"]):
+    changes = [["--template", str(tiny_world.source)], ["--dtype", "bfloat16"], ["--seed", "1"], ["--batch-size", "3"]]
+    for more in changes:
         assert isinstance(CliRunner().invoke(app, [*command, *more]).exception, MismatchError)
     weights = load_file(model / "model.safetensors")
     weights["model.norm.weight"] *= -1
@@ -309,7 +310,38 @@ def test_the_command_wants_the_url_with_the_server_only(questions: Path, tmp_pat
         assert isinstance(done.exception, ConfigError)
 
 
+@pytest.mark.parametrize(
+    ("backend", "more", "told"),
+    [
+        ("hf", ["--engine-arg", "seed=1"], "--engine-arg is for --backend vllm, not hf"),
+        ("hf", ["--request-field", "top_p=0.9"], "--request-field is for --backend server, not hf"),
+        ("vllm", ["--retries", "2"], "--retries is for --backend server, not vllm"),
+        ("server", ["--template", "x.jinja"], "--template is for --backend hf or vllm, not server"),
+        ("server", ["--dtype", "float32"], "--dtype is for --backend hf or vllm, not server"),
+        ("server", ["--batch-size", "4"], "--batch-size is for --backend hf or vllm, not server"),
+        ("server", ["--engine-arg", "seed=1"], "--engine-arg is for --backend vllm, not server"),
+        ("vllm", ["--engine-arg", "dtype=half"], "give it as --dtype"),
+        ("vllm", ["--engine-arg", "model=x"], "give it as MODEL"),
+        ("vllm", ["--engine-arg", "template=x"], "give it as --template"),
+        ("vllm", ["--engine-arg", "backend=x"], "give it as --backend"),
+        ("server", ["--request-field", "a=[1"], "a=[1: the value is not valid YAML"),
+        ("server", ["--request-field", "x=2024-01-01"], 'text goes in quotes: x="2024-01-01"'),
+    ],
+)
+def test_options_that_would_not_be_followed_are_refused(
+    questions: Path, tmp_path: Path, backend: str, more: list[str], told: str
+) -> None:
+    url = ["--url", "http://localhost/v1"] if backend == "server" else []
+    command = ["eval", "answers", "m", "--benchmark", str(questions), "--out", str(tmp_path / "o.jsonl")]
+    done = CliRunner().invoke(app, [*command, "--backend", backend, *url, *more])
+    assert isinstance(done.exception, ConfigError), done.output
+    assert told in str(done.exception)
+    assert "\n" not in str(done.exception)
+
+
 def test_engine_arguments_are_read_as_yaml() -> None:
     assert key_values(["a=2", "b=0.5", "c=true", "d=x=y"]) == {"a": 2, "b": 0.5, "c": True, "d": "x=y"}
-    with pytest.raises(ConfigError, match="should have the form key=value"):
-        key_values(["a"])
+    assert key_values(['a="2024-01-01"', "b={c: [1, null]}"]) == {"a": "2024-01-01", "b": {"c": [1, None]}}
+    for word, told in (("a", "the form key=value"), ("=1", "the form key=value"), ("a=2024-13-01", "no JSON form")):
+        with pytest.raises(ConfigError, match=told):
+            key_values([word])

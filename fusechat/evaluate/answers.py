@@ -138,8 +138,8 @@ def _already(journal: Journal, hashes: dict[int | str, str], model_id: str) -> s
         if expected is None or row.get("model_id") != model_id or row.get("asked_sha256") != expected:
             raise MismatchError(
                 f"{journal.path} holds an answer of {row.get('model_id')} to question {row.get('question_id')}, which "
-                f"is not what {model_id} is asked here (weights or server, template, dtype, question, temperature, "
-                "length, seed): choose another --out"
+                f"is not what {model_id} is asked here (weights or server, template, dtype, batch size, question, "
+                "temperature, length, seed): choose another --out"
             )
         done.add(row["question_id"])
     return done

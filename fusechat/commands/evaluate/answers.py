@@ -13,9 +13,19 @@ if TYPE_CHECKING:
     from fusechat.evaluate.answers import Writer
 
 _BLOCKS = {"hf": 8, "vllm": 128}
+_BACKENDS_OF = {
+    "template": ("hf", "vllm"), "batch_size": ("hf", "vllm"), "dtype": ("hf", "vllm"), "engine_arg": ("vllm",),
+    "concurrency": ("server",), "requests_per_minute": ("server",), "timeout": ("server",), "retries": ("server",),
+    "api_key_env": ("server",), "request_field": ("server",),
+}  # fmt: skip
+# What vLLM is given by options of their own.
+_NO_ENGINE_ARGS = {
+    "model": "MODEL", "template": "--template", "backend": "--backend", "dtype": "--dtype", "block": "--batch-size",
+}  # fmt: skip
 
 
 def answers(
+    context: typer.Context,
     model: Annotated[
         str, typer.Argument(help="directory or hub id; with --backend server its name there", show_default=False)
     ],
@@ -48,22 +58,29 @@ def answers(
 
     if (backend == "server") != (url is not None):
         raise ConfigError("--backend server and --url URL belong together")
+    _check_together(context, backend)
     asked = load_benchmark(benchmark, questions)
     if backend == "server":
         answerer = {"backend": backend, "url": url, "model": model, "fields": key_values(request_field or [])}
     else:
-        engine = key_values(engine_arg or []) if backend == "vllm" else {}
-        answerer = local_answerer(model, template, backend=backend, dtype=dtype, **engine)
+        block = batch_size or _BLOCKS[backend]
+        engine = key_values(engine_arg or [])
+        for key, option in _NO_ENGINE_ARGS.items():
+            if key in engine:
+                raise ConfigError(f"--engine-arg {key} is no argument of the engine's alone: give it as {option}")
+        # One seed of torch's is for a batch; vLLM has one for each question.
+        batch = {"batch_size": block} if backend == "hf" else {}
+        answerer = local_answerer(model, template, backend=backend, dtype=dtype, **batch, **engine)
 
     def writer() -> Writer:
         if backend == "hf":
             from fusechat.evaluate.write_hf import HfWriter
 
-            return HfWriter(model, template=template, block=batch_size or _BLOCKS[backend], dtype=dtype)
+            return HfWriter(model, template=template, block=block, dtype=dtype)
         if backend == "vllm":
             from fusechat.evaluate.write_vllm import VllmWriter
 
-            return VllmWriter(model, template=template, block=batch_size or _BLOCKS[backend], dtype=dtype, **engine)
+            return VllmWriter(model, template=template, block=block, dtype=dtype, **engine)
         from fusechat.evaluate.write_server import ServerWriter
 
         assert url is not None
@@ -95,3 +112,14 @@ def answers(
         cut = f", {ended['length']} cut at the length limit" if ended["length"] else ""
         failed = f", {ended[TOO_LONG]} not asked: the prompt does not fit the context" if ended[TOO_LONG] else ""
         reporter.done("answer", f"{len(asked.questions)} questions, {ended.total()} answers{cut}{failed}: {out}")
+
+
+def _check_together(context: typer.Context, backend: str) -> None:
+    """Raise ConfigError for options that the backend would not follow."""
+    from fusechat.errors import ConfigError
+
+    for name, backends in _BACKENDS_OF.items():
+        source = context.get_parameter_source(name)
+        if backend not in backends and source is not None and source.name == "COMMANDLINE":
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{option} is for --backend {' or '.join(backends)}, not {backend}: leave it out")

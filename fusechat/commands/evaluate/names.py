@@ -37,10 +37,21 @@ def output_names(files: Sequence[Path]) -> dict[str, Path]:
 
 
 def key_values(words: Sequence[str]) -> dict[str, Any]:
-    """Return words of the form key=value with their values read as YAML; raises ConfigError."""
+    """Return words of the form key=value with their values read as YAML, all of them JSON; raises ConfigError."""
+    import json
+
     import yaml
 
+    values = {}
     for word in words:
-        if "=" not in word:
+        key, equals, text = word.partition("=")
+        if not equals or not key:
             raise ConfigError(f"{word} should have the form key=value")
-    return {key: yaml.safe_load(value) for key, value in (word.split("=", 1) for word in words)}
+        try:
+            values[key] = yaml.safe_load(text)
+            json.dumps(values[key], allow_nan=False)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{word}: the value is not valid YAML") from error
+        except (TypeError, ValueError) as error:  # a date, a set, NaN
+            raise ConfigError(f'{word}: the value has no JSON form; text goes in quotes: {key}="{text}"') from error
+    return values
