@@ -58,7 +58,7 @@ def run(config: RunConfig | Path | str, overrides: Sequence[str] = (), *, report
     ledger = Ledger(reporter or Reporter(), layout.ledger)
     report = ledger if rank() == 0 else Reporter()
     names = [source_name(source) for source in config.sources]
-    targets = [MULTI] if config.train.mode == "multi" else names
+    targets = target_names(config)
     if config.merge.sweep:
         from fusechat.merge.sweep import candidates
 
@@ -159,12 +159,24 @@ def _taught_by(layout: Layout, names: list[str]) -> list[Path]:
 
 
 def _train_all(config: RunConfig, layout: Layout, names: list[str], held_out: list[Dialogue], report: Reporter) -> None:
-    from fusechat.train import train
+    from fusechat.train import refuse_other_target, train
 
     stores = dict(zip(names, _taught_by(layout, names)))
     targets = {MULTI: names} if config.train.mode == "multi" else {name: [name] for name in names}
     if config.train.sft_control:
         targets[SFT] = []
+    if rank() == 0:
+        for name, taught_by in targets.items():
+            refuse_other_target(
+                layout.store("pivot"),
+                [stores[source] for source in taught_by],
+                layout.target(name),
+                target_settings(config, taught_by),
+                seed=config.seed,
+                held_out=held_out,
+            )
+        if not all(path.exists() for path in (*map(layout.target, targets), layout.merged)):
+            _write_config(config, layout)  # what is there is of these settings, and so is what is made from here on
     for name, taught_by in targets.items():
         provenance = train(
             config.pivot,
@@ -178,6 +190,11 @@ def _train_all(config: RunConfig, layout: Layout, names: list[str], held_out: li
         )
         share = "" if name == SFT else f", source taught in {provenance['source_share']:.0%}"
         report.done(f"train {name}", f"loss {provenance['losses'][-1]:.4f}{share}" if provenance["losses"] else "done")
+
+
+def target_names(config: RunConfig) -> list[str]:
+    """Return the names of the targets that are merged: the sources' own, or of the one that all sources teach."""
+    return [MULTI] if config.train.mode == "multi" else [source_name(source) for source in config.sources]
 
 
 def _merged_models(config: RunConfig, layout: Layout, names: list[str]) -> Json:

@@ -213,6 +213,18 @@ def test_compiled_functions_of_a_merge(tiny_world: TinyWorld, tmp_path: Path) ->
         assert 0 < sum(function["share"] for function in functions) <= 1.01
 
 
+def test_the_merge_of_all_sources_target_is_the_one_that_is_profiled(tiny_world: TinyWorld, tmp_path: Path) -> None:
+    """Catches a profile of an SCE over targets that a run of `mode: multi` never has."""
+    from fusechat.config import load_config
+    from fusechat.profile.piece import prepare
+
+    config = load_config(config_of(tiny_world, tmp_path), ["train.mode=multi"])
+    piece = prepare("merge", config, tmp_path / "piece", 4)
+    assert [place.name for place in piece.reads] == ["pivot", "multi"]
+    made = piece.run(tmp_path / "merged")
+    assert (made["method"], len(made["targets"])) == ("linear", 1)
+
+
 def test_what_is_wrong_is_said(tiny_world: TinyWorld, tmp_path: Path) -> None:
     def fails(*arguments: str) -> str:
         done = CliRunner().invoke(app, ["profile", *arguments])

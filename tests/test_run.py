@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from fusechat.cli import app
 from fusechat.commands.results import print_results
 from fusechat.config import load_config
-from fusechat.errors import ConfigError, DataError, MismatchError
+from fusechat.errors import ConfigError, DataError, MismatchError, Stopped
 from fusechat.evaluate.bpb import NATS_PER_BIT, Scores, score_dialogues
 from fusechat.evaluate.run_scores import out_of_reach, scoring_of, scoring_options
 from fusechat.inspect import describe, sample_rows
@@ -165,6 +165,39 @@ def test_changed_inputs_are_refused_naming_both_sides(finished: Path, tiny_world
     with pytest.raises(MismatchError):
         run(config, ["seed=4"])
     assert (finished / "config.yaml").read_bytes() == before, "what is read by it must stay what was trained on"
+
+
+def test_settings_are_noted_before_a_target_trains_by_them(
+    finished: Path, tiny_world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a report of a run under way with the settings of the last one, and a refusal after hours of training."""
+    out = shutil.copytree(finished, tmp_path / "whole")
+    config = _config(tiny_world, out)
+
+    def noted() -> Any:
+        return yaml.safe_load((out / "config.yaml").read_text())["train"]["hard_weight"]
+
+    def stopped(*_: Any, **__: Any) -> None:
+        raise Stopped
+
+    monkeypatch.setattr("fusechat.train.train", stopped)
+    shutil.rmtree(out / "merged")
+    shutil.rmtree(out / "targets" / "source")
+    with pytest.raises(MismatchError, match=r"targets/sft was trained .*hard_weight: 0\.5 there, 0\.7 here"):
+        run(config, ["train.hard_weight=0.7"])
+    assert noted() == 0.5
+    unfinished = out / "targets" / "sft.partial"
+    unfinished.mkdir()
+    request = json.loads((out / "targets" / "sft" / "provenance.json").read_text())["request"]
+    (unfinished / "request.json").write_text(json.dumps(request))
+    shutil.rmtree(out / "targets" / "sft")
+    with pytest.raises(MismatchError, match=r"targets/sft\.partial was trained"):
+        run(config, ["train.hard_weight=0.7"])
+    assert noted() == 0.5
+    shutil.rmtree(unfinished)
+    with pytest.raises(Stopped):
+        run(config, ["train.hard_weight=0.7"])
+    assert noted() == 0.7
 
 
 def test_settings_that_change_no_result_are_noted_when_all_stages_accept_them(finished: Path, tiny_world: Any) -> None:

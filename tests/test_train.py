@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,38 @@ def test_held_out_bits_are_the_evaluations_and_the_best_step_can_be_the_target(
     first = log[0]
     assert {"loss", "hard_loss", "soft_loss", "coverage", "share_pivot", "tokens_per_second"} <= first.keys()
     assert "fusechat" in (tmp_path / "t" / "README.md").read_text()
+
+
+def test_the_best_step_on_other_dialogues_is_another_target(tiny_world: Any, stores: Path, tmp_path: Path) -> None:
+    """Catches a target taken for the best on dialogues it was not chosen on."""
+    dialogues = load_dialogues(tiny_world.dialogues)
+
+    def train(final: str, held_out: Any) -> Any:
+        config, place = TrainConfig(**FAST | {"final": final}), tmp_path / final
+        made = fusechat.train(str(tiny_world.pivot), stores / "pivot", None, place, config, held_out=held_out)
+        return made["request"]
+
+    assert train("best", dialogues[:7]) == train("best", dialogues[:7])
+    with pytest.raises(MismatchError, match="chosen_on_fingerprint"):
+        train("best", dialogues[7:14])
+    assert train("last", dialogues[:7]) == train("last", dialogues[7:14])  # what is only watched changes nothing
+
+
+def test_held_out_dialogues_are_rendered_as_a_store_of_another_template_was(
+    tiny_world: Any, stores: Path, tmp_path: Path
+) -> None:
+    """Catches `pivot:PATH` of a manifest taken for a hub id."""
+    dialogues = load_dialogues(tiny_world.dialogues)
+    named = f"pivot:{tiny_world.pivot}"
+    made = fusechat.extract(str(tiny_world.pivot), dialogues, tmp_path / "store", top_k=5, template=named)
+    assert made["template"] == str(tiny_world.pivot)
+    config = TrainConfig(**FAST)
+    train = partial(fusechat.train, str(tiny_world.pivot), config=config, aligned_store=None, held_out=dialogues[:7])
+    expected = train(stores / "pivot", out=tmp_path / "own")["measured"]["held_out_bits_per_byte"]
+    assert train(tmp_path / "store", out=tmp_path / "new")["measured"]["held_out_bits_per_byte"] == expected
+    manifest = tmp_path / "store" / "manifest.json"
+    manifest.write_text(json.dumps(made | {"template": named}))  # as it was written before
+    assert train(tmp_path / "store", out=tmp_path / "old")["measured"]["held_out_bits_per_byte"] == expected
 
 
 def test_the_controls_first_loss_is_plain_cross_entropy(tiny_world: Any, stores: Path, tmp_path: Path) -> None:

@@ -234,7 +234,7 @@ def _finish(task: Task, writer: ShardedWriter) -> Json:
         model=str(task.directory.resolve()),
         model_id=task.model,
         revision=hub_commit(task.directory),
-        template=task.config.template,
+        template=task.config.template.removeprefix("pivot:"),
         engines=engines,
         skipped=dict(sorted(skipped.items(), key=lambda item: int(item[0]))),
         cut_turns=dict(sorted(cut_turns.items(), key=lambda item: int(item[0]))),

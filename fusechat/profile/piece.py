@@ -16,7 +16,7 @@ from fusechat.dialogue import load_dialogues
 from fusechat.errors import ConfigError
 from fusechat.layout import Layout
 from fusechat.records import Dialogue
-from fusechat.run import merge_recipe, target_settings
+from fusechat.run import merge_recipe, target_names, target_settings
 from fusechat.split import read_options
 
 STAGES = ("extract", "align", "train", "merge")
@@ -108,7 +108,7 @@ def _merge(config: RunConfig, layout: Layout) -> Piece:
     from fusechat.merge import merge
 
     earlier = Layout(out=Path(config.out))
-    names = [source_name(source) for source in config.sources]
+    names = target_names(config)
     pivot = resolve_model(config.pivot)
     kept: list[str] = []
     elements = 0

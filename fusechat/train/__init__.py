@@ -19,6 +19,7 @@ import fusechat
 from fusechat.artifact import (
     MANIFEST,
     PARTIAL_SUFFIX,
+    REQUEST,
     Json,
     differences,
     full_disk_is_named,
@@ -30,6 +31,7 @@ from fusechat.bytetable import ByteTable
 from fusechat.callable_module import make_callable
 from fusechat.checkpoint import checkpoint_sha256, resolve_model
 from fusechat.config import TrainConfig
+from fusechat.dialogue import dataset_fingerprint
 from fusechat.errors import ConfigError, MismatchError
 from fusechat.processes import first_does, n_processes
 from fusechat.records import Dialogue
@@ -108,7 +110,7 @@ def _train(
         raise ConfigError("train.final: best needs held-out dialogues to choose by: give --held-out")
     directory = resolve_model(pivot)
     work = out.with_name(out.name + PARTIAL_SUFFIX)
-    request, done = first_does(lambda: _begin(directory, pivot_store, stores, out, work, config, seed))
+    request, done = first_does(lambda: _begin(directory, pivot_store, stores, out, work, config, seed, held_out))
     if done is not None:
         return dict(done)
     store = open_topk(pivot_store)
@@ -184,7 +186,14 @@ def _join_processes(config: TrainConfig) -> None:
 
 
 def _begin(
-    directory: Path, pivot_store: Path, stores: list[Path], out: Path, work: Path, config: TrainConfig, seed: int
+    directory: Path,
+    pivot_store: Path,
+    stores: list[Path],
+    out: Path,
+    work: Path,
+    config: TrainConfig,
+    seed: int,
+    held_out: Sequence[Dialogue],
 ) -> tuple[Json, Json | None]:
     """Say what is asked for, and return it with the provenance of a target that is there already."""
     pivot_sha256 = checkpoint_sha256(directory)
@@ -205,24 +214,55 @@ def _begin(
         )
     if config.mode == "pairwise" and len(stores) > 1:
         raise ConfigError(f"train.mode: pairwise takes one source, {len(stores)} were given: set it to multi")
-    request: Json = {
-        "format": "fusechat.target",
-        "version": 1,
-        "pivot_sha256": pivot_sha256,
-        "pivot_store_sha256": sha256_file(pivot_store / MANIFEST),
-        "source_stores_sha256": [sha256_file(store / MANIFEST) for store in stores],
-        "train": config.model_dump(),
-        "seed": seed,
-    }
+    request = {"pivot_sha256": pivot_sha256, **_settings(pivot_store, stores, config, seed, held_out)}
     if (out / PROVENANCE).exists():
         found = read_json(out / PROVENANCE)
         _require_same(out, request, found["request"])
         return request, found
-    if (work / "request.json").exists():
-        _require_same(work, request, read_json(work / "request.json"))
+    if (work / REQUEST).exists():
+        _require_same(work, request, read_json(work / REQUEST))
     work.mkdir(parents=True, exist_ok=True)
-    write_json(work / "request.json", request)
+    write_json(work / REQUEST, request)
     return request, None
+
+
+def _settings(
+    pivot_store: Path, stores: Sequence[Path], config: TrainConfig, seed: int, held_out: Sequence[Dialogue]
+) -> Json:
+    """Return what a target is made from, all but the pivot's weights, whose hash is in its store too."""
+    return {
+        "format": "fusechat.target",
+        "version": 1,
+        "pivot_store_sha256": sha256_file(pivot_store / MANIFEST),
+        "source_stores_sha256": [sha256_file(store / MANIFEST) for store in stores],
+        "train": config.model_dump(),
+        "seed": seed,
+        **({"chosen_on_fingerprint": dataset_fingerprint(held_out)} if config.final == "best" else {}),
+    }
+
+
+def refuse_other_target(
+    pivot_store: Path,
+    stores: Sequence[Path],
+    out: Path,
+    config: TrainConfig,
+    *,
+    seed: int,
+    held_out: Sequence[Dialogue],
+) -> None:
+    """Raise MismatchError, as `train` would, where `out`, or what is unfinished of it, is of other settings or stores.
+
+    It writes nothing, and reads no weights.
+    """
+    settings = _settings(pivot_store, stores, config, seed, held_out)
+    unfinished = out.with_name(out.name + PARTIAL_SUFFIX)
+    if (out / PROVENANCE).exists():
+        place, found = out, read_json(out / PROVENANCE)["request"]
+    elif (unfinished / REQUEST).exists():
+        place, found = unfinished, read_json(unfinished / REQUEST)
+    else:
+        return
+    _require_same(place, settings, {key: value for key, value in found.items() if key != "pivot_sha256"})
 
 
 def _dataset(store: Store, paths: list[Path], config: TrainConfig, limit: int | None) -> FusionDataset:

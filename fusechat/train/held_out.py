@@ -45,7 +45,7 @@ def encode_held_out(
         dialogues,
         tokenizer,
         table,
-        template=load_template(tokenizer, manifest["template"]),
+        template=load_template(tokenizer, manifest["template"].removeprefix("pivot:")),
         max_length_tokens=manifest["max_length_tokens"],
     )
     examples, content_bytes = [], 0
