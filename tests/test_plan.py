@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import fusechat.plan as room
 from fusechat.cli import app
-from fusechat.config import AlignConfig, RunConfig, load_config, parse_config
+from fusechat.config import AlignConfig, EvalConfig, ExtractConfig, RunConfig, load_config, parse_config
 from fusechat.errors import ConfigError, DataError
 from fusechat.plan import Plan, plan
 from fusechat.plan.alignment import plan_alignment
@@ -196,6 +196,41 @@ def test_transformers_extract_on_every_gpu(paper: RunConfig, gpus: int, options:
     assert found.seconds == pytest.approx(one.seconds / engines)
     assert found.host_bytes == engines * one.host_bytes
     assert found.device_parts == one.device_parts
+
+
+@pytest.mark.parametrize("options", [{"device": "cpu"}, {"device_map": "cpu"}])
+def test_extraction_on_a_gpu_machine_s_processor_takes_no_gpu(paper: RunConfig, options: dict[str, Any]) -> None:
+    extract = paper.extract.model_copy(update={"backend": "hf", **options})
+    result = plan(paper.model_copy(update={"extract": extract}), load_hardware("h200"))
+    found = stage(result, "extract", "pivot")
+    assert (found.devices, found.device_bytes) == (0, 0)
+    assert found.host_bytes > 2 * 7_241_748_480
+    assert found.host_limit_bytes == result.hardware.host_memory_bytes
+    assert found.seconds > 10 * stage(plan(paper, load_hardware("h200")), "extract", "pivot").seconds
+
+
+def test_served_sources_are_not_scored(paper: RunConfig) -> None:
+    """Catches a plan that asks for a GPU that holds what a server has."""
+
+    def evaluation(config: RunConfig) -> StagePlan:
+        return stage(plan(config, load_hardware("a100-40")), "evaluate", "all")
+
+    scored = paper.model_copy(update={"eval": EvalConfig()})
+    whole = evaluation(scored)
+    assert whole.settings["largest"] == "qwen"
+    assert "eval.sources: false, since one device does not hold qwen" in whole.changes
+    served = ExtractConfig(backend="vllm-server", servers=["http://a:8000"])
+    sources = [s.model_copy(update={"extract": served}) for s in paper.sources]
+    none = evaluation(scored.model_copy(update={"sources": sources}))
+    assert none.settings["largest"] == "pivot"
+    assert none.flops == evaluation(paper).flops < whole.flops  # the paper's run scores no source
+
+
+def test_leaving_out_the_sources_is_no_advice_for_the_pivot(paper: RunConfig) -> None:
+    """Catches advice that changes nothing: the pivot is scored whatever `eval.sources` says."""
+    found = stage(plan(paper, load_hardware("a100-40", memory_bytes=1_000_000_000)), "evaluate", "all")
+    assert not found.fits
+    assert found.changes == ("a smaller extract.batch_tokens",)
 
 
 def test_one_target_of_all_sources_is_merged_linearly(paper: RunConfig) -> None:

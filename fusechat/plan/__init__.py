@@ -121,7 +121,9 @@ def plan(
         rows.append(row)
         strategies = dict(table)
     rows.append(_merge(config, targets, pivot, workload.n_validation, threads, hardware, base))
-    scored = dict(models) if config.eval.sources else {"pivot": pivot}
+    scored = {"pivot": pivot}
+    if config.eval.sources:  # those of servers are left out, as by the run
+        scored |= {name: models[name] for name in names if models[name].extract.backend != "vllm-server"}
     scored |= {f"target {name}": pivot for name in trained}
     scored |= {"merged": pivot}
     shapes = {name: (model.shape, model.lengths) for name, model in scored.items()}

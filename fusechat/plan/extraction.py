@@ -7,7 +7,7 @@ from typing import Any
 
 from fusechat.config import ExtractConfig
 from fusechat.extract.budget import GPU_MEMORY_UTILIZATION, max_batched_tokens, prompt_logprob_bytes
-from fusechat.plan.hardware import Hardware
+from fusechat.plan.hardware import Hardware, this_computer
 from fusechat.plan.model_shape import (
     ITEM_BYTES,
     ModelShape,
@@ -72,6 +72,12 @@ def plan_extraction(
         return StagePlan(
             **common, devices=0, host_parts=parts, host_limit_bytes=hardware.memory_bytes, settings=settings,
             seconds=flops / hardware.rate("extract", dtype), changes=changes,
+        )  # fmt: skip
+    if "cpu" in (config.device, config.device_map):  # nothing describes that processor: this computer's rate stands in
+        return StagePlan(
+            **common, devices=0, host_parts=parts, host_limit_bytes=hardware.host_memory_bytes,
+            settings=settings | {"device": "cpu, at this computer's rate"}, changes=changes,
+            seconds=flops / this_computer().rate("extract", dtype),
         )  # fmt: skip
     # A named device, or a placement over several, is one engine's.
     placed = config.device_map is not None or config.device not in ("auto", "cuda")

@@ -42,14 +42,16 @@ def plan_evaluation(
     parts = scoring_parts(shape, lengths, n_held_out, config, base_bytes)
     common = {"stage": "evaluate", "name": "all", "parameters": count_parameters(shape), "flops": flops}
     common |= {"seconds": seconds, "settings": {"largest": name}}
-    mend = f"eval.sources: false, since one device does not hold {name}"
+    changes = ["a smaller extract.batch_tokens"]
+    if name != "pivot":  # targets and the merge are as large as it, and come after it
+        changes.append(f"eval.sources: false, since one device does not hold {name}")
     if hardware.on_cpu:
         return StagePlan(
             **common, devices=0, host_parts=parts, host_limit_bytes=hardware.memory_bytes,  # type: ignore[arg-type]
-            changes=("a smaller extract.batch_tokens", mend),
+            changes=tuple(changes),
         )  # fmt: skip
     return StagePlan(
         **common, devices=1, device_parts=on_device(parts), device_limit_bytes=hardware.memory_bytes,  # type: ignore[arg-type]
         host_parts={"process": GPU_PROCESS_BYTES}, host_limit_bytes=hardware.host_memory_bytes,
-        changes=(mend,),
+        changes=tuple(changes),
     )  # fmt: skip
