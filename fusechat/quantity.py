@@ -15,10 +15,11 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text, re.IGNORECASE)
     if match is None:
         raise ConfigError(f"{text!r} is no size: write it like 100MB, 1.5GiB or 4096")
-    size = int(float(match[1]) * _UNITS[(match[2] or "").lower()])
-    if size < 1:
-        raise ConfigError(f"{text!r} is no size: it must be above zero")
-    return size
+    size = float(match[1]) * _UNITS[(match[2] or "").lower()]
+    if not 1 <= size < 2**63:
+        shown = text if len(text) <= 40 else text[:40] + "…"
+        raise ConfigError(f"{shown!r} is no size: it must be above zero and below 8 EiB")
+    return int(size)
 
 
 def prefixed(value: float, unit: str = "", *, giga: str = "G") -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -27,3 +29,21 @@ def test_every_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSECHAT_NATIVE", "off")
     told = _lines()
     assert (told["alignment"], told["loss"].split(",")[0]) == ("numba", "torch on cpu")
+
+
+def test_a_part_that_could_not_start_says_why_and_the_others_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a command meant for a broken installation that ends with the first thing that is broken."""
+    monkeypatch.delenv("FUSECHAT_LOSS", raising=False)
+    monkeypatch.setenv("FUSECHAT_NATIVE", "require")
+    monkeypatch.setitem(sys.modules, "fusechat._native", None)
+    monkeypatch.delattr("fusechat._native", raising=False)
+    monkeypatch.delitem(sys.modules, "fusechat.merge.native", raising=False)
+    monkeypatch.setattr("fusechat.loss.backend._native", None)
+    told = _lines()
+    assert told["alignment"].startswith("none: FUSECHAT_NATIVE=require, but the compiled engine cannot be imported")
+    assert told["merge"].startswith("none: merging needs the compiled engine")
+    assert told["loss"].startswith("none on cpu: the compiled engine is missing")
+    assert told["torch"][0].isdigit()
+    monkeypatch.setenv("FUSECHAT_LOSS", "native")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "none on cuda: FUSECHAT_LOSS is native, which runs on the CPU" in _lines()["loss"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from fusechat.errors import ConfigError
 from fusechat.quantity import duration, human_bytes, parse_size, prefixed
 
 
@@ -27,6 +28,14 @@ def test_a_billion_of_parameters_is_b_and_bytes_have_a_unit() -> None:
 @pytest.mark.parametrize("size_bytes", [1, 999, 14_500_000_000, 2_000_000_000_000])
 def test_what_is_written_is_read_again(size_bytes: int) -> None:
     assert parse_size(human_bytes(size_bytes)) == size_bytes
+
+
+@pytest.mark.parametrize("text", ["0", "0.4B", "9" * 400, "9" * 30 + "GiB", "-1", "1e3"])
+def test_what_no_machine_has_is_no_size(text: str) -> None:
+    """Catches a size beyond what a float or 64 bits hold."""
+    with pytest.raises(ConfigError, match="is no size") as error:
+        parse_size(text)
+    assert len(str(error.value)) < 120
 
 
 def test_a_duration_has_its_two_largest_units() -> None:

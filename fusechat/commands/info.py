@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import typer
 
 
@@ -29,29 +31,40 @@ def info() -> None:
 
 
 def _backends() -> dict[str, str]:
-    """Return what computes each part here."""
+    """Return what computes each part here; of a part that could not start, why not."""
     from importlib.util import find_spec
 
     import torch
 
     from fusechat.align.backend import live_backend
-    from fusechat.errors import NativeMissingError
     from fusechat.loss.backend import backend_for
 
-    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
-    try:
+    def merging() -> str:
         from fusechat.merge.native import _native  # noqa: F401
 
-        merging = "native"
-    except NativeMissingError as error:
-        merging = f"none: {error}"
+        return "native"
+
+    def loss(device: str) -> str:
+        return _told(lambda: backend_for(torch.device(device)), f" on {device}")
+
+    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
     if find_spec("triton") is None:
         kernels = "none: Triton is not installed"
     else:
         kernels = "triton" if torch.cuda.is_available() else "none: no CUDA device"
     return {
-        "alignment": live_backend(),
-        "loss": ", ".join(f"{backend_for(torch.device(device))} on {device}" for device in devices),
-        "merge": merging,
+        "alignment": _told(live_backend),
+        "loss": ", ".join(map(loss, devices)),
+        "merge": _told(merging),
         "kernels": kernels,
     }
+
+
+def _told(backend: Callable[[], str], where: str = "") -> str:
+    """Return the backend of a part, or the error that its work would end with."""
+    from fusechat.errors import FusechatError
+
+    try:
+        return backend() + where
+    except FusechatError as error:
+        return f"none{where}: {error}"
