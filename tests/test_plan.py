@@ -16,6 +16,7 @@ import fusechat.plan as room
 from fusechat.cli import app
 from fusechat.config import AlignConfig, EvalConfig, ExtractConfig, RunConfig, load_config, parse_config
 from fusechat.errors import ConfigError, DataError
+from fusechat.merge.estimate import engine_bytes, expected_engine_bytes
 from fusechat.plan import Plan, plan
 from fusechat.plan.alignment import plan_alignment
 from fusechat.plan.hardware import Hardware, load_hardware
@@ -178,6 +179,13 @@ def test_max_steps_are_paid_for_whatever_the_epochs(paper: RunConfig) -> None:
         assert some.settings["steps"] == int(factor * steps)
         assert some.flops == pytest.approx(factor * whole.flops, rel=0.01)
         assert some.seconds == pytest.approx(factor * whole.seconds, rel=0.01)
+
+
+@pytest.mark.parametrize("n_selections", [1, 5])
+def test_a_merge_is_expected_to_stay_below_its_bound(n_selections: int) -> None:
+    """Catches a term that only one of the two counts; bench/plan.py compares with what a merge took."""
+    bound, expected = (f(5, 2, n_selections) for f in (engine_bytes, expected_engine_bytes))
+    assert bound / 2 < expected < bound
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,13 @@ from fusechat.merge.tensor import Job, merge_one
 
 # csrc/merge, per thread: one chunk of 16,384 items of every source at four bytes, two tiles of every delta, a segment
 # of 65,536 items of what waits in the output's place. For selections: a sample of at most 2^18 keys (twice that for
-# several), lists that double as they grow, with their keys, and a target's histograms of 2^14 bins.
+# several), lists that double as they grow, with their keys (a third of a list), and a target's histograms of 2^14 bins.
 _CHUNK_BYTES = 16384 * 4
 _TILE_BYTES = 512 * 4
 _SEGMENT_BYTES = 65536 * 4
 _SAMPLE_BYTES = 8 << 18
 _LIST_BYTES, _LEAST_LIST_BYTES, _MOST_LIST_BYTES = 8 << 20, 1 << 18, 3 << 20
-_LIST_GROWTH = 7 / 3
+_MOST_LIST_GROWTH, _MEAN_LIST_GROWTH = 2 + 1 / 3, 1.5 + 1 / 3
 _HISTOGRAM_BYTES = 2 * 24 << 14
 _TIMED_ITEMS = 1 << 20
 
@@ -31,10 +31,19 @@ def engine_bytes(n_targets: int, threads: int, n_selections: int = 1) -> int:
 
     `n_selections`: one of all targets (sce), or one per target (ties).
     """
+    return _buffer_bytes(n_targets, threads, n_selections, _MOST_LIST_GROWTH) + n_targets * _HISTOGRAM_BYTES
+
+
+def expected_engine_bytes(n_targets: int, threads: int, n_selections: int = 1) -> int:
+    """Return what the engine takes as a rule: lists half grown, and no bracket so full that it needs histograms."""
+    return _buffer_bytes(n_targets, threads, n_selections, _MEAN_LIST_GROWTH)
+
+
+def _buffer_bytes(n_targets: int, threads: int, n_selections: int, list_growth: float) -> int:
     per_thread = (n_targets + 1) * (_CHUNK_BYTES + 2 * _TILE_BYTES) + _CHUNK_BYTES + _TILE_BYTES + _SEGMENT_BYTES
     one_list = min(max(_LIST_BYTES // n_selections, _LEAST_LIST_BYTES), _MOST_LIST_BYTES)
-    lists = int(_LIST_GROWTH * n_selections * one_list)
-    return threads * per_thread + min(n_selections, 2) * _SAMPLE_BYTES + lists + n_targets * _HISTOGRAM_BYTES
+    lists = int(list_growth * n_selections * one_list)
+    return threads * per_thread + min(n_selections, 2) * _SAMPLE_BYTES + lists
 
 
 def n_seen(config: MergeConfig) -> int:

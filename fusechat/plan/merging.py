@@ -7,7 +7,7 @@ from typing import Any
 
 from fusechat.config import ExtractConfig
 from fusechat.merge.config import parse_merge_config
-from fusechat.merge.estimate import engine_bytes, n_seen, n_selections
+from fusechat.merge.estimate import expected_engine_bytes, n_seen, n_selections
 from fusechat.plan.extraction import on_device
 from fusechat.plan.hardware import Hardware
 from fusechat.plan.model_shape import ModelShape, count_parameters, stored_bytes
@@ -37,7 +37,7 @@ def plan_merge(
         name=method,
         parameters=count_parameters(pivot),
         devices=0,
-        host_parts={"process": base_bytes, "engine": engine_bytes(n_targets, threads)},
+        host_parts={"process": base_bytes, "engine": expected_engine_bytes(n_targets, threads)},
         host_limit_bytes=hardware.host_memory_bytes,
         disk_parts={"merged model": stored_bytes(pivot)},
         seconds=max(computing, moving),
@@ -63,7 +63,7 @@ def plan_sweep(
     merges = [parse_merge_config(recipe, "merge.sweep") for recipe in recipes]
     merging = sum(max(_seconds(merge.method_name, pivot, len(merge.targets), threads, hardware)) for merge in merges)
     flops, scoring = scoring_work(pivot, lengths, n_validation, config, hardware)
-    engine = max(engine_bytes(n_seen(merge), threads, n_selections(merge)) for merge in merges)
+    engine = max(expected_engine_bytes(n_seen(merge), threads, n_selections(merge)) for merge in merges)
     parts = scoring_parts(pivot, lengths, n_validation, config, base_bytes)
     while_merging = {"process": base_bytes, "engine": engine}
     common: dict[str, Any] = {
