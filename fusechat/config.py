@@ -71,13 +71,18 @@ class ExtractConfig(_Section):
     template: str = Field("own", description="own | pivot: whose chat template renders a source's dialogues; or a path")
     max_length_tokens: int = Field(2048, ge=2, description="longer dialogues are cut at a turn")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="the forward pass")
+    trust_remote_code: bool = Field(
+        False, description="run the Python that comes with the model, with all your rights: read it first"
+    )
     shard_dialogues: int = Field(512, ge=1, description="dialogues in one shard, the unit of resuming")
     engines: int | None = Field(None, ge=1, description="engines at once; as many as the GPUs hold when absent")
     ray: str | None = Field(None, description="address of a Ray cluster whose actors do the work, or `local`")
     device: str = Field("auto", description="hf: a torch device; a CUDA device where there is one")
     device_map: str | None = Field(None, description="hf: accelerate's placement over several devices, such as auto")
     batch_tokens: int = Field(8192, ge=1, description="hf, and scoring in bits per byte: padded tokens in one pass")
-    tensor_parallel_size: int = Field(1, ge=1, description="vllm: GPUs one engine spreads over")
+    tensor_parallel_size: int | None = Field(
+        None, ge=1, description="vllm: GPUs one engine spreads over; the fewest that hold the model when absent"
+    )
     quantization: str | None = Field(
         None, description="vllm: what the checkpoint does not say itself, such as fp8; vllm-server: what is served"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,23 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         pytest.importorskip("fusechat._native", reason="the compiled engine is not built")
     monkeypatch.setenv("FUSECHAT_NATIVE", request.param)
     return str(request.param)
+
+
+@pytest.fixture
+def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Put GPUs of these names, or none, where nvidia-smi is looked for."""
+    folder = tmp_path / "driver"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def make(*names: str, mebibytes: int | str = 40_960) -> None:
+        lines = [f"{i}, GPU-{i}{i}{i}{i}-aa, {mebibytes}, {name}" for i, name in enumerate(names)]
+        tool = folder / "nvidia-smi"
+        tool.write_text("\n".join(["#!/bin/sh", *(f"echo '{line}'" for line in lines), ""]))
+        tool.chmod(0o755)
+
+    return make
 
 
 @dataclass(frozen=True, kw_only=True)

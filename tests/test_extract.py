@@ -19,7 +19,8 @@ from fusechat.artifact import ShardedWriter
 from fusechat.dialogue import load_dialogues
 from fusechat.errors import DataError, FusechatError, MismatchError
 from fusechat.extract import left_out
-from fusechat.extract.hf import length_batches, open_hf
+from fusechat.extract.batches import length_batches
+from fusechat.extract.hf import open_hf
 from fusechat.extract.task import Shard, Task, open_work
 from fusechat.model import check_head, load_model
 from fusechat.records import Dialogue, Message

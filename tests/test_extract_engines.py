@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -10,10 +11,12 @@ import sys
 import threading
 import time
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from extract_world import check_store, manifest, shard_bytes
 from hypothesis import given
@@ -21,17 +24,25 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import fusechat
+from fusechat.config import ExtractConfig
 from fusechat.dialogue import load_dialogues
 from fusechat.errors import ConfigError, DataError, FusechatError
 from fusechat.extract import on_ray
-from fusechat.extract.backend import device_groups
+from fusechat.extract.backend import device_groups, engines_of
 from fusechat.extract.budget import MAX_BATCHED_TOKENS, max_batched_tokens, prompt_logprob_bytes
 from fusechat.extract.child import ChildEngine
 from fusechat.extract.engines import EngineLostError, run_shards
-from fusechat.extract.task import Shard
+from fusechat.extract.on_ray import n_actors
+from fusechat.extract.task import Shard, Task
 from fusechat.ledger import Ledger, read_ledger
+from fusechat.model_shape import shape_of_directory
+from fusechat.plan.extraction import plan_extraction
+from fusechat.plan.hardware import load_hardware
+from fusechat.plan.workload import Lengths
 from fusechat.records import Dialogue
 from fusechat.reporter import Reporter
+from fusechat.template import load_template
+from fusechat.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -111,6 +122,49 @@ def test_devices_are_divided_into_engines() -> None:
     for wrong in ((["0"], 2, None), (["0", "1"], 1, 3)):
         with pytest.raises(ConfigError, match=r"do not fit the \d that are visible"):
             device_groups(*wrong)
+
+
+@pytest.fixture
+def seven_billion(tiny_world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Task:
+    """An extraction by vLLM of a model of 7 billion parameters of which only the config is here."""
+    monkeypatch.setattr("fusechat.extract.vllm.require_vllm", lambda: None)
+    sizes = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+    config = {"model_type": "mistral", "intermediate_size": 14336, "vocab_size": 32_000, "dtype": "bfloat16", **sizes}
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    return Task(
+        model="seven", directory=tmp_path / "model", out=tmp_path / "s", config=ExtractConfig(backend="vllm"),
+        template=load_template(load_tokenizer(tiny_world.pivot), "own"), vocab_size=32_000, max_length_tokens=2048,
+        dtype="bfloat16",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("gigabytes", "size"), [(6, 4), (12, 2), (24, 1), (80, 1)])
+def test_a_model_is_spread_over_as_few_gpus_as_hold_it_and_the_plan_says_so(
+    seven_billion: Task, gpus: Any, monkeypatch: pytest.MonkeyPatch, gigabytes: int, size: int
+) -> None:
+    gpus(*["NVIDIA Z"] * 4, mebibytes=gigabytes * 1024)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    made: Any = engines_of(seven_billion, [])
+    groups = [",".join("0123"[i : i + size]) for i in range(0, 4, size)]
+    assert [engine.environment["CUDA_VISIBLE_DEVICES"] for engine in made] == groups
+    assert {engine.task.config.tensor_parallel_size for engine in made} == {size}
+    asked = seven_billion.config.model_copy(update={"tensor_parallel_size": 4})
+    assert len(engines_of(replace(seven_billion, config=asked), [])) == 1
+    shape, _ = shape_of_directory(seven_billion.directory)
+    hardware = load_hardware(None)
+    lengths = Lengths(n_dialogues=9, sample=np.full(9, 500), row_share=0.75, distinct_ids=9)
+    planned = plan_extraction("seven", shape, lengths, seven_billion.config, hardware, 0)
+    assert (planned.settings["tensor_parallel_size"], planned.settings["engines"]) == (size, 4 // size)
+    assert planned.fits
+
+
+def test_where_the_gpus_are_not_known_each_has_an_engine(
+    seven_billion: Task, gpus: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-a,MIG-b")
+    gpus("NVIDIA Z", mebibytes=6 * 1024)
+    assert len(engines_of(seven_billion, [])) == 2
 
 
 def test_one_engine_for_each_visible_device_gives_the_bytes_of_one_process(
@@ -274,6 +328,37 @@ def test_two_ray_actors_give_the_bytes_of_one_process(
     assert {key: value for key, value in one.items() if key != "shards"} == {
         key: value for key, value in ray.items() if key != "shards"
     }
+
+
+@pytest.mark.slow
+def test_engines_that_a_cluster_has_no_room_for_are_refused(
+    tiny_world: Any, dialogues: list[Dialogue], tmp_path: Path
+) -> None:
+    """Catches a wait for machines that never come."""
+    pytest.importorskip("ray", reason="ray is not installed: pip install 'fusechat[ray]'")
+    with pytest.raises(ConfigError, match=r"extract\.engines: 999 of 1 CPU each .* room for \d+"):
+        fusechat.extract(str(tiny_world.source), dialogues, tmp_path / "s", ray="local", engines=999)
+
+
+@pytest.mark.parametrize(
+    ("machine", "share", "engines", "actors"),
+    [
+        ({"CPU": 8.0}, {"cpus": 1}, None, 1),
+        ({"CPU": 8.0}, {"cpus": 1}, 8, 8),
+        ({"CPU": 8.0}, {"cpus": 1}, 9, "9 of 1 CPU each .* room for 8"),
+        ({"CPU": 8.0, "GPU": 8.0}, {"cpus": 0, "gpus": 2}, None, 4),
+        ({"CPU": 8.0, "GPU": 8.0}, {"cpus": 0, "gpus": 2}, 5, "5 of 2 GPUs each .* room for 4"),
+    ],
+)
+def test_a_cluster_s_actors_are_as_many_as_it_has_room_for(
+    machine: dict[str, float], share: dict[str, int], engines: int | None, actors: int | str
+) -> None:
+    cluster = SimpleNamespace(nodes=lambda: [{"Alive": True, "Resources": machine}])
+    if isinstance(actors, int):
+        assert n_actors(cluster, engines, share) == actors
+    else:
+        with pytest.raises(ConfigError, match=actors):
+            n_actors(cluster, engines, share)
 
 
 def test_without_ray_the_mend_is_named(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +25,10 @@ from fusechat.plan.alignment import plan_alignment
 from fusechat.plan.hardware import Hardware, load_hardware
 from fusechat.plan.merging import plan_merge
 from fusechat.plan.models import model_shape
+from fusechat.plan.projection import papers_config
 from fusechat.plan.report import print_plan
 from fusechat.plan.stage import StagePlan
+from fusechat.plan.training import launch_words
 from fusechat.plan.workload import Lengths
 from fusechat.recipe import recipe_path
 from fusechat.split import load_split
@@ -31,7 +36,7 @@ from fusechat.split import load_split
 
 @pytest.fixture(scope="module")
 def paper() -> RunConfig:
-    return load_config(recipe_path("recipe:fusechat_7b_v2"))
+    return papers_config()
 
 
 @pytest.fixture
@@ -348,7 +353,7 @@ def test_the_table_fits_80_columns(paper: RunConfig, name: str) -> None:
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= 80
     assert "…" not in text
-    for word in ("internlm", "the disk is too small", "fits", "GB"):
+    for word in ("internlm", "the disk is too small", "fits", "GB", "max_num_batched_tokens", "launched by"):
         assert word in text
 
 
@@ -367,17 +372,121 @@ def test_the_command_prints_json_offline() -> None:
     [
         (["recipe:fusechat_7b_v3"], "did you mean fusechat_7b_v2"),
         (["recipe:fusechat_7b_v2", "--hardware", "h20"], "did you mean h200"),
-        (["recipe:fusechat_7b_v2", "--gpus", "2"], "--gpus has no meaning"),
+        (["recipe:fusechat_7b_v2", "--gpus", "2", "--hardware", "cpu"], "--gpus has no meaning"),
+        (["recipe:fusechat_7b_v2", "--gpus", "2"], "--gpu-memory 40GB, or --hardware"),
         (["recipe:fusechat_7b_v2", "--hardware", "h200", "--gpu-memory", "much"], "is no size"),
         (["recipe:fusechat_7b_v2", "pivot=./nowhere", "--hardware", "h200"], "does not exist"),
         (["nowhere.yaml"], "cannot read nowhere.yaml"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(arguments: list[str], message: str) -> None:
+def test_what_is_wrong_is_said_in_one_line(arguments: list[str], message: str, gpus: Any) -> None:
+    gpus()
     done = CliRunner().invoke(app, ["plan", *arguments])
     assert isinstance(done.exception, (ConfigError, DataError))
     assert message in str(done.exception)
     assert "\n" not in str(done.exception)
+
+
+def test_the_gpus_that_are_here_are_what_is_planned_for(gpus: Any) -> None:
+    """Catches a plan for the CPU of a machine that has GPUs, and one for GPUs that are hidden."""
+
+    def planned(*options: str) -> tuple[dict[str, Any], str]:
+        done = CliRunner().invoke(app, ["plan", "recipe:fusechat_7b_v2", "--json", *options])
+        assert done.exit_code == 0, done.output
+        found = json.loads(done.stdout)
+        return found, "; ".join(found["assumptions"])
+
+    gpus("NVIDIA H200", "NVIDIA H200", mebibytes=143_771)
+    found, assumed = planned()
+    assert (found["hardware"], found["devices"], found["device_memory_bytes"]) == ("NVIDIA H200", 2, 143_771 << 20)
+    assert "speed and disk as of h200;" in assumed
+    assert "989 TFLOP/s" in assumed
+    gpus("Unheard Of 3000", mebibytes=40_000)
+    assert "as of a100-40, the known GPU nearest in memory" in planned()[1]
+    gpus()
+    found, assumed = planned("--gpus", "8", "--gpu-memory", "80GB")
+    assert (found["devices"], found["device_memory_bytes"]) == (8, 80 * 10**9)
+    assert "as of a100-80, the known GPU" in assumed  # the slower of two
+    assert planned("--gpu-memory", "80GB")[0]["devices"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "refused", "mend"),
+    [
+        ({"tensor_parallel_size": 1}, "", "extract.tensor_parallel_size: 8"),
+        ({"tensor_parallel_size": 16}, "1 × 16 GPUs asked for, 8 there", "extract.tensor_parallel_size: 8"),
+        ({"tensor_parallel_size": 3}, "cannot divide 64 heads among 3 GPUs", "extract.tensor_parallel_size: 8"),
+        ({"engines": 2}, "2 × 8 GPUs asked for, 8 there", "extract.engines: 1"),
+        ({"tensor_parallel_size": 8}, "", None),
+    ],
+)
+def test_what_is_asked_of_vllm_is_judged_as_it_is(
+    paper: RunConfig, options: dict[str, Any], refused: str, mend: str | None
+) -> None:
+    """Catches a plan that fits by a size the run does not take."""
+    extract = paper.extract.model_copy(update=options)
+    result = plan(paper.model_copy(update={"extract": extract}), load_hardware("a100-40"))
+    row = stage(result, "extract", "qwen")
+    assert row.settings["tensor_parallel_size"] == options.get("tensor_parallel_size", 8)
+    assert row.fits == (mend is None)
+    assert refused in row.refused
+    assert row.changes == (() if mend is None else (mend,))
+
+
+def test_vllm_must_have_room_within_its_share(paper: RunConfig) -> None:
+    """The parts add up to less than a GPU, but what vLLM counts is more than it takes."""
+    row = stage(plan(paper, load_hardware("h200", gpus=1, memory_bytes=27_000_000_000)), "extract", "solar")
+    assert row.device_bytes <= row.device_limit_bytes
+    assert "vLLM takes 22.9 GB of a GPU" in row.refused
+    assert not row.fits
+
+
+def test_quantisation_that_is_asked_for_is_counted(paper: RunConfig) -> None:
+    def qwen(shape: str, **options: Any) -> StagePlan:
+        extract = paper.extract.model_copy(update=options)
+        return stage(plan(paper.model_copy(update={"extract": extract}), load_hardware("a100-80")), "extract", shape)
+
+    plain, fp8, nf4 = (qwen("qwen", quantization=method) for method in (None, "fp8", "bitsandbytes"))
+    sizes = [row.settings["tensor_parallel_size"] for row in (plain, fp8, nf4)]
+    assert sizes == [4, 2, 1]
+    whole = [row.device_parts["weights"] * size for row, size in zip((plain, fp8, nf4), sizes)]  # type: ignore[operator]
+    ends = 2 * 152_064 * 8192  # embedding and head, which stay as they are
+    assert whole[0] - whole[1] == pytest.approx(whole[0] / 2 - ends, rel=1e-6)
+    assert whole[0] - whole[2] == pytest.approx(0.75 * (whole[0] - 2 * ends), rel=1e-6)
+
+
+def test_a_model_that_brings_code_is_refused_until_it_is_trusted(paper: RunConfig) -> None:
+    wary = load_config(recipe_path("recipe:fusechat_7b_v2"))
+    row = stage(plan(wary, load_hardware("a100-40")), "extract", "internlm")
+    assert not row.fits
+    assert "no internlm2" in row.refused
+    assert row.changes[0].startswith("extract.trust_remote_code: true")
+    assert stage(plan(paper, load_hardware("a100-40")), "extract", "internlm").fits
+    as_pivot = paper.model_copy(update={"pivot": "internlm/internlm2-chat-20b", "sources": paper.sources[:2]})
+    assert not stage(plan(as_pivot, load_hardware("h200")), "train", "solar").fits, "training runs no code of a model's"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "gpus", "dtype", "words"),
+    [
+        ("ddp", 1, "bfloat16", "fusechat run"),
+        ("ddp", 4, "float32", "torchrun --nproc-per-node 4 -m fusechat run"),
+        ("fsdp2", 8, "bfloat16", "accelerate-fsdp2.yaml --num_processes 8 -m fusechat run"),
+        ("fsdp2+offload", 2, "float32", "accelerate-fsdp2-offload.yaml --num_processes 2 --mixed_precision no -m"),
+    ],
+)
+def test_the_launch_line_is_of_the_strategy(strategy: str, gpus: int, dtype: str, words: str) -> None:
+    line = launch_words(strategy, gpus, dtype)
+    assert words in line
+    for file in re.findall(r"\S+\.yaml", line):
+        assert (Path(__file__).resolve().parents[1] / file).exists()
+
+
+def test_a_plan_is_imported_without_torch() -> None:
+    code = "import sys, fusechat.plan.report, fusechat.extract; print('torch' in sys.modules)"
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, check=True, capture_output=True, text=True)
+    assert done.stdout == "False\n"
 
 
 def test_the_printed_plan_of_the_docs_is_the_command_s(paper: RunConfig) -> None:
@@ -393,7 +502,7 @@ def test_the_projection_of_the_docs_is_the_plan_s() -> None:
 
     page = (Path(__file__).resolve().parents[1] / "docs" / "plan.md").read_text(encoding="utf-8")
     assert markdown() in page, "docs/plan.md is stale: python -m fusechat.plan.projection prints what belongs there"
-    real, padded = authors_utilisation(load_config(recipe_path("recipe:fusechat_7b_v2")))
+    real, padded = authors_utilisation(papers_config())
     assert f"{padded:.0%}".replace("%", " %") in page
     assert f"{real:.0%}".replace("%", " %") in page
 

@@ -12,9 +12,7 @@ import pytest
 
 from fusechat.config import ExtractConfig
 from fusechat.errors import DataError, FormatError
-from fusechat.plan.extraction import hf_parts, plan_extraction, store_bytes
-from fusechat.plan.hardware import load_hardware, this_computer
-from fusechat.plan.model_shape import (
+from fusechat.model_shape import (
     ModelShape,
     count_parameters,
     forward_flops,
@@ -22,6 +20,8 @@ from fusechat.plan.model_shape import (
     shape_from_config,
     stored_bytes,
 )
+from fusechat.plan.extraction import hf_parts, plan_extraction, store_bytes
+from fusechat.plan.hardware import load_hardware, this_computer
 from fusechat.plan.models import model_shape, shipped_models
 from fusechat.plan.training_memory import activation_bytes, lora_parameters
 from fusechat.plan.workload import Lengths, Workload, lengths

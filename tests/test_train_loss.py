@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fusechat.bench.baselines import collate_dense
 from fusechat.errors import ConfigError
-from fusechat.plan.model_shape import forward_flops, shape_from_config
+from fusechat.model_shape import forward_flops, shape_from_config
 from fusechat.train.batch import fusion_batch
 from fusechat.train.chunks import alm_row_weights, chunk_divergence
 from fusechat.train.collate import collate

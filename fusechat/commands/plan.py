@@ -12,10 +12,14 @@ def plan(
     config: Annotated[str, typer.Argument(help="YAML of the run, or recipe:NAME", show_default=False)],
     overrides: Annotated[list[str] | None, typer.Argument(help="changes such as train.epochs=2")] = None,
     hardware: Annotated[
-        str, typer.Option(help="h200, h100-80, a100-80, a100-40, rtx4090, cpu, or a file of facts")
-    ] = "cpu",
+        str | None,
+        typer.Option(
+            help="h200, h100-80, a100-80, a100-40, rtx4090, cpu, or a file of facts; when absent, the GPUs here, "
+            "else the CPU"
+        ),
+    ] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="how many; the hardware's own number when absent")] = None,
-    gpu_memory: Annotated[str | None, typer.Option(help="of one GPU, such as 40GB")] = None,
+    gpu_memory: Annotated[str | None, typer.Option(help="of one GPU, such as 40GB; enough without --hardware")] = None,
     disk: Annotated[str | None, typer.Option(help="room, such as 2TB; what is free under `out` when absent")] = None,
     dialogues: Annotated[int | None, typer.Option(min=1, help="how many, for data that is not a local file")] = None,
     tokens_per_dialogue: Annotated[int | None, typer.Option(min=1, help="on average, for the same")] = None,

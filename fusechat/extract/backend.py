@@ -9,10 +9,12 @@ from functools import partial
 
 from fusechat.artifact import Json
 from fusechat.config import ExtractConfig
+from fusechat.devices import cuda_devices
 from fusechat.errors import ConfigError
 from fusechat.extract.child import ChildEngine
 from fusechat.extract.scores import Scorer
 from fusechat.extract.task import Task, Work, open_work
+from fusechat.extract.tensor_parallel import sized
 
 
 def open_scorer(task: Task) -> AbstractContextManager[Scorer]:
@@ -29,9 +31,9 @@ def open_scorer(task: Task) -> AbstractContextManager[Scorer]:
 def engines_of(task: Task, earlier: Sequence[Json]) -> Sequence[AbstractContextManager[Work]]:
     """Return the engines that share a task's shards.
 
-    An endpoint each for servers; else a child process for every group of `tensor_parallel_size` GPUs, or for each of
-    `engines` where there is no GPU. One hf engine on the CPU runs in this process: it has no GPU to give back.
-    `earlier` says what made the shards that are there.
+    An endpoint each for servers; else a child process for every group of `tensor_parallel_size` GPUs (where it is None,
+    as few as hold the model), or for each of `engines` where there is no GPU. One hf engine on the CPU runs in this
+    process: it has no GPU to give back. `earlier` says what made the shards that are there.
     """
     config = task.config
     if config.backend == "vllm-server":
@@ -40,7 +42,10 @@ def engines_of(task: Task, earlier: Sequence[Json]) -> Sequence[AbstractContextM
 
         probe = Probe(task, earlier)
         return [open_work(task, partial(open_server, url=url, probe=probe)) for url in config.servers]
-    devices, groups = engine_places(config)
+    if config.backend == "vllm":
+        n_visible = len(visible_devices())
+        task = sized(task, n_visible, partial(_least_memory_bytes, n_visible))
+    devices, groups = engine_places(task.config)
     on_cpu = not devices and "cuda" not in config.device and config.device_map in (None, "cpu")
     if config.backend == "hf" and len(groups) == 1 and on_cpu:
         return [open_work(task, open_scorer)]
@@ -66,7 +71,7 @@ def engine_places(config: ExtractConfig) -> tuple[list[str], list[dict[str, str]
     if config.device_map is not None or config.device not in ("auto", "cuda"):
         return [], device_groups([], 1, config.engines)  # where it runs is said already
     devices = visible_devices()
-    return devices, device_groups(devices, config.tensor_parallel_size, config.engines)
+    return devices, device_groups(devices, config.tensor_parallel_size or 1, config.engines)
 
 
 # An engine's narration would fill the log before its errors do.
@@ -86,6 +91,12 @@ def visible_devices() -> list[str]:
     import torch
 
     return [str(i) for i in range(torch.cuda.device_count())]
+
+
+def _least_memory_bytes(devices: int) -> int | None:
+    """Return the memory of the smallest of so many visible devices, None where they are not all known."""
+    found = [device.memory_bytes for device in cuda_devices()]
+    return min(found) if len(found) == devices else None
 
 
 def device_groups(devices: Sequence[str], per_engine: int, engines: int | None) -> list[dict[str, str]]:

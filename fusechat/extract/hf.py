@@ -20,6 +20,7 @@ import transformers
 
 from fusechat.config import ExtractConfig
 from fusechat.errors import DataError
+from fusechat.extract.batches import length_batches
 from fusechat.extract.sampled import uniforms_of, weights_of_draws
 from fusechat.extract.scores import Advance, RowScores, Score, Scorer
 from fusechat.extract.task import Task
@@ -33,7 +34,13 @@ from fusechat.topk import drawn_logprob, topk_logprob
 def open_hf(task: Task) -> Iterator[Scorer]:
     """Load the task's model with transformers."""
     config = task.config
-    model = load_model(task.directory, dtype=task.dtype, device=config.device, device_map=config.device_map)
+    model = load_model(
+        task.directory,
+        dtype=task.dtype,
+        device=config.device,
+        device_map=config.device_map,
+        trust_remote_code=config.trust_remote_code,
+    )
     if embedding_rows(model) != task.vocab_size:
         raise DataError(
             f"{task.directory} embeds {embedding_rows(model)} tokens, its config.json says {task.vocab_size}: "
@@ -64,18 +71,6 @@ def score_function(model: Any, config: ExtractConfig, seed: int) -> Score:
         return score_members(model, encoded, pick, batch_tokens=config.batch_tokens, advance=advance)
 
     return score
-
-
-def length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Group sequences of similar length so that longest × count ≤ `batch_tokens`; a longer sequence goes alone."""
-    batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if batch and lengths[batch[0]] * (len(batch) + 1) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

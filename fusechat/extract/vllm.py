@@ -68,7 +68,8 @@ def engine_arguments(task: Task, *, on_cpu: bool, memory_bytes: int) -> Json:
         "skip_tokenizer_init": True,
         "dtype": task.dtype,
         "quantization": config.quantization,
-        "tensor_parallel_size": config.tensor_parallel_size,
+        "tensor_parallel_size": config.tensor_parallel_size or 1,
+        "trust_remote_code": config.trust_remote_code,
         "max_model_len": task.max_length_tokens + 1,  # a prompt of exactly max_model_len is refused
         "max_logprobs": config.top_k,
         "logprobs_mode": "raw_logprobs",
@@ -113,7 +114,7 @@ def _facts(vllm: Any, engine: Any, task: Task) -> Json:
         "version": vllm.__version__,
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantization": model.quantization and str(model.quantization),
-        "tensor_parallel_size": task.config.tensor_parallel_size,
+        "tensor_parallel_size": task.config.tensor_parallel_size or 1,
     }
 
 

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fusechat.artifact import Json
 from fusechat.callable_module import make_callable
 from fusechat.config import ExtractConfig, RunConfig, source_name
 from fusechat.extract.settings import extract_settings
+from fusechat.model_shape import ModelShape
 from fusechat.plan.alignment import plan_alignment
 from fusechat.plan.extraction import plan_extraction
 from fusechat.plan.hardware import Hardware
 from fusechat.plan.merging import plan_merge, plan_sweep
-from fusechat.plan.model_shape import ModelShape
 from fusechat.plan.models import model_shape
 from fusechat.plan.process import GPU_PROCESS_BYTES, process_bytes
 from fusechat.plan.scoring import plan_evaluation
@@ -29,6 +29,7 @@ __all__ = ["Plan", "plan"]
 make_callable(__name__)
 
 SFT, MULTI = "sft", "multi"
+_TRUST = "extract.trust_remote_code: true, which runs it (read it first)"
 _GPU_HOST_THREADS = 16
 _GPU_HOST_BYTES = {"extract": GPU_PROCESS_BYTES, "train": GPU_PROCESS_BYTES, "align": 250_000_000, "merge": 40_000_000}
 
@@ -107,7 +108,8 @@ def plan(
     threads = len(os.sched_getaffinity(0)) if hardware.on_cpu else _GPU_HOST_THREADS
     rows: list[StagePlan] = []
     for name, model in models.items():
-        rows.append(plan_extraction(name, model.shape, model.lengths, model.extract, hardware, base["extract"]))
+        row = plan_extraction(name, model.shape, model.lengths, model.extract, hardware, base["extract"])
+        rows.append(row if model.extract.trust_remote_code else _with_native_code(row, model.shape, _TRUST))
     for name in names:
         source, top_k = models[name].shape, models[name].extract.top_k
         rows.append(
@@ -118,7 +120,7 @@ def plan(
     trained = targets + [SFT] * config.train.sft_control
     for name in trained:
         row, table = plan_training(name, pivot.shape, pivot.lengths, config.train, hardware, base["train"])
-        rows.append(row)
+        rows.append(_with_native_code(row, pivot.shape, "a pivot that transformers has"))
         strategies = dict(table)
     rows.append(_merge(config, targets, pivot, workload.n_validation, threads, hardware, base))
     scored = {"pivot": pivot}
@@ -130,6 +132,7 @@ def plan(
     rows.append(plan_evaluation(shapes, workload.n_held_out, config.extract, hardware, base["extract"]))
     shares = hardware.efficiency
     measured = ", measured now" if hardware.on_cpu else ""
+    assumptions += [hardware.assumed] * bool(hardware.assumed)
     assumptions += [
         f"{hardware.flops['bfloat16'] / 1e12:.3g} TFLOP/s a device{measured}, of which extraction attains "
         f"{shares['extract']:.0%} and training {shares['train']:.0%}; disk {hardware.disk_rate_bytes / 1e9:.3g} GB/s",
@@ -160,6 +163,14 @@ def _models(config: RunConfig, workload: Workload) -> tuple[dict[str, _Model], l
         if how == "assumed" and not workload.assumptions:
             assumptions.append(f"{name}: no tokenizer and template at hand ({where}), 4 bytes a token")
     return models, assumptions
+
+
+def _with_native_code(row: StagePlan, shape: ModelShape, change: str) -> StagePlan:
+    """Return a stage that runs no Python of a model's own: refused where transformers does not have the model."""
+    if not shape.remote_code:
+        return row
+    refused = f"transformers has no {shape.family}, which brings Python of its own"
+    return replace(row, refused=refused, changes=(change,))
 
 
 def _merge(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from fusechat.align.cells import EXTRA_ENTRIES
 from fusechat.align.stage import PRESETS
 from fusechat.config import AlignConfig
+from fusechat.model_shape import ModelShape, count_parameters
 from fusechat.plan.hardware import Hardware
-from fusechat.plan.model_shape import ModelShape, count_parameters
 from fusechat.plan.stage import StagePlan
 from fusechat.plan.workload import Lengths
 from fusechat.store import id_dtype

@@ -6,19 +6,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from fusechat.config import ExtractConfig
-from fusechat.extract.budget import GPU_MEMORY_UTILIZATION, max_batched_tokens, prompt_logprob_bytes
-from fusechat.plan.hardware import Hardware, this_computer
-from fusechat.plan.model_shape import (
-    ITEM_BYTES,
-    ModelShape,
-    count_parameters,
-    forward_flops,
-    kv_bytes_per_token,
-    stored_bytes,
+from fusechat.extract.batches import length_batches
+from fusechat.extract.budget import GPU_MEMORY_UTILIZATION, max_batched_tokens
+from fusechat.extract.tensor_parallel import (
+    CUDA_BYTES,
+    computed_in,
+    counted_by_vllm,
+    fits_gpu,
+    gpu_parts,
+    smallest_size,
+    tensor_parallel_size,
 )
+from fusechat.model_shape import ITEM_BYTES, ModelShape, count_parameters, forward_flops, stored_bytes
+from fusechat.plan.hardware import Hardware, this_computer
 from fusechat.plan.process import GPU_PROCESS_BYTES
 from fusechat.plan.stage import StagePlan
 from fusechat.plan.workload import Lengths
+from fusechat.quantity import human_bytes
 from fusechat.store import id_dtype
 
 # glibc keeps a freed block below its largest mmap threshold in its heap, and cannot give it to the next aligned request
@@ -27,7 +31,6 @@ HEAP_BLOCK_BYTES = 32 << 20
 HEAD_CHUNK_BYTES = 64 << 20  # fusechat.topk's own budget
 _TOKEN_BYTES = 4 + 1 + 4 + 4  # in memory: input_ids, loss_mask, turn, byte_end
 GOLD_AMONG_TOP = 0.9  # rows whose gold token is one of their k, k = 10 (docs/extraction.md); assumed for every model
-_CUDA_BYTES = 1_000_000_000  # context and libraries
 _SERVER_TOKENS_PER_S = 7000.0  # one API process makes JSON of 750 bytes a token (docs/extraction.md)
 
 
@@ -64,7 +67,7 @@ def plan_extraction(
             seconds=lengths.tokens / (_SERVER_TOKENS_PER_S * len(config.servers)), settings={"backend": config.backend},
         )  # fmt: skip
     if config.backend == "vllm" and not hardware.on_cpu:
-        return _with_vllm(common, shape, config, hardware, dtype)
+        return _with_vllm(common, shape, config, hardware)
     parts = hf_parts(shape, lengths, config, process_bytes)
     settings = {"backend": "hf", "batch_tokens": config.batch_tokens, "dtype": dtype}
     changes = ("a smaller extract.batch_tokens", "extract.dtype: bfloat16", "extract.backend: vllm-server")
@@ -81,13 +84,13 @@ def plan_extraction(
         )  # fmt: skip
     # A named device, or a placement over several, is one engine's.
     placed = config.device_map is not None or config.device not in ("auto", "cuda")
-    group = 1 if placed else config.tensor_parallel_size
-    engines = 1 if placed else _engines(config, hardware, group)
+    engines = 1 if placed else _engines(config, hardware, 1)
+    refused, fewer = ("", ()) if placed else _asked_for_too_much(config, hardware, 1)
     return StagePlan(
-        **common, devices=engines * group, device_parts=on_device(parts), device_limit_bytes=hardware.memory_bytes,
+        **common, devices=engines, device_parts=on_device(parts), device_limit_bytes=hardware.memory_bytes,
         host_parts={"processes": engines * process_bytes}, host_limit_bytes=hardware.host_memory_bytes,
         settings=settings | {"engines": engines}, seconds=flops / (engines * hardware.rate("extract", dtype)),
-        changes=("extract.backend: vllm", *changes),
+        refused=refused, changes=fewer or ("extract.backend: vllm", *changes),
     )  # fmt: skip
 
 
@@ -96,42 +99,9 @@ def _engines(config: ExtractConfig, hardware: Hardware, group: int) -> int:
     return min(max(1, hardware.devices // group), config.engines or hardware.devices)
 
 
-def computed_in(shape: ModelShape, config: ExtractConfig) -> str:
-    """Return the dtype of the forward pass."""
-    return shape.dtype if config.dtype == "auto" else config.dtype
-
-
 def on_device(parts: Mapping[str, int]) -> dict[str, int]:
     """Return what of the transformers backend's parts lies on a GPU; its allocator reuses what a heap would keep."""
-    return {key: parts[key] for key in ("weights", "forward", "logits")} | {"cuda": _CUDA_BYTES}
-
-
-def gpu_parts(
-    shape: ModelShape,
-    max_length_tokens: int,
-    memory_bytes: int,
-    tensor_parallel: int,
-    dtype: str,
-    quantised_to: str | None = None,
-) -> dict[str, int]:
-    """Return what one GPU of an engine holds: its share of the weights, CUDA, the cache of one longest sequence, what a
-    step's tokens take inside the layers, and what vLLM does not count: the logits and log-softmax of a step.
-
-    `dtype` is the forward pass's; `quantised_to` tells how it would be with weights of fp8 or int4.
-    """
-    item = int(ITEM_BYTES[dtype])
-    step = max_batched_tokens(shape.vocab, memory_bytes, dtype_bytes=item)
-    kept = max(max_length_tokens + 1, step)
-    width = 4 * shape.hidden + 3 * shape.intermediate // tensor_parallel
-    as_stored = shape.quantisation is not None and quantised_to is None
-    weights = stored_bytes(shape, None if as_stored else quantised_to or dtype)
-    return {
-        "weights": -(-weights // tensor_parallel),
-        "kv cache": kept * kv_bytes_per_token(shape, item) // min(tensor_parallel, shape.kv_heads),
-        "activations": step * width * item,
-        "logits": prompt_logprob_bytes(step, shape.vocab, dtype_bytes=item),
-        "cuda": _CUDA_BYTES,
-    }
+    return {key: parts[key] for key in ("weights", "forward", "logits")} | {"cuda": CUDA_BYTES}
 
 
 def hf_parts(shape: ModelShape, lengths: Lengths, config: ExtractConfig, process_bytes: int) -> dict[str, int]:
@@ -141,8 +111,6 @@ def hf_parts(shape: ModelShape, lengths: Lengths, config: ExtractConfig, process
     The widest moment of a layer is its MLP (three intermediate widths) or its attention; in half precision sequences
     are padded to batches, and under a mask keys and values are widened to all heads. Results are those of one shard.
     """
-    from fusechat.extract.hf import length_batches
-
     dtype = computed_in(shape, config)
     item = int(ITEM_BYTES[dtype])
     in_file = dtype == shape.dtype or shape.quantisation is not None
@@ -176,45 +144,51 @@ def hf_parts(shape: ModelShape, lengths: Lengths, config: ExtractConfig, process
     }
 
 
-def _with_vllm(
-    common: dict[str, Any], shape: ModelShape, config: ExtractConfig, hardware: Hardware, dtype: str
-) -> StagePlan:
-    limit = min(config.max_length_tokens, shape.context_tokens)
-    wanted = config.tensor_parallel_size
-    sizes = [n for n in (1, 2, 4, 8, 16) if wanted <= n <= hardware.devices and shape.heads % n == 0] or [wanted]
-
-    def parts_of(tensor_parallel: int, quantised_to: str | None = None) -> dict[str, int]:
-        return gpu_parts(shape, limit, hardware.memory_bytes, tensor_parallel, dtype, quantised_to)
-
-    def fits(parts: dict[str, int]) -> bool:
-        inside = sum(size for part, size in parts.items() if part not in ("logits", "cuda"))
-        return (
-            inside <= GPU_MEMORY_UTILIZATION * hardware.memory_bytes
-            and sum(parts.values()) <= hardware.memory_bytes
-        )  # fmt: skip
-
-    chosen = next((n for n in sizes if fits(parts_of(n))), sizes[-1])
-    parts = parts_of(chosen)
-    engines = _engines(config, hardware, chosen)
-    used = engines * chosen
-    changes: list[str] = []
-    if used > hardware.devices:
-        changes.append(f"extract.tensor_parallel_size {chosen} asks for more than {hardware.devices} GPUs")
-    if not fits(parts):
-        for smaller in ("fp8", "int4"):
-            least = next((n for n in sizes if fits(parts_of(n, smaller))), None)
-            if least is not None:
-                changes.append(f"its model to one quantised to {smaller}, on {least} GPU" + "s" * (least > 1))
-                break
-        changes.append("extract.backend: vllm-server, where it runs elsewhere")
-    step = max_batched_tokens(shape.vocab, hardware.memory_bytes, dtype_bytes=int(ITEM_BYTES[dtype]))
+def _with_vllm(common: dict[str, Any], shape: ModelShape, config: ExtractConfig, hardware: Hardware) -> StagePlan:
+    gpus, memory = hardware.devices, hardware.memory_bytes
+    dtype = computed_in(shape, config)
+    size = tensor_parallel_size(shape, config, gpus, memory)
+    parts = gpu_parts(shape, config, memory, size)
+    engines = _engines(config, hardware, size)
+    counted, share = counted_by_vllm(parts), int(GPU_MEMORY_UTILIZATION * memory)
+    refused, changes = _asked_for_too_much(config, hardware, size)
+    if shape.heads % size:
+        refused, changes = f"vLLM cannot divide {shape.heads} heads among {size} GPUs", ()
+    elif not refused and counted > share:
+        refused = f"{human_bytes(counted)} where vLLM takes {human_bytes(share)} of a GPU"
+    if not changes and (refused or not fits_gpu(parts, memory)):
+        changes = _changes(shape, config, hardware, size)
+    step = max_batched_tokens(shape.vocab, memory, dtype_bytes=int(ITEM_BYTES[dtype]))
     return StagePlan(
-        **common, devices=used, device_parts=parts, device_limit_bytes=hardware.memory_bytes,
-        host_parts={"processes": GPU_PROCESS_BYTES * used}, host_limit_bytes=hardware.host_memory_bytes,
-        seconds=common["flops"] / (used * hardware.rate("extract", dtype)),
+        **common, devices=engines * size, device_parts=parts, device_limit_bytes=memory,
+        host_parts={"processes": GPU_PROCESS_BYTES * engines * size}, host_limit_bytes=hardware.host_memory_bytes,
+        seconds=common["flops"] / (engines * size * hardware.rate("extract", dtype)),
         settings={
-            "backend": "vllm", "tensor_parallel_size": chosen, "engines": engines, "max_num_batched_tokens": step,
+            "backend": "vllm", "tensor_parallel_size": size, "engines": engines, "max_num_batched_tokens": step,
             "gpu_memory_utilization": GPU_MEMORY_UTILIZATION, "dtype": dtype,
         },
-        changes=tuple(changes),
+        refused=refused, changes=changes,
     )  # fmt: skip
+
+
+def _asked_for_too_much(config: ExtractConfig, hardware: Hardware, group: int) -> tuple[str, tuple[str, ...]]:
+    """Return why fusechat.extract.backend would refuse the engines that are asked for, and what to ask for instead."""
+    if (config.engines or 1) * group <= hardware.devices:
+        return "", ()
+    refused = f"{config.engines or 1} × {group} GPUs asked for, {hardware.devices} there"
+    possible = hardware.devices // group
+    return refused, (f"extract.engines: {possible}",) if possible else ()
+
+
+def _changes(shape: ModelShape, config: ExtractConfig, hardware: Hardware, size: int) -> tuple[str, ...]:
+    """Name what makes a model fit that does not: more GPUs an engine, fewer bytes a weight, or another machine."""
+    gpus, memory = hardware.devices, hardware.memory_bytes
+    elsewhere = "extract.backend: vllm-server, where it runs elsewhere"
+    larger = smallest_size(shape, config, gpus, memory)
+    if larger is not None and larger != size:
+        return (f"extract.tensor_parallel_size: {larger}",)
+    for smaller in ("fp8", "int4"):
+        least = smallest_size(shape, config, gpus, memory, quantised_to=smaller)
+        if least is not None:
+            return f"its model to one quantised to {smaller}, on {least} GPU" + "s" * (least > 1), elsewhere
+    return (elsewhere,)

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from fusechat.artifact import Json
+from fusechat.devices import cuda_devices
 from fusechat.errors import ConfigError
 from fusechat.plan.models import shipped
 from fusechat.quantity import parse_size
@@ -31,6 +32,8 @@ class Hardware:
     flops: dict[str, float]
     disk_rate_bytes: float
     efficiency: dict[str, float]
+    assumed: str = ""
+    """What of these facts is another GPU's."""
 
     @property
     def on_cpu(self) -> bool:
@@ -43,12 +46,15 @@ class Hardware:
         return peak * self.efficiency["train" if stage == "train" else "extract"]
 
 
-def load_hardware(name: str, *, gpus: int | None = None, memory_bytes: int | None = None) -> Hardware:
-    """Return known hardware, this computer (`cpu`), or what a YAML or JSON file says; both others alter it.
+def load_hardware(name: str | None, *, gpus: int | None = None, memory_bytes: int | None = None) -> Hardware:
+    """Return known hardware, this computer's CPU (`cpu`), or what a YAML or JSON file says; both others alter it.
 
+    Without a name: GPUs of so much memory, or else the CUDA devices that are visible here, or this computer's CPU.
     Raises ConfigError, naming the nearest known hardware, or the key of the file that is wrong.
     """
     known = shipped("hardware.json")
+    if name is None:
+        return _unnamed(gpus, memory_bytes)
     if name == "cpu":
         hardware = this_computer()
     elif name in known:
@@ -69,11 +75,45 @@ def load_hardware(name: str, *, gpus: int | None = None, memory_bytes: int | Non
     return hardware
 
 
+def _unnamed(gpus: int | None, memory_bytes: int | None) -> Hardware:
+    visible = cuda_devices()
+    if memory_bytes is not None:
+        count = gpus or len(visible) or 1
+        return replace(_like(memory_bytes, ""), name="GPU", devices=count)
+    if visible:
+        smallest = min(visible, key=lambda device: device.memory_bytes)
+        like = _like(smallest.memory_bytes, smallest.model)
+        return replace(
+            like, name=smallest.model, devices=gpus or len(visible), host_memory_bytes=_host_memory_bytes()
+        )  # fmt: skip
+    if gpus is not None:
+        raise ConfigError("--gpus: no GPU is visible here, so say which they are: --gpu-memory 40GB, or --hardware")
+    return this_computer()
+
+
+def _like(memory_bytes: int, model: str) -> Hardware:
+    """Return GPUs of so much memory, the rest as the known one has it that has the vendor's name, or the nearest memory
+    (the slower of two)."""
+    known = [_parse(name, values) for name, values in shipped("hardware.json").items()]
+    joined = model.lower().replace(" ", "")
+    of_that_name = [one for one in known if one.name.partition("-")[0] in joined]
+    like = min(
+        of_that_name or known, key=lambda one: (abs(one.memory_bytes - memory_bytes), one.flops["bfloat16"])
+    )  # fmt: skip
+    own = "speed and disk" if model else "speed, host memory and disk"
+    why = "" if of_that_name else ", the known GPU nearest in memory (--hardware names another)"
+    return replace(like, memory_bytes=memory_bytes, assumed=f"{own} as of {like.name}{why}")
+
+
+def _host_memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def this_computer() -> Hardware:
     """Return this computer's memory and its measured FLOP/s in float32 products (a quarter of a second)."""
     import numpy as np
 
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total = _host_memory_bytes()
     a = np.ones((768, 768), np.float32)
     best = 0.0
     started = time.perf_counter()

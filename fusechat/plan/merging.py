@@ -8,9 +8,9 @@ from typing import Any
 from fusechat.config import ExtractConfig
 from fusechat.merge.config import parse_merge_config
 from fusechat.merge.estimate import expected_engine_bytes, n_seen, n_selections
+from fusechat.model_shape import ModelShape, count_parameters, stored_bytes
 from fusechat.plan.extraction import on_device
 from fusechat.plan.hardware import Hardware
-from fusechat.plan.model_shape import ModelShape, count_parameters, stored_bytes
 from fusechat.plan.process import GPU_PROCESS_BYTES
 from fusechat.plan.scoring import scoring_parts, scoring_work
 from fusechat.plan.stage import StagePlan

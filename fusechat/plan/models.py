@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fusechat.artifact import Json, read_json
-from fusechat.checkpoint import INDEX_FILE, ITEM_BYTES, SINGLE_FILE, hub_id, read_weights
-from fusechat.errors import DataError, FormatError
-from fusechat.plan.model_shape import ModelShape, count_parameters, shape_from_config
+from fusechat.checkpoint import hub_id
+from fusechat.errors import DataError
+from fusechat.model_shape import (
+    ModelShape,
+    count_parameters,
+    shape_from_config,
+    shape_of_directory,
+    with_weights,
+)
 
 _FOLDER = Path(__file__).parent / "facts"
-_WEIGHTS = ("*.safetensors", INDEX_FILE, "*.bin", "*.pth")
-_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def shipped(name: str) -> Json:
@@ -48,37 +50,18 @@ def model_shape(model: str) -> tuple[ModelShape, str]:
 
 
 def _local(directory: Path) -> tuple[ModelShape, str]:
-    if not (directory / "config.json").exists():
-        raise DataError(f"{directory} has no config.json: it is not a model directory")
-    config = read_json(directory / "config.json")
-    if not isinstance(config, dict):
-        raise FormatError(f"{directory / 'config.json'} is not a JSON object")
-    if not any(any(directory.glob(pattern)) for pattern in _WEIGHTS):  # of a served source: they are the server's
-        return shape_from_config(directory.name, config), "its config"
-    elements: dict[str, int] = {}
-    for entry in read_weights(directory, SINGLE_FILE, INDEX_FILE).values():
-        elements[entry.dtype] = elements.get(entry.dtype, 0) + entry.n_elements
-    return _with_headers(directory.name, config, elements), "its headers"
+    shape, n_elements = shape_of_directory(directory)
+    if n_elements is None:
+        return shape, "its config"
+    return _of_one_model(shape, n_elements), "its headers"
 
 
-def _with_headers(name: str, config: Json, elements: Mapping[str, int]) -> ModelShape:
-    """Return the shape of a config with the size of its weights, and the dtype a forward pass has by itself.
-
-    `elements` counts the stored ones by safetensors' dtypes. A quantised model computes in the dtype its config states:
-    its floats are scales and ends.
-    """
-    shape = shape_from_config(name, config)
-    n_elements = sum(elements.values())
-    floats = {_FLOATS[dtype]: n for dtype, n in elements.items() if dtype in _FLOATS}
-    computed = shape.dtype if shape.quantisation and shape.dtype in _FLOATS.values() else ""
-    computed = computed or max(floats, key=lambda dtype: floats[dtype], default="float32")
-    size_bytes = sum(n * ITEM_BYTES.get(dtype, 1) for dtype, n in elements.items())
-    shape = replace(shape, dtype=computed, weight_bytes=size_bytes)
+def _of_one_model(shape: ModelShape, n_elements: int) -> ModelShape:
     counted = count_parameters(shape)
     # Rotary tables, odd extra heads: small. A config of another model than the weights: not small.
     if shape.quantisation is None and shape.known and not math.isclose(counted, n_elements, rel_tol=0.02):
         raise DataError(
-            f"{name}: the config describes {counted:,} parameters, the weights hold {n_elements:,}: "
+            f"{shape.name}: the config describes {counted:,} parameters, the weights hold {n_elements:,}: "
             "config.json and weights are not of one model"
         )
     return shape
@@ -98,4 +81,5 @@ def _hub(model: str, known: list[str]) -> ModelShape:
             f"nothing is known of model {model}: no directory, no answer from the hub ({reason}), and the shipped "
             f"facts are of {', '.join(known)}"
         ) from error
-    return _with_headers(model, config, {str(dtype): n for dtype, n in stored.items()})
+    elements = {str(dtype): n for dtype, n in stored.items()}
+    return _of_one_model(with_weights(shape_from_config(model, config), elements), sum(elements.values()))

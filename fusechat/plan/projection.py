@@ -24,6 +24,11 @@ TRAIN_EFFICIENCY = (0.3, 0.5)
 STAGES = ("extract", "align", "train", "merge")
 
 
+def papers_config() -> RunConfig:
+    """Return the paper's recipe, with leave to run the code that one of its sources brings."""
+    return load_config(recipe_path("recipe:fusechat_7b_v2"), ["extract.trust_remote_code=true"])
+
+
 def hours(result: Plan, stage: str) -> float:
     """Return the hours of all lines of a stage."""
     return sum(s.seconds for s in result.stages if s.stage == stage) / 3600
@@ -52,7 +57,7 @@ def authors_utilisation(config: RunConfig) -> tuple[float, float]:
 
 def markdown(machines: Sequence[tuple[str, int]] = MACHINES) -> str:
     """Return the projection as a Markdown table, hours from the higher to the lower efficiency."""
-    config = load_config(recipe_path("recipe:fusechat_7b_v2"))
+    config = papers_config()
     columns = [plans(config, load_hardware(name, gpus=gpus)) for name, gpus in machines]
     lines = [
         "| hours | " + " | ".join(f"{gpus} × {name}" for name, gpus in machines) + " |",
@@ -85,5 +90,5 @@ def _unfit(result: Plan) -> str:
 
 if __name__ == "__main__":
     print(markdown())
-    real, padded = authors_utilisation(load_config(recipe_path("recipe:fusechat_7b_v2")))
+    real, padded = authors_utilisation(papers_config())
     print(f"\n7 h a target: {real:.0%} of the peak on real tokens, {padded:.0%} on padded ones")

@@ -11,7 +11,7 @@ from fusechat.quantity import duration, human_bytes, prefixed
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """Print the stages, training under every strategy, what to change, and what was assumed."""
+    """Print the stages, how they are to be run, what to change, and what was assumed."""
     hardware = plan.hardware
     what = (
         f"this computer, {human_bytes(hardware.memory_bytes)}"
@@ -25,16 +25,22 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(
         f"together {duration(total)}, {human_bytes(plan.disk_bytes)}{left} on the disk", highlight=False, style="bold"
     )
+    if any("tensor_parallel_size" in stage.settings for stage in plan.stages):
+        console.print()
+        console.print(_engines(plan))
     if plan.strategies:
         cells = [
             f"{name} [{'green' if size <= hardware.memory_bytes else 'red'}]{human_bytes(size)}[/]"
             for name, size in plan.strategies.items()
         ]
         console.print(f"\ntraining, a GPU: {', '.join(cells)}", highlight=False)
+        train = next(stage for stage in plan.stages if stage.stage == "train").settings
+        console.print(f"planned with {train['strategy']}, launched by", highlight=False)
+        console.print("  " + str(train["launch"]).replace(".yaml ", ".yaml \\\n    ") + " CONFIG", highlight=False)
     alike: dict[tuple[str, str], list[str]] = {}
     for stage in plan.stages:
         if not stage.fits:
-            advice = f"{_too_much(stage)}. Mend: {'; or '.join(stage.changes) or 'more memory'}"
+            advice = f"{stage.refused or _too_much(stage)}. Mend: {'; or '.join(stage.changes) or 'more memory'}"
             alike.setdefault((stage.stage, advice), []).append(stage.name)
     changes = [f"{what} {', '.join(names)}: {advice}" for (what, advice), names in alike.items()]
     if not plan.disk_fits:
@@ -47,6 +53,20 @@ def print_plan(plan: Plan, console: Console) -> None:
 def _too_much(stage: StagePlan) -> str:
     device, host = stage.device_bytes - stage.device_limit_bytes, stage.host_bytes - stage.host_limit_bytes
     return f"{human_bytes(device)} too much a GPU" if device > 0 else f"{human_bytes(host)} too much on the host"
+
+
+def _engines(plan: Plan) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("extract", no_wrap=True, max_width=14, overflow="ellipsis")
+    table.add_column("backend")
+    keys = ("tensor_parallel_size", "engines", "max_num_batched_tokens")
+    for key in keys:
+        table.add_column(key, justify="right")
+    for stage in plan.stages:
+        if stage.stage == "extract":
+            values = (str(stage.settings.get(key, "–")) for key in keys)
+            table.add_row(stage.name, str(stage.settings["backend"]), *values)
+    return table
 
 
 def _stages(plan: Plan) -> Table:

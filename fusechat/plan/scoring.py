@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from fusechat.config import ExtractConfig
-from fusechat.plan.extraction import computed_in, hf_parts, on_device
+from fusechat.extract.tensor_parallel import computed_in
+from fusechat.model_shape import ModelShape, count_parameters, forward_flops, stored_bytes
+from fusechat.plan.extraction import hf_parts, on_device
 from fusechat.plan.hardware import Hardware
-from fusechat.plan.model_shape import ModelShape, count_parameters, forward_flops, stored_bytes
 from fusechat.plan.process import GPU_PROCESS_BYTES
 from fusechat.plan.stage import StagePlan
 from fusechat.plan.workload import Lengths

@@ -14,7 +14,8 @@ Parts = Mapping[str, int]
 class StagePlan:
     """What a stage needs of one device, of the host and of the disk, in bytes, by what it is for.
 
-    `devices` is how many work on it (0: the host alone). `changes` says what to set when it does not fit.
+    `devices` is how many work on it (0: the host alone). `refused` says why the stage would not start however much
+    memory there is, `changes` what to set when it does not fit.
     """
 
     stage: str
@@ -30,6 +31,7 @@ class StagePlan:
     flops: float = 0.0
     seconds: float = 0.0
     settings: Mapping[str, object] = field(default_factory=dict)
+    refused: str = ""
     changes: tuple[str, ...] = ()
 
     @property
@@ -54,8 +56,9 @@ class StagePlan:
 
     @property
     def fits(self) -> bool:
-        """Whether device and host hold it."""
-        return self.device_bytes <= self.device_limit_bytes and self.host_bytes <= self.host_limit_bytes
+        """Whether it starts, and device and host hold it."""
+        held = self.device_bytes <= self.device_limit_bytes and self.host_bytes <= self.host_limit_bytes
+        return held and not self.refused
 
     def as_json(self) -> Json:
         """Return the plan's JSON form."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fusechat.config import LoraConfig, TrainConfig
+from fusechat.model_shape import ModelShape, count_parameters, stored_bytes, training_flops
 from fusechat.plan.hardware import Hardware
-from fusechat.plan.model_shape import ModelShape, count_parameters, stored_bytes, training_flops
 from fusechat.plan.stage import StagePlan
 from fusechat.plan.training_memory import (
     STRATEGIES,
@@ -75,10 +75,20 @@ def plan_training(
         host_parts=need.host_parts,
         host_limit_bytes=hardware.host_memory_bytes,
         seconds=done / (max(gpus, 1) * hardware.rate("train", config.dtype)),
-        settings=facts | ({"strategy": need.strategy} if gpus else {}),
+        settings=facts
+        | ({"strategy": need.strategy, "launch": launch_words(need.strategy, gpus, config.dtype)} if gpus else {}),
         changes=() if need.fits(hardware) else _changes(config, hardware, needs),
     )
     return plan, need.strategies
+
+
+def launch_words(strategy: str, gpus: int, dtype: str) -> str:
+    """Return the command that trains under one of our strategies, up to the name of the configuration."""
+    if strategy == "ddp":
+        return f"torchrun --nproc-per-node {gpus} -m fusechat run" if gpus > 1 else "fusechat run"
+    recipe = f"fusechat/recipes/accelerate-{strategy.replace('+', '-')}.yaml"
+    other = {"bfloat16": "", "float16": " --mixed_precision fp16"}.get(dtype, " --mixed_precision no")  # theirs is bf16
+    return f"accelerate launch --config_file {recipe} --num_processes {gpus}{other} -m fusechat run"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fusechat.config import TrainConfig
-from fusechat.plan.extraction import HEAP_BLOCK_BYTES
-from fusechat.plan.model_shape import (
+from fusechat.model_shape import (
     ITEM_BYTES,
     ModelShape,
     count_parameters,
@@ -14,6 +13,7 @@ from fusechat.plan.model_shape import (
     layer_parameters,
     stored_bytes,
 )
+from fusechat.plan.extraction import HEAP_BLOCK_BYTES
 from fusechat.plan.workload import Lengths
 
 # DeepSpeed collects gradients, and updated weights, in a bucket of 5e8 elements each (its defaults).

@@ -157,7 +157,7 @@ def lengths(workload: Workload, model: str, config: ExtractConfig, context_token
         return Lengths(
             n_dialogues=workload.n_train, sample=sample, row_share=ASSUMED_ROW_SHARE, distinct_ids=everything
         ), "assumed"
-    encoded = _encode(workload.train, Path(model), config.template, limit)
+    encoded = _encode(workload.train, Path(model), config, limit)
     counts = np.array([len(ids) for ids, _ in encoded], dtype=np.int64)
     rows = sum(int(mask[1:].sum()) for _, mask in encoded)
     distinct = len(np.unique(np.concatenate([ids for ids, _ in encoded])))
@@ -177,7 +177,7 @@ def _is_here(template: str) -> bool:
 
 
 def _encode(
-    dialogues: Sequence[Dialogue], directory: Path, template: str, limit: int
+    dialogues: Sequence[Dialogue], directory: Path, config: ExtractConfig, limit: int
 ) -> list[tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]]:
     from fusechat.bytetable import ByteTable
     from fusechat.encode import encode_all
@@ -189,12 +189,12 @@ def _encode(
     step = max(1.0, len(others) / (SAMPLE_DIALOGUES - 1))
     n_others = min(len(others), SAMPLE_DIALOGUES - 1)
     chosen = [dialogues[longest], *(others[int(i * step)] for i in range(n_others))]
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory, trust_remote_code=config.trust_remote_code)
     encoded = encode_all(
         chosen,
         tokenizer,
         ByteTable.from_tokenizer(tokenizer),
-        template=load_template(tokenizer, template),
+        template=load_template(tokenizer, config.template),
         max_length_tokens=limit,
     ).encoded
     return [(e.input_ids, e.loss_mask) for e in encoded]

@@ -1,18 +1,24 @@
 """A causal language model as numbers: what its config says about parameters, memory and work.
 
 The counts are of whole weight matrices, norms and biases, as the Hugging Face implementations have them; tests hold
-them to those implementations. Everything here is arithmetic on a config: no torch, no weights.
+them to those implementations. Everything here is arithmetic on a config and on headers: no torch, no weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from fusechat.errors import DataError
+from fusechat.artifact import read_json
+from fusechat.checkpoint import INDEX_FILE, SINGLE_FILE, read_weights
+from fusechat.checkpoint import ITEM_BYTES as STORED_ITEM_BYTES
+from fusechat.errors import DataError, FormatError
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1, "int8": 1, "int4": 0.5}
+_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_WEIGHTS = ("*.safetensors", INDEX_FILE, "*.bin", "*.pth")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +76,8 @@ class ModelShape:
     quantisation: str | None = None
     weight_bytes: int | None = None
     """Size of the stored weights, where their headers were read."""
+    remote_code: bool = False
+    """Whether only Python of its own can build it: transformers has no such architecture."""
 
     @property
     def known(self) -> bool:
@@ -122,7 +130,49 @@ def shape_from_config(name: str, config: Mapping[str, Any]) -> ModelShape:
         mlp_bias=bool(text.get("mlp_bias", False)) or family.bias,
         dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
         quantisation=str(quantisation.get("quant_method", "quantised")) if isinstance(quantisation, dict) else None,
+        remote_code=needs_remote_code(config),
     )
+
+
+def needs_remote_code(config: Mapping[str, Any]) -> bool:
+    """Return whether a config.json names Python of its own for an architecture that transformers does not have."""
+    if not config.get("auto_map"):
+        return False
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return config.get("model_type") not in CONFIG_MAPPING_NAMES
+
+
+def shape_of_directory(directory: Path) -> tuple[ModelShape, int | None]:
+    """Return the shape of a model directory and how many numbers its weights are, None where it has none.
+
+    Raises DataError for a directory that is no model's, FormatError for a header that contradicts its file.
+    """
+    if not (directory / "config.json").exists():
+        raise DataError(f"{directory} has no config.json: it is not a model directory")
+    config = read_json(directory / "config.json")
+    if not isinstance(config, dict):
+        raise FormatError(f"{directory / 'config.json'} is not a JSON object")
+    shape = shape_from_config(directory.name, config)
+    if not any(any(directory.glob(pattern)) for pattern in _WEIGHTS):  # of a served source: they are the server's
+        return shape, None
+    elements: dict[str, int] = {}
+    for entry in read_weights(directory, SINGLE_FILE, INDEX_FILE).values():
+        elements[entry.dtype] = elements.get(entry.dtype, 0) + entry.n_elements
+    return with_weights(shape, elements), sum(elements.values())
+
+
+def with_weights(shape: ModelShape, elements: Mapping[str, int]) -> ModelShape:
+    """Return a shape with the size of its weights, and the dtype that a forward pass has by itself.
+
+    `elements` counts the stored numbers by safetensors' dtypes. A quantised model computes in the dtype its config
+    states: its floats are scales and ends.
+    """
+    floats = {_FLOATS[dtype]: n for dtype, n in elements.items() if dtype in _FLOATS}
+    computed = shape.dtype if shape.quantisation and shape.dtype in _FLOATS.values() else ""
+    computed = computed or max(floats, key=lambda dtype: floats[dtype], default="float32")
+    size_bytes = sum(n * STORED_ITEM_BYTES.get(dtype, 1) for dtype, n in elements.items())
+    return replace(shape, dtype=computed, weight_bytes=size_bytes)
 
 
 def expert_parameters(shape: ModelShape) -> int:
