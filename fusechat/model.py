@@ -29,11 +29,19 @@ class Head:
     softcap: float | None
 
 
-def load_model(directory: Path, *, dtype: str = "auto", device: str = "auto", device_map: str | None = None) -> Any:
+def load_model(
+    directory: Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
     """Load a directory's causal language model in evaluation mode; raises DataError or FormatError in one line.
 
     `device: auto` is a CUDA device where there is one, else the CPU. `device_map` is accelerate's placement over
-    several devices instead; the head's weights must then be on one of them, not offloaded.
+    several devices instead; the head's weights must then be on one of them, not offloaded. `trust_remote_code` runs
+    Python that lies in the directory.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -51,13 +59,13 @@ def load_model(directory: Path, *, dtype: str = "auto", device: str = "auto", de
         model = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            trust_remote_code=False,
+            trust_remote_code=trust_remote_code,
             use_safetensors=True,
             device_map=device_map,
         )
     except SafetensorError as error:
         raise FormatError(f"the weights of {directory} are truncated or foreign: {error}") from error
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise DataError(
             f"{directory} does not load as a causal language model: {str(error).splitlines()[0]}"
         ) from error

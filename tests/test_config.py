@@ -135,7 +135,7 @@ def test_help_lists_every_key_within_eighty_columns(command: str, section: type[
     assert max(map(len, lines)) <= 80
     told = {line.partition("=")[0] for line in lines}
     options = {"backend", "top_k", "template", "max_length_tokens", "dtype", "tensor_parallel_size", "quantization"}
-    options |= {"engines", "servers", "ray"}  # of extract, in the table above
+    options |= {"engines", "servers", "ray", "trust_remote_code"}  # of extract, in the table above
     wanted = set(section.model_fields) | {"lora.rank"} if command == "train" else set(section.model_fields) - options
     assert told & {*wanted, *options} == wanted
 
@@ -211,6 +211,18 @@ def test_extraction_settings_alone() -> None:
 
 
 @pytest.mark.parametrize(
+    ("command", "override", "told"),
+    [
+        (["extract", "m", "--data", "d", "--out", "o"], "extract.batch_tokens=0", "extract: `batch_tokens`: "),
+        (["train", "m", "--pivot-store", "s", "--out", "o"], "train.epochs=0", "train: `epochs`: "),
+    ],
+)
+def test_keys_are_taken_by_the_name_that_errors_give_them(command: list[str], override: str, told: str) -> None:
+    """Catches an advice such as `lower extract.batch_tokens` that the command it is given by refuses."""
+    assert str(CliRunner().invoke(app, [*command, override]).exception).startswith(told)
+
+
+@pytest.mark.parametrize(
     ("backend", "key", "value", "whose"),
     [
         ("hf", "quantization", "fp8", "vllm or vllm-server"),
@@ -252,7 +264,7 @@ def test_a_source_with_a_backend_of_its_own_takes_over_what_that_knows(tmp_path:
     common = "extract: {backend: vllm, top_k: 7, tensor_parallel_size: 2, quantization: fp8, engine_args: {seed: 1}}\n"
     bee = load_config(_write(tmp_path, text + common)).sources[1].extract
     assert bee is not None
-    assert (bee.top_k, bee.quantization, bee.tensor_parallel_size, bee.engine_args) == (7, "fp8", 1, {})
+    assert (bee.top_k, bee.quantization, bee.tensor_parallel_size, bee.engine_args) == (7, "fp8", None, {})
     mixed = load_config(_write(tmp_path, text + "extract: {cache: sampled}\n"))
     assert mixed.extract.cache == "sampled"
     assert mixed.sources[1].extract is not None

@@ -21,9 +21,14 @@ def extract(
     ] = "own",
     max_length: Annotated[int, typer.Option(help="tokens; longer dialogues are cut at a turn", min=2)] = 2048,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
-    tensor_parallel: Annotated[int, typer.Option(help="vllm: GPUs one engine spreads over", min=1)] = 1,
+    tensor_parallel: Annotated[
+        int | None, typer.Option(help="vllm: GPUs one engine spreads over; default: as few as hold the model", min=1)
+    ] = None,
     quantization: Annotated[str | None, typer.Option(help="vllm: what the checkpoint does not say itself")] = None,
     engines: Annotated[int | None, typer.Option(help="engines at once; default: as the GPUs allow", min=1)] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="run the Python that comes with the model: read it first")
+    ] = False,
     server: Annotated[list[str] | None, typer.Option(help="vllm-server: its URL; may be given several times")] = None,
     ray: Annotated[str | None, typer.Option(help="address of a Ray cluster, or local")] = None,
     format: Annotated[
@@ -58,10 +63,11 @@ def extract(
             "tensor_parallel_size": tensor_parallel,
             "quantization": quantization,
             "engines": engines,
+            "trust_remote_code": trust_remote_code,
             "servers": server or [],
             "ray": ray,
         },
-        overrides or [],
+        [override.removeprefix("extract.") for override in overrides or []],
     )
     dialogues = load_dialogues(data, format=format, separator=separator, max_bytes=max_bytes)
     with terminal_reporter() as reporter:

@@ -39,7 +39,7 @@ def train(
     from fusechat.dialogue import load_dialogues
     from fusechat.train import train as train_target
 
-    settings = parse_train(overrides or [])
+    settings = parse_train([override.removeprefix("train.") for override in overrides or []])
     with terminal_reporter() as reporter:
         provenance = train_target(
             pivot,

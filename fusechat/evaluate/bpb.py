@@ -58,11 +58,12 @@ def score_dialogues(
     device: str = "auto",
     device_map: str | None = None,
     batch_tokens: int = 8192,
+    trust_remote_code: bool = False,
 ) -> Scores:
     """Score a model on every dialogue in full; one it would cut or skip is NaN: the bytes would differ."""
     directory = resolve_model(model)
-    tokenizer = load_tokenizer(directory)
-    lm = load_model(directory, dtype=dtype, device=device, device_map=device_map)
+    tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
+    lm = load_model(directory, dtype=dtype, device=device, device_map=device_map, trust_remote_code=trust_remote_code)
     table = ByteTable.from_tokenizer(tokenizer, embedding_rows(lm))
     encodings = encode_all(
         dialogues,

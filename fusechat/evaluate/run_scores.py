@@ -45,8 +45,9 @@ def scoring_options(config: RunConfig, source: SourceConfig | None = None) -> Js
         "max_length_tokens": config.extract.max_length_tokens,
         "dtype": own.dtype,
         "device": own.device,
-        "device_map": "auto" if own.tensor_parallel_size > 1 else own.device_map,
+        "device_map": "auto" if (own.tensor_parallel_size or 1) > 1 else own.device_map,
         "batch_tokens": own.batch_tokens,
+        **({"trust_remote_code": True} if source is not None and own.trust_remote_code else {}),
     }
 
 

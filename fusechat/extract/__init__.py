@@ -123,7 +123,7 @@ def open_inputs(model: str, config: ExtractConfig) -> tuple[Path, ModelFacts, An
     facts = model_facts(directory, config)
     if config.top_k > facts.vocab_size:
         raise DataError(f"top_k {config.top_k} is more than the {facts.vocab_size} tokens of {model}: ask for fewer")
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory, trust_remote_code=config.trust_remote_code)
     return directory, facts, tokenizer, load_template(tokenizer, config.template.removeprefix("pivot:"))
 
 
@@ -235,6 +235,7 @@ def _finish(task: Task, writer: ShardedWriter) -> Json:
         model_id=task.model,
         revision=hub_commit(task.directory),
         template=task.config.template.removeprefix("pivot:"),
+        **({"trust_remote_code": True} if task.config.trust_remote_code else {}),
         engines=engines,
         skipped=dict(sorted(skipped.items(), key=lambda item: int(item[0]))),
         cut_turns=dict(sorted(cut_turns.items(), key=lambda item: int(item[0]))),

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fusechat.artifact import read_json
 from fusechat.checkpoint import open_checkpoint
 from fusechat.config import ExtractConfig
 from fusechat.errors import DataError
-from fusechat.model import context_tokens
+from fusechat.model_shape import needs_remote_code
 
 _FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -25,14 +26,21 @@ class ModelFacts:
 
 
 def model_facts(directory: Path, config: ExtractConfig) -> ModelFacts:
-    """Read a model directory's facts; raises DataError when it is no model's."""
+    """Read a model directory's facts; raises DataError when it is no model's, or needs code that is not trusted."""
     from transformers import AutoConfig
+
+    from fusechat.model import context_tokens  # torch: importing this package must not load it
 
     if not (directory / "config.json").exists():
         raise DataError(f"{directory} has no config.json: it is not a model directory")
     try:
-        own: Any = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+        own: Any = AutoConfig.from_pretrained(directory, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if not config.trust_remote_code and needs_remote_code(read_json(directory / "config.json")):
+            raise DataError(
+                f"{directory} is of an architecture that transformers does not have and brings Python of its own: "
+                "extract.trust_remote_code: true runs that code with all your rights, so read it first"
+            ) from error
         raise DataError(f"{directory / 'config.json'} cannot be used: {str(error).splitlines()[0]}") from error
     text = own.get_text_config()
     quantized = getattr(own, "quantization_config", None)

@@ -64,7 +64,9 @@ class Probe:
 
         from fusechat.model import load_model
 
-        model = load_model(directory, dtype=self._task.dtype, device="cpu")
+        model = load_model(
+            directory, dtype=self._task.dtype, device="cpu", trust_remote_code=self._task.config.trust_remote_code
+        )
         ids = torch.from_numpy(self.ids.astype(np.int64))
         with torch.inference_mode():
             logprobs = torch.log_softmax(model(input_ids=ids[None]).logits[0, :-1].double(), dim=-1)

@@ -62,7 +62,7 @@ Work = Callable[[Shard, Advance], Json]
 @contextmanager
 def open_work(task: Task, open_scorer: Callable[[Task], Any]) -> Iterator[Work]:
     """Open a task's backend here and give the function that makes a shard with it and returns the shard's note."""
-    tokenizer = load_tokenizer(task.directory)
+    tokenizer = load_tokenizer(task.directory, trust_remote_code=task.config.trust_remote_code)
     table = ByteTable.from_tokenizer(tokenizer, task.vocab_size)
     with open_scorer(task) as scorer:
         yield lambda shard, advance: make_shard(task, tokenizer, table, scorer, shard, advance)

@@ -91,7 +91,7 @@ def _scoring(config: RunConfig, chosen: Sequence[Dialogue]) -> Piece:
     options = extract_settings(config)
     directory = resolve_model(config.pivot)
     facts = model_facts(directory, options)
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory, trust_remote_code=options.trust_remote_code)
     found = encode_all(
         chosen,
         tokenizer,
@@ -99,7 +99,13 @@ def _scoring(config: RunConfig, chosen: Sequence[Dialogue]) -> Piece:
         template=load_template(tokenizer, options.template),
         max_length_tokens=facts.max_length_tokens,
     )
-    model = load_model(directory, dtype=facts.dtype, device=options.device, device_map=options.device_map)
+    model = load_model(
+        directory,
+        dtype=facts.dtype,
+        device=options.device,
+        device_map=options.device_map,
+        trust_remote_code=options.trust_remote_code,
+    )
     score = score_function(model, options, config.seed)
     return Piece(run=lambda _: score(found.encoded, found.index, lambda _: None))
 
