@@ -31,8 +31,8 @@ FENCE = re.compile(
 )
 # Hub ids of the examples: folders of these names stand where the commands run.
 NAMES = {
-    "pivot": ["models/pivot", "openchat/openchat-3.5-7b"],
-    "source": ["models/source-a", "models/source-b", "Qwen/Qwen2-7B-Instruct", "internlm/internlm2-chat-7b"],
+    "pivot": ["models/pivot", "openchat/openchat_3.5"],
+    "source": ["models/source-a", "models/source-b", "Qwen/Qwen2-7B-Instruct", "mistralai/Mistral-7B-Instruct-v0.3"],
 }
 PREAMBLE = """set -euo pipefail
 fusechat() { "$PYTHON" -m fusechat "$@"; }
