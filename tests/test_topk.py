@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusechat.errors import ConfigError
+from fusechat.loss.backend import backend_for, native_topk
 from fusechat.topk import _largest, topk_logprob
 
 
@@ -55,6 +56,34 @@ def test_a_forced_backend_is_used_or_refused(monkeypatch):
     ids = topk_logprob(hidden, weight, 3)[0]
     monkeypatch.setenv("FUSECHAT_LOSS", "torch")
     assert torch.equal(topk_logprob(hidden.double(), weight.double(), 3, scale=0.5)[0], ids)
+
+
+@pytest.mark.skipif(backend_for(torch.device("cpu")) != "native", reason="the compiled engine is not built")
+def test_the_engine_sees_blocks_of_the_vocabulary(monkeypatch):
+    """Catches logits of whole rows, candidates of one block only, and equal logits out of the order of their ids."""
+    seen = []
+
+    def watched(logits, *arguments):
+        seen.append(logits.nbytes)
+        return native_topk(logits, *arguments)
+
+    monkeypatch.setattr("fusechat.topk.native_topk", watched)
+    n_rows, vocabulary = 300, 30_000
+    bias = torch.zeros(vocabulary)
+    bias[:9000] = -torch.inf  # a whole block that nothing falls into
+    bias[[9001, 17_000, 29_999]] = torch.tensor([1.0, 3.0, 2.0])
+    labels = torch.tensor([29_999, 5, -100] * 100)
+    hidden, weight = torch.zeros(n_rows, 4), torch.zeros(vocabulary, 4)
+    ids, logprobs, lse, label_logprob = topk_logprob(hidden, weight, 5, labels, bias=bias)
+    assert ids.tolist() == [[17_000, 29_999, 9001, 9000, 9002]] * n_rows
+    exact = torch.log_softmax(bias.double(), 0)
+    torch.testing.assert_close(logprobs[7].double(), exact[ids[7].long()], rtol=0, atol=2e-6)
+    torch.testing.assert_close(lse[7].double(), bias.double().logsumexp(0), rtol=0, atol=2e-6)
+    assert label_logprob[0].item() == pytest.approx(exact[29_999].item(), abs=2e-6)
+    assert label_logprob[1].item() == -float("inf")
+    assert label_logprob[2].isnan()
+    assert max(seen) <= 8 << 20
+    assert sum(seen) == 4 * n_rows * vocabulary
 
 
 def test_without_labels_and_with_wrong_arguments():

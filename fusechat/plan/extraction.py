@@ -28,7 +28,8 @@ from fusechat.store import id_dtype
 # glibc keeps a freed block below its largest mmap threshold in its heap, and cannot give it to the next aligned request
 # of the same size: such buffers take their room twice (measured, docs/plan.md).
 HEAP_BLOCK_BYTES = 32 << 20
-HEAD_CHUNK_BYTES = 64 << 20  # fusechat.topk's own budget
+HEAD_CHUNK_BYTES = 64 << 20  # fusechat.topk's own budget on a GPU
+HEAD_ROWS, HEAD_BLOCK_BYTES = 256, 8 << 20  # and on a CPU: so many rows, the vocabulary in blocks
 _TOKEN_BYTES = 4 + 1 + 4 + 4  # in memory: input_ids, loss_mask, turn, byte_end
 GOLD_AMONG_TOP = 0.9  # rows whose gold token is one of their k, k = 10 (docs/extraction.md); assumed for every model
 _SERVER_TOKENS_PER_S = 7000.0  # one API process makes JSON of 750 bytes a token (docs/extraction.md)
@@ -87,7 +88,8 @@ def plan_extraction(
     engines = 1 if placed else _engines(config, hardware, 1)
     refused, fewer = ("", ()) if placed else _asked_for_too_much(config, hardware, 1)
     return StagePlan(
-        **common, devices=engines, device_parts=on_device(parts), device_limit_bytes=hardware.memory_bytes,
+        **common, devices=engines, device_parts=on_device(parts, shape, config),
+        device_limit_bytes=hardware.memory_bytes,
         host_parts={"processes": engines * process_bytes}, host_limit_bytes=hardware.host_memory_bytes,
         settings=settings | {"engines": engines}, seconds=flops / (engines * hardware.rate("extract", dtype)),
         refused=refused, changes=fewer or ("extract.backend: vllm", *changes),
@@ -99,9 +101,13 @@ def _engines(config: ExtractConfig, hardware: Hardware, group: int) -> int:
     return min(max(1, hardware.devices // group), config.engines or hardware.devices)
 
 
-def on_device(parts: Mapping[str, int]) -> dict[str, int]:
-    """Return what of the transformers backend's parts lies on a GPU; its allocator reuses what a heap would keep."""
-    return {key: parts[key] for key in ("weights", "forward", "logits")} | {"cuda": CUDA_BYTES}
+def on_device(parts: Mapping[str, int], shape: ModelShape, config: ExtractConfig) -> dict[str, int]:
+    """Return what of the transformers backend's parts lies on a GPU, and its own chunk of logits; its allocator reuses
+    what a heap would keep."""
+    item = int(ITEM_BYTES[computed_in(shape, config)])
+    rows = HEAD_CHUNK_BYTES // (shape.vocab * (item + 4))
+    logits = rows * shape.vocab * (8 + (item if item < 4 else 0))
+    return {key: parts[key] for key in ("weights", "forward")} | {"logits": logits, "cuda": CUDA_BYTES}
 
 
 def hf_parts(shape: ModelShape, lengths: Lengths, config: ExtractConfig, process_bytes: int) -> dict[str, int]:
@@ -127,11 +133,9 @@ def hf_parts(shape: ModelShape, lengths: Lengths, config: ExtractConfig, process
     attention = 3 * query + 2 * (query if count > 1 else 0) + 2 * key
     width = 2 * shape.hidden + max((3 if shape.gated else 2) * shape.intermediate, attention)
     rows = padded * lengths.row_share
-    chunk = min(rows, HEAD_CHUNK_BYTES // (shape.vocab * (item + 4)))
     forward = padded * width * item
-    head = int(chunk * shape.vocab * (8 + (item if item < 4 else 0)))
-    heap = forward * (padded * shape.intermediate * item < HEAP_BLOCK_BYTES)
-    heap += head * (chunk * shape.vocab * 4 < HEAP_BLOCK_BYTES)
+    head = int(min(rows, HEAD_ROWS) * min(shape.vocab, HEAD_BLOCK_BYTES // (HEAD_ROWS * item)) * item)
+    heap = forward * (padded * shape.intermediate * item < HEAP_BLOCK_BYTES) + head
     row_bytes = config.top_k * 14 + 8
     mask = count * longest**2 * (1 + item) if count > 1 else 0
     return {

@@ -82,7 +82,7 @@ def plan_sweep(
         held = max(parts, while_merging, key=lambda held: sum(held.values()))  # one after the other
         return StagePlan(**common, devices=0, host_parts=held)
     return StagePlan(
-        **common, devices=1, device_parts=on_device(parts), device_limit_bytes=hardware.memory_bytes,
+        **common, devices=1, device_parts=on_device(parts, pivot, config), device_limit_bytes=hardware.memory_bytes,
         host_parts=while_merging | {"process": GPU_PROCESS_BYTES},
     )  # fmt: skip
 

@@ -52,7 +52,7 @@ def plan_evaluation(
             changes=tuple(changes),
         )  # fmt: skip
     return StagePlan(
-        **common, devices=1, device_parts=on_device(parts), device_limit_bytes=hardware.memory_bytes,  # type: ignore[arg-type]
+        **common, devices=1, device_parts=on_device(parts, shape, config), device_limit_bytes=hardware.memory_bytes,  # type: ignore[arg-type]
         host_parts={"process": GPU_PROCESS_BYTES}, host_limit_bytes=hardware.host_memory_bytes,
         changes=tuple(changes),
     )  # fmt: skip
