@@ -30,7 +30,6 @@ from fusechat.bench.align import shared_data
 from fusechat.bench.machine import environment
 from fusechat.bench.quality_tables import DEFAULT, SETTINGS, SFT, pair_tables
 from fusechat.bench.report import parser
-from fusechat.config import TrainConfig
 from fusechat.dialogue import dataset_fingerprint, read_dialogues, split_held_out
 from fusechat.evaluate.bootstrap import compare
 from fusechat.evaluate.bpb import Scores, bits_per_byte, common_dialogues, score_dialogues
@@ -38,6 +37,7 @@ from fusechat.extract import extract
 from fusechat.records import Dialogue
 from fusechat.store import open_aligned
 from fusechat.train import train
+from fusechat.train_config import TrainConfig
 
 # Passes over the data: the pivot that has never seen a story needs more of them than those made of stories.
 PASSES = {"aidreams231K": 20, "stories260K": 1, "babyllama-tok105": 1}

@@ -11,7 +11,7 @@ from mkdocs.structure.files import File, Files
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from fusechat import config
+from fusechat import config, train_config
 from fusechat.cli import app
 from fusechat.commands.merge import parser as merge_parser
 
@@ -27,10 +27,11 @@ def config_page() -> str:
     """Return a table a section of the configuration."""
     parts = ["# Configuration\n\nEvery key of the YAML; what is unknown is refused with the nearest known name."]
     # As the file has them, but the whole before its parts.
-    classes = {name: value for name, value in vars(config).items() if inspect.isclass(value)}
+    found = vars(config) | vars(train_config)
+    classes = {name: value for name, value in found.items() if inspect.isclass(value)}
     for name in dict.fromkeys(("RunConfig", *classes)):
         section = classes[name]
-        if not issubclass(section, BaseModel) or section.__module__ != config.__name__ or name.startswith("_"):
+        if not issubclass(section, BaseModel) or section.__module__ not in (config.__name__, train_config.__name__):
             continue
         rows = [_row(key, field) for key, field in section.model_fields.items()]
         table = "\n".join(["| key | type | default | |", "|---|---|---|---|", *rows])

@@ -9,11 +9,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fusechat.errors import ConfigError
 
 _ModelT = TypeVar("_ModelT", bound=BaseModel)
+
+
+class Section(BaseModel):
+    """A part of the configuration: a key that is not known is refused, and nothing changes once read."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
 class _Loader(yaml.SafeLoader):

@@ -9,17 +9,9 @@ from pydantic import BaseModel
 from typer.testing import CliRunner
 
 from fusechat.cli import app
-from fusechat.config import (
-    ExtractConfig,
-    TrainConfig,
-    load_config,
-    parse_config,
-    parse_extract,
-    parse_train,
-    short_name,
-    source_name,
-)
+from fusechat.config import ExtractConfig, load_config, parse_config, parse_extract, short_name, source_name
 from fusechat.errors import ConfigError
+from fusechat.train_config import TrainConfig, parse_train
 
 MINIMAL = "pivot: ./p\nsources: [./a, {model: org/b, name: bee}]\ndata: {train: ./x.jsonl}\nout: runs/one\n"
 

@@ -15,9 +15,9 @@ import torch
 from extract_world import check_store
 
 import fusechat
-from fusechat.config import TrainConfig
 from fusechat.dialogue import load_dialogues
 from fusechat.train import train
+from fusechat.train_config import TrainConfig
 
 TESTS = Path(__file__).parent
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 import fusechat
-from fusechat.config import TrainConfig
 from fusechat.dialogue import load_dialogues
 from fusechat.errors import DataError, MismatchError
 from fusechat.model import load_model
 from fusechat.store import open_topk, row_positions
+from fusechat.train_config import TrainConfig
 
 FAST: dict[str, Any] = {
     "max_steps": 3,

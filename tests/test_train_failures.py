@@ -26,11 +26,11 @@ from typer.testing import CliRunner
 
 import fusechat
 from fusechat.cli import app
-from fusechat.config import parse_train
 from fusechat.dialogue import load_dialogues
 from fusechat.errors import ConfigError, DataError, FusechatError, Interrupted, MismatchError, Stopped
 from fusechat.train import fit
 from fusechat.train.batches import StepBatches
+from fusechat.train_config import parse_train
 
 ROOT = Path(__file__).resolve().parents[1]
 FAST = ["max_steps=6", "batch_size=6", "micro_batch_size=3", "learning_rate=1e-3", "warmup_ratio=0", "save_steps=2"]

@@ -16,8 +16,8 @@ import yaml
 from safetensors.torch import load_file
 
 import fusechat
-from fusechat.config import parse_train
 from fusechat.dialogue import load_dialogues
+from fusechat.train_config import parse_train
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = ["epochs=2", "batch_size=8", "micro_batch_size=2", "learning_rate=1e-3", "warmup_ratio=0", "logging_steps=1"]

@@ -14,7 +14,6 @@ import torch
 
 import fusechat
 from fusechat.artifact import sha256_file
-from fusechat.config import TrainConfig, parse_train
 from fusechat.dialogue import load_dialogues
 from fusechat.errors import ConfigError, MismatchError
 from fusechat.loss import Cells, candidate_weights, sparse_soft_ce
@@ -24,6 +23,7 @@ from fusechat.train.dataset import FusionDataset
 from fusechat.train.matched import open_matched
 from fusechat.train.select import Selection, row_weights
 from fusechat.train.source import TwinSource, open_source
+from fusechat.train_config import TrainConfig, parse_train
 
 FAST = ["max_steps=2", "batch_size=6", "micro_batch_size=3", "learning_rate=1e-3", "warmup_ratio=0"]
 

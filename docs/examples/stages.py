@@ -6,8 +6,8 @@ python docs/examples/stages.py PIVOT SOURCE DIALOGUES OUT
 import sys
 
 import fusechat
-from fusechat.config import TrainConfig
 from fusechat.dialogue import load_dialogues
+from fusechat.train_config import TrainConfig
 
 pivot, source, data, out = sys.argv[1:]
 dialogues = load_dialogues(data)

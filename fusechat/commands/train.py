@@ -35,9 +35,9 @@ def train(
     if held_out is None and (format != "auto" or separator or max_bytes):
         raise typer.BadParameter("--format, --separator and --max-bytes say how --held-out is read: give that, too")
     from fusechat.commands.progress import terminal_reporter
-    from fusechat.config import parse_train
     from fusechat.dialogue import load_dialogues
     from fusechat.train import train as train_target
+    from fusechat.train_config import parse_train
 
     settings = parse_train([override.removeprefix("train.") for override in overrides or []])
     with terminal_reporter() as reporter:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fusechat.config import LoraConfig, TrainConfig
 from fusechat.model_shape import ModelShape, count_parameters, stored_bytes, training_flops
 from fusechat.plan.hardware import Hardware
 from fusechat.plan.stage import StagePlan
@@ -20,6 +19,7 @@ from fusechat.plan.training_memory import (
     trained_parameters,
 )
 from fusechat.plan.workload import Lengths
+from fusechat.train_config import LoraConfig, TrainConfig
 
 
 def plan_training(

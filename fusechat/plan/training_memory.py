@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fusechat.config import TrainConfig
 from fusechat.model_shape import (
     ITEM_BYTES,
     ModelShape,
@@ -15,6 +14,7 @@ from fusechat.model_shape import (
 )
 from fusechat.plan.extraction import HEAP_BLOCK_BYTES
 from fusechat.plan.workload import Lengths
+from fusechat.train_config import TrainConfig
 
 # DeepSpeed collects gradients, and updated weights, in a bucket of 5e8 elements each (its defaults).
 _BUCKET_ELEMENTS = 2 * 500_000_000

@@ -30,13 +30,13 @@ from fusechat.artifact import (
 from fusechat.bytetable import ByteTable
 from fusechat.callable_module import make_callable
 from fusechat.checkpoint import checkpoint_sha256, resolve_model
-from fusechat.config import TrainConfig
 from fusechat.dialogue import dataset_fingerprint
 from fusechat.errors import ConfigError, MismatchError
 from fusechat.processes import first_does, n_processes
 from fusechat.records import Dialogue
 from fusechat.store import Store, open_topk
 from fusechat.train.dataset import FusionDataset
+from fusechat.train_config import TrainConfig
 
 __all__ = ["train"]
 make_callable(__name__)

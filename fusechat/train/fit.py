@@ -21,7 +21,6 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils.logging import set_verbosity_error
 
 from fusechat.artifact import Json, read_json
-from fusechat.config import TrainConfig
 from fusechat.errors import ConfigError, FusechatError, Interrupted, Stopped
 from fusechat.loss import LossOptions
 from fusechat.model import load_model, unwrapped
@@ -34,6 +33,7 @@ from fusechat.train.forward import LossSettings, install_loss, router_weight
 from fusechat.train.held_out import HeldOut
 from fusechat.train.meter import Meter
 from fusechat.train.trainer import FusionTrainer, rewind_log
+from fusechat.train_config import TrainConfig
 
 LOG_FILE = "training.jsonl"
 log = logging.getLogger(__name__)
