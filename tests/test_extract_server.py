@@ -327,7 +327,7 @@ def test_a_run_needs_a_served_sources_config_and_tokenizer_alone(
         results = run(parse_config(values, "here"), reporter=Heard())
     models = results["groups"]["overall"]["models"]
     assert set(models) == {"pivot", "source source", "target source", "target remote", "sft", "merged"}
-    assert Heard.notes["evaluate"].endswith("not scored, for a server has them: remote")
+    assert Heard.notes["evaluate"].endswith("source remote is not scored: a server has it")
 
 
 def test_servers_are_asked_for_and_only_by_their_backend(tmp_path: Path, dialogues: Any) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections import namedtuple
+from collections.abc import Iterator
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
@@ -63,6 +64,14 @@ def whole(tiny_world: Any, stores: Path) -> Path:
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@pytest.fixture(autouse=True)
+def hears_ctrl_c() -> Iterator[None]:
+    """Tests that a shell runs in its background inherit SIGINT ignored, and so would their children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(("number", "kind"), zip(SIGNALS, (Stopped, Interrupted), strict=True))
