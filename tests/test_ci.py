@@ -50,11 +50,12 @@ def test_a_browser_is_installed_where_there_is_none(machine: Path) -> None:
     assert "apt-get install -y -qq chromium chromium-driver" in calls
     assert calls.index("make setup") < calls.index("make test") < calls.index("make lint") < calls.index("sanitize ")
     assert "make test-vllm" in calls
-    (machine / "calls").unlink()
-    _command(machine / "bin" / "chromium", "")
-    returncode, calls = _run(machine)
-    assert returncode == 0
-    assert not [call for call in calls if call.startswith("apt-get")]
+    for has, lacks in (("chromium", True), ("chromedriver", False)):  # a test needs both
+        (machine / "calls").unlink()
+        _command(machine / "bin" / has, "")
+        returncode, calls = _run(machine)
+        assert returncode == 0
+        assert bool([call for call in calls if call.startswith("apt-get")]) == lacks
 
 
 @pytest.mark.parametrize("fails", ["make test", "make setup-vllm", "make test-vllm", "sanitize ", "make bench-check"])
