@@ -13,9 +13,11 @@ import sys
 import threading
 from collections import namedtuple
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -445,3 +447,18 @@ def test_every_number_of_processes_takes_the_same_steps(
 
     assert steps(world) == steps(1)
     assert sorted(chain(*steps(world))) == list(range(n))
+
+
+@pytest.mark.parametrize("open_before", [False, True])
+def test_a_target_ends_the_wandb_run_it_began(monkeypatch: pytest.MonkeyPatch, open_before: bool) -> None:
+    """Catches the next target's steps logged into this one's run, where W&B drops them; and a caller's run ended."""
+    ended: list[bool] = []
+    wandb = SimpleNamespace(run=object() if open_before else None, finish=lambda: ended.append(True))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)  # type: ignore[arg-type]
+    with suppress(KeyError), fit._wandb_run_of_its_own(parse_train(["report_to=[wandb]"])):
+        wandb.run = object()  # as the Trainer does
+        raise KeyError
+    assert bool(ended) != open_before
+    with fit._wandb_run_of_its_own(parse_train([])):
+        pass
+    assert len(ended) == (not open_before)

@@ -110,7 +110,8 @@ def fit(
             follow_a_moved_folder(checkpoint)
     trainer.accelerator.wait_for_everyone()
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with _wandb_run_of_its_own(config):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.OutOfMemoryError as error:
         raise FusechatError(
             f"out of memory at step {trainer.state.global_step + 1} ({str(error).partition('. ')[0]}): lower "
@@ -135,6 +136,23 @@ def fit(
         best_step=trainer.state.best_global_step if config.final == "best" else None,
         sharding=facts["sharding"],
     )
+
+
+@contextmanager
+def _wandb_run_of_its_own(config: TrainConfig) -> Iterator[None]:
+    """End the run of W&B that the Trainer begins, unless one was open before: W&B drops the steps that the next target
+    would log into it, for they are below this one's last."""
+    if "wandb" not in config.report_to:
+        yield
+        return
+    import wandb
+
+    callers = wandb.run
+    try:
+        yield
+    finally:
+        if callers is None:
+            wandb.finish()
 
 
 @contextmanager
@@ -278,6 +296,7 @@ def training_arguments(
         }
     arguments = TrainingArguments(
         output_dir=str(work),
+        run_name=work.name.removesuffix(".partial"),
         per_device_train_batch_size=config.micro_batch_size,
         gradient_accumulation_steps=accumulation_steps(config),
         learning_rate=config.learning_rate,
