@@ -159,6 +159,16 @@ def test_a_model_is_spread_over_as_few_gpus_as_hold_it_and_the_plan_says_so(
     assert planned.fits
 
 
+def test_a_store_goes_on_with_the_size_its_shards_were_made_with(
+    seven_billion: Task, gpus: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a store half of whose rows were summed over two GPUs, half over one."""
+    gpus(*["NVIDIA Z"] * 4, mebibytes=80 * 1024)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    made: Any = engines_of(seven_billion, [{"name": "vllm", "tensor_parallel_size": 2}])
+    assert {engine.task.config.tensor_parallel_size for engine in made} == {2}
+
+
 def test_where_the_gpus_are_not_known_each_has_an_engine(
     seven_billion: Task, gpus: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

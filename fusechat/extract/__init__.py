@@ -138,7 +138,8 @@ def left_out(manifest: Json) -> str:
 def _what_rounding_depends_on(config: ExtractConfig, facts: ModelFacts) -> Json:
     """The settings, beside those every store names, that change what is stored.
 
-    `tensor_parallel_size`, where it is given: where vLLM's GPUs decide, the note of every shard has what was chosen.
+    `tensor_parallel_size`, where it is given: where the GPUs decide, the note of every shard has what was chosen, which
+    the next shards follow.
     """
     if config.backend == "vllm":
         told = {key: value for key, value in config.engine_args.items() if key not in _MEMORY_AND_LOGGING}

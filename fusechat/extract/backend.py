@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 
 from fusechat.artifact import Json
@@ -32,8 +33,9 @@ def engines_of(task: Task, earlier: Sequence[Json]) -> Sequence[AbstractContextM
     """Return the engines that share a task's shards.
 
     An endpoint each for servers; else a child process for every group of `tensor_parallel_size` GPUs (where it is None,
-    as few as hold the model), or for each of `engines` where there is no GPU. One hf engine on the CPU runs in this
-    process: it has no GPU to give back. `earlier` says what made the shards that are there.
+    as many as made the shards that are there, else as few as hold the model), or for each of `engines` where there is
+    no GPU. One hf engine on the CPU runs in this process: it has no GPU to give back. `earlier` says what made the
+    shards that are there.
     """
     config = task.config
     if config.backend == "vllm-server":
@@ -44,6 +46,9 @@ def engines_of(task: Task, earlier: Sequence[Json]) -> Sequence[AbstractContextM
         return [open_work(task, partial(open_server, url=url, probe=probe)) for url in config.servers]
     if config.backend == "vllm":
         n_visible = len(visible_devices())
+        known = next((made_by["tensor_parallel_size"] for made_by in earlier), None) if n_visible else None
+        if config.tensor_parallel_size is None and known is not None:  # another would round otherwise
+            task = replace(task, config=config.model_copy(update={"tensor_parallel_size": known}))
         task = sized(task, n_visible, partial(_least_memory_bytes, n_visible))
     devices, groups = engine_places(task.config)
     on_cpu = not devices and "cuda" not in config.device and config.device_map in (None, "cpu")
