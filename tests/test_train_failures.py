@@ -33,6 +33,7 @@ from fusechat.dialogue import load_dialogues
 from fusechat.errors import ConfigError, DataError, FusechatError, Interrupted, MismatchError, Stopped
 from fusechat.train import fit
 from fusechat.train.batches import StepBatches
+from fusechat.train.callbacks import wandb_run_of_its_own
 from fusechat.train_config import parse_train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -455,10 +456,10 @@ def test_a_target_ends_the_wandb_run_it_began(monkeypatch: pytest.MonkeyPatch, o
     ended: list[bool] = []
     wandb = SimpleNamespace(run=object() if open_before else None, finish=lambda: ended.append(True))
     monkeypatch.setitem(sys.modules, "wandb", wandb)  # type: ignore[arg-type]
-    with suppress(KeyError), fit._wandb_run_of_its_own(parse_train(["report_to=[wandb]"])):
+    with suppress(KeyError), wandb_run_of_its_own(parse_train(["report_to=[wandb]"])):
         wandb.run = object()  # as the Trainer does
         raise KeyError
     assert bool(ended) != open_before
-    with fit._wandb_run_of_its_own(parse_train([])):
+    with wandb_run_of_its_own(parse_train([])):
         pass
     assert len(ended) == (not open_before)

@@ -1,4 +1,4 @@
-"""What happens around a step: progress, signals, NaN, and marks on whole checkpoints."""
+"""What happens around a step and a training: progress, signals, NaN, marks on whole checkpoints, runs of W&B."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,6 +20,7 @@ from fusechat.artifact import Json, read_json, write_json
 from fusechat.errors import DataError, MismatchError
 from fusechat.processes import rank
 from fusechat.train.trainer import FusionTrainer
+from fusechat.train_config import TrainConfig
 
 COMPLETE = "complete.json"
 
@@ -150,3 +152,20 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         if asked:
             self.stopped_by = signal.Signals(asked)
             control.should_save = control.should_training_stop = True
+
+
+@contextmanager
+def wandb_run_of_its_own(config: TrainConfig) -> Iterator[None]:
+    """End the run of W&B that the Trainer begins, unless one was open before: W&B drops the steps that the next target
+    would log into it, for they are below this one's last."""
+    if "wandb" not in config.report_to:
+        yield
+        return
+    import wandb
+
+    callers = wandb.run
+    try:
+        yield
+    finally:
+        if callers is None:
+            wandb.finish()

@@ -27,7 +27,13 @@ from fusechat.model import load_model, unwrapped
 from fusechat.processes import n_processes, rank
 from fusechat.tokenizer import load_tokenizer
 from fusechat.train.batches import StepBatches
-from fusechat.train.callbacks import MarkComplete, Watch, follow_a_moved_folder, last_whole_checkpoint
+from fusechat.train.callbacks import (
+    MarkComplete,
+    Watch,
+    follow_a_moved_folder,
+    last_whole_checkpoint,
+    wandb_run_of_its_own,
+)
 from fusechat.train.dataset import FusionDataset
 from fusechat.train.forward import LossSettings, install_loss, router_weight
 from fusechat.train.held_out import HeldOut
@@ -110,7 +116,7 @@ def fit(
             follow_a_moved_folder(checkpoint)
     trainer.accelerator.wait_for_everyone()
     try:
-        with _wandb_run_of_its_own(config):
+        with wandb_run_of_its_own(config):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.OutOfMemoryError as error:
         raise FusechatError(
@@ -136,23 +142,6 @@ def fit(
         best_step=trainer.state.best_global_step if config.final == "best" else None,
         sharding=facts["sharding"],
     )
-
-
-@contextmanager
-def _wandb_run_of_its_own(config: TrainConfig) -> Iterator[None]:
-    """End the run of W&B that the Trainer begins, unless one was open before: W&B drops the steps that the next target
-    would log into it, for they are below this one's last."""
-    if "wandb" not in config.report_to:
-        yield
-        return
-    import wandb
-
-    callers = wandb.run
-    try:
-        yield
-    finally:
-        if callers is None:
-            wandb.finish()
 
 
 @contextmanager
