@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 from dataclasses import dataclass
+
+log = logging.getLogger(__name__)
 
 _QUERY = ("nvidia-smi", "--query-gpu=index,uuid,memory.total,name", "--format=csv,noheader,nounits")
 _TIMEOUT_S = 30.0
@@ -28,7 +31,10 @@ def cuda_devices() -> list[CudaDevice]:
     """
     try:
         done = subprocess.run(_QUERY, capture_output=True, text=True, check=True, timeout=_TIMEOUT_S)
-    except (OSError, subprocess.SubprocessError):
+    except OSError:
+        return []
+    except subprocess.SubprocessError as error:
+        log.warning("no GPU is counted, for nvidia-smi is here and fails: %s", error)
         return []
     found = [device for line in done.stdout.splitlines() if (device := _device(line))]
     named = os.environ.get("CUDA_VISIBLE_DEVICES")

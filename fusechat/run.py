@@ -163,32 +163,24 @@ def _train_all(config: RunConfig, layout: Layout, names: list[str], held_out: li
     from fusechat.train import refuse_other_target, train
 
     stores = dict(zip(names, _taught_by(layout, names)))
-    targets = {MULTI: names} if config.train.mode == "multi" else {name: [name] for name in names}
+    taught_by = {MULTI: names} if config.train.mode == "multi" else {name: [name] for name in names}
     if config.train.sft_control:
-        targets[SFT] = []
+        taught_by[SFT] = []
+    pivot_store = layout.store("pivot")
+    targets = {
+        name: ([stores[source] for source in sources], layout.target(name), target_settings(config, sources))
+        for name, sources in taught_by.items()
+    }
     if rank() == 0:
-        for name, taught_by in targets.items():
-            refuse_other_target(
-                layout.store("pivot"),
-                [stores[source] for source in taught_by],
-                layout.target(name),
-                target_settings(config, taught_by),
-                seed=config.seed,
-                held_out=held_out,
-            )
+        for target in targets.values():
+            refuse_other_target(pivot_store, *target, seed=config.seed, held_out=held_out)
         if not all(path.exists() for path in (*map(layout.target, targets), layout.merged)):
             _write_config(config, layout)  # what is there is of these settings, and so is what is made from here on
-    for name, taught_by in targets.items():
+    for name, target in targets.items():
+        progress = report.stage(f"train {name}", "steps")
         provenance = train(
-            config.pivot,
-            layout.store("pivot"),
-            [stores[source] for source in taught_by],
-            layout.target(name),
-            target_settings(config, taught_by),
-            seed=config.seed,
-            held_out=held_out,
-            progress=report.stage(f"train {name}", "steps"),
-        )
+            config.pivot, pivot_store, *target, seed=config.seed, held_out=held_out, progress=progress
+        )  # fmt: skip
         share = "" if name == SFT else f", source taught in {provenance['source_share']:.0%}"
         report.done(f"train {name}", f"loss {provenance['losses'][-1]:.4f}{share}" if provenance["losses"] else "done")
 

@@ -33,10 +33,16 @@ def test_hidden_devices_are_left_out(
     assert visible is not None or found[-1].model == "NVIDIA B, 2nd"
 
 
-def test_without_a_driver_there_is_none(gpus: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def test_without_a_driver_there_is_none_and_one_that_fails_is_told(
+    gpus: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     gpus("NVIDIA GB10", mebibytes="[N/A]")  # shares the host's memory
     assert cuda_devices() == []
     (tmp_path / "driver" / "nvidia-smi").write_text("#!/bin/sh\necho 'Failed to initialize NVML'; exit 9\n")
+    assert not caplog.messages
     assert cuda_devices() == []
+    assert "nvidia-smi is here and fails" in caplog.text
+    caplog.clear()
     monkeypatch.setenv("PATH", str(tmp_path))
     assert cuda_devices() == []
+    assert not caplog.messages
