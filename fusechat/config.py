@@ -259,7 +259,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
         values = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # among these a text that is not UTF-8
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping with the keys {', '.join(RunConfig.model_fields)}")

@@ -35,7 +35,7 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(text: str) -> Any:
-    """Return what a YAML text says; raises yaml.YAMLError."""
+    """Return what a YAML text says; raises yaml.YAMLError, and ValueError for a date that is none (2024-13-45)."""
     return yaml.load(text, _Loader)
 
 
@@ -80,7 +80,7 @@ def overridden(overrides: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(f"override `{override}` is not of the form key.subkey=value")
         try:
             value = read_yaml(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:
             raise ConfigError(f"override `{override}`: the value is not valid YAML") from error
         *parents, last = key.split(".")
         section = changes

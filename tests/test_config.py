@@ -9,7 +9,9 @@ from pydantic import BaseModel
 from typer.testing import CliRunner
 
 from fusechat.cli import app
+from fusechat.commands.evaluate.names import key_values
 from fusechat.config import ExtractConfig, load_config, parse_config, parse_extract, short_name, source_name
+from fusechat.config_values import overridden
 from fusechat.errors import ConfigError
 from fusechat.train_config import TrainConfig, parse_train
 
@@ -283,3 +285,13 @@ def test_templates_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.
         assert config.sources[1].extract.template == meant
     here = load_config(_write(tmp_path, MINIMAL), ["extract.template=x.jinja"])
     assert here.extract.template == str(tmp_path / "elsewhere" / "x.jinja")
+
+
+def test_a_date_that_is_none_is_one_line(tmp_path: Path) -> None:
+    """Catches PyYAML's ValueError, which is no YAMLError."""
+    with pytest.raises(ConfigError, match=r"data\.train=2024-13-45`: the value is not valid YAML"):
+        overridden(["data.train=2024-13-45"])
+    (tmp_path / "c.yaml").write_text("data: {train: 2024-13-45}")
+    with pytest.raises(ConfigError, match="is not valid YAML"):
+        load_config(tmp_path / "c.yaml")
+    assert key_values(["a=1e-6"]) == {"a": 1e-6}

@@ -42,13 +42,15 @@ def key_values(words: Sequence[str]) -> dict[str, Any]:
 
     import yaml
 
+    from fusechat.config_values import read_yaml
+
     values = {}
     for word in words:
         key, equals, text = word.partition("=")
         if not equals or not key:
             raise ConfigError(f"{word} should have the form key=value")
         try:
-            values[key] = yaml.safe_load(text)
+            values[key] = read_yaml(text)
             json.dumps(values[key], allow_nan=False)
         except yaml.YAMLError as error:
             raise ConfigError(f"{word}: the value is not valid YAML") from error
