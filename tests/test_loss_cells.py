@@ -40,6 +40,16 @@ def make_cells(seed: int, n_rows: int, vocabulary: int, n_entries: int) -> Cells
 @pytest.mark.parametrize(("vocabulary", "n_entries"), [(9, 4), (300, 12)])
 def test_ranges_match_the_dense_partition_element_by_element(form, vocabulary, n_entries):
     """Catches a token counted in two cells, a gradient not spread as the student's distribution inside its cell."""
+    check_ranges(vocabulary, n_entries, form)
+
+
+@pytest.mark.parametrize("n_entries", [7, 8, 15, 16, 24, 31, 40])
+def test_tables_of_any_number_of_cells(n_entries):
+    """Catches cells beyond those that the engine's loop over the row looks up at once."""
+    check_ranges(2000, n_entries, {"missing": "tail"})
+
+
+def check_ranges(vocabulary, n_entries, form):
     rows = make_rows(1, 10, vocabulary, n_entries)
     partition = torch.arange(10) % 3 == 0
     common = {"hard_weight": 0.4, "partition": partition, "cells": make_cells(1, 10, vocabulary, n_entries), **form}

@@ -72,6 +72,7 @@ float softcap_one(float z, float cap);
 // What a row's gradient is made of: (soft[cell] · e + hard · exp(z − shift) + offset) · slope.
 struct DenseGradient {
     float soft[kCoefficients] = {};  // by cell where the tokens have one, else the first for all
+    std::size_t n_cells = 1;         // with the tail
     float hard = 0;
     float offset = 0;
 };

@@ -171,6 +171,7 @@ private:
         const double hard_per_e = tau == 1.0 ? per_hard * shift_to_top_ : 0.0;
         dense.soft[0] = static_cast<float>((scratch_.sum > 0 ? per_soft * alpha_tail_ / scratch_.sum : 0.0) + hard_per_e);
         if (by_map_) {
+            dense.n_cells = cells_.cells.size() + 1;
             for (std::size_t i = 0; i < cells_.cells.size(); ++i) {
                 const Cell &cell = cells_.cells[i];
                 dense.soft[i + 1] = static_cast<float>(per_soft * cell.alpha / cell.sum + hard_per_e);

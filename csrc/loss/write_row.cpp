@@ -7,10 +7,14 @@
 namespace fusechat::loss {
 namespace {
 
-// One coefficient a cell, looked up for a vector of cells at a time.
+// As many cells as one shuffle of two vectors tells apart; more take several shuffles and a choice between them.
 template <int kLanes>
+constexpr int kFewCells = 2 * kLanes;
+
+// The coefficients of kMost cells, looked up for a vector of cells at a time.
+template <int kLanes, int kMost>
 struct Table {
-    static constexpr int kParts = kCoefficients / kLanes;
+    static constexpr int kParts = kMost / kLanes;
     typename Vectors<kLanes>::Floats parts[kParts];
 
     FUSECHAT_INLINE void find(const typename Vectors<kLanes>::Words &cells, typename Vectors<kLanes>::Floats &v) const {
@@ -21,9 +25,9 @@ struct Table {
     }
 };
 
-template <bool kCells, bool kHard, bool kSlope, int kLanes, class F>
+template <bool kCells, bool kHard, bool kSlope, class Coefficients, class F>
 FUSECHAT_INLINE void gradient_lanes(const float *e, const float *e_hard, const float *slope, const std::uint8_t *cell_of,
-                                    const DenseGradient &dense, const Table<kLanes> &table, F &v) {
+                                    const DenseGradient &dense, const Coefficients &table, F &v) {
     F other;
     load(v, e);
     if constexpr (kCells) {
@@ -44,30 +48,31 @@ FUSECHAT_INLINE void gradient_lanes(const float *e, const float *e_hard, const f
     }
 }
 
-template <int kLanes, bool kCells, bool kHard, bool kSlope, class T>
+// At most kCells cells are told apart; with 0 the tokens have none.
+template <int kLanes, int kCells, bool kHard, bool kSlope, class T>
 FUSECHAT_INLINE void write(const RowScratch &row, const DenseGradient &dense, const std::uint8_t *cell_of, std::int64_t n, T *gradient) {
     const float *e = row.e, *e_hard = row.e_hard.data(), *slope = row.slope.data();
-    Table<kLanes> table;
+    Table<kLanes, std::max(kCells, kLanes)> table;
     load(table, dense.soft);
     const std::int64_t whole = n / kLanes * kLanes;
     typename Vectors<kLanes>::Floats v;
     for (std::int64_t i = 0; i < whole; i += kLanes) {
-        gradient_lanes<kCells, kHard, kSlope>(e + i, e_hard + i, slope + i, cell_of + i, dense, table, v);
+        gradient_lanes<(kCells > 0), kHard, kSlope>(e + i, e_hard + i, slope + i, cell_of + i, dense, table, v);
         narrow(gradient + i, v);
     }
     if (whole < n) {
         std::uint8_t cells[kLanes] = {};
         float exponentials[kLanes] = {};
-        if constexpr (kCells) std::copy(cell_of + whole, cell_of + n, cells);
+        if constexpr (kCells > 0) std::copy(cell_of + whole, cell_of + n, cells);
         std::copy(e + whole, e + n, exponentials);
-        gradient_lanes<kCells, kHard, kSlope>(exponentials, e_hard + whole, slope + whole, cells, dense, table, v);
+        gradient_lanes<(kCells > 0), kHard, kSlope>(exponentials, e_hard + whole, slope + whole, cells, dense, table, v);
         T remainder[kLanes];
         narrow(remainder, v);
         std::copy_n(remainder, n - whole, gradient + whole);
     }
 }
 
-template <int kLanes, bool kCells, class T>
+template <int kLanes, int kCells, class T>
 FUSECHAT_INLINE void write_form(const RowScratch &row, const DenseGradient &dense, const std::uint8_t *cell_of, std::int64_t n, T *gradient) {
     const bool has_hard = !row.e_hard.empty(), has_slope = !row.slope.empty();
     if (has_hard && has_slope) write<kLanes, kCells, true, true>(row, dense, cell_of, n, gradient);
@@ -80,8 +85,9 @@ struct WriteRow {
     template <int kLanes, class T>
     FUSECHAT_INLINE static void run(const RowScratch &row, const DenseGradient &dense, const std::uint8_t *cell_of, std::int64_t n,
                                     T *gradient) {
-        if (cell_of == nullptr) write_form<kLanes, false>(row, dense, cell_of, n, gradient);
-        else write_form<kLanes, true>(row, dense, cell_of, n, gradient);
+        if (cell_of == nullptr) write_form<kLanes, 0>(row, dense, cell_of, n, gradient);
+        else if (dense.n_cells <= kFewCells<kLanes>) write_form<kLanes, kFewCells<kLanes>>(row, dense, cell_of, n, gradient);
+        else write_form<kLanes, kCoefficients>(row, dense, cell_of, n, gradient);
     }
 };
 
