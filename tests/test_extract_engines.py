@@ -34,6 +34,7 @@ from fusechat.extract.child import ChildEngine
 from fusechat.extract.engines import EngineLostError, run_shards
 from fusechat.extract.on_ray import n_actors
 from fusechat.extract.task import Shard, Task
+from fusechat.extract.vllm import engine_arguments
 from fusechat.ledger import Ledger, read_ledger
 from fusechat.model_shape import shape_of_directory
 from fusechat.plan.extraction import plan_extraction
@@ -157,6 +158,36 @@ def test_a_model_is_spread_over_as_few_gpus_as_hold_it_and_the_plan_says_so(
     planned = plan_extraction("seven", shape, lengths, seven_billion.config, hardware, 0)
     assert (planned.settings["tensor_parallel_size"], planned.settings["engines"]) == (size, 4 // size)
     assert planned.fits
+
+
+@pytest.mark.parametrize(("share", "size"), [(0.95, 1), (0.4, 2)])
+def test_run_and_plan_spread_a_model_by_the_share_of_a_gpu_that_vllm_is_given(
+    seven_billion: Task, gpus: Any, monkeypatch: pytest.MonkeyPatch, share: float, size: int
+) -> None:
+    """Catches an engine that is given too little of a GPU for its weights, and a plan that fits by another share."""
+    gpus(*["NVIDIA Z"] * 2, mebibytes=24 * 1024)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    config = seven_billion.config.model_copy(update={"engine_args": {"gpu_memory_utilization": share}})
+    made: Any = engines_of(replace(seven_billion, config=config), [])
+    assert {engine.task.config.tensor_parallel_size for engine in made} == {size}
+    shape, _ = shape_of_directory(seven_billion.directory)
+    lengths = Lengths(n_dialogues=9, sample=np.full(9, 500), row_share=0.75, distinct_ids=9)
+    planned = plan_extraction("seven", shape, lengths, config, load_hardware(None), 0)
+    arguments = engine_arguments(replace(seven_billion, config=config), on_cpu=False, memory_bytes=24 << 30)
+    assert planned.settings["tensor_parallel_size"] == size
+    for key in ("gpu_memory_utilization", "max_num_batched_tokens"):
+        assert planned.settings[key] == arguments[key]
+    assert planned.fits
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("gpu_memory_utilization", 1.5), ("gpu_memory_utilization", "all"), ("max_num_batched_tokens", 0)],
+)
+def test_a_share_that_is_none_is_refused_before_anything_starts(seven_billion: Task, key: str, value: Any) -> None:
+    config = seven_billion.config.model_copy(update={"engine_args": {key: value}})
+    with pytest.raises(ConfigError, match=rf"extract\.engine_args\.{key} is {value!r}: it must be"):
+        engine_arguments(replace(seven_billion, config=config), on_cpu=False, memory_bytes=24 << 30)
 
 
 def test_a_store_goes_on_with_the_size_its_shards_were_made_with(
