@@ -55,7 +55,8 @@ FAMILIES = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelShape:
-    """The sizes of a decoder-only transformer. `dtype` is that of the stored weights, `quantisation` its method."""
+    """The sizes of a decoder-only transformer. `dtype` is what its forward pass computes in by itself, `quantisation`
+    the method of its weights."""
 
     name: str
     family: str
@@ -74,10 +75,17 @@ class ModelShape:
     mlp_bias: bool = False
     dtype: str = "bfloat16"
     quantisation: str | None = None
+    stored_dtype: str = ""
+    """The dtype of most stored weights, where their headers were read."""
     weight_bytes: int | None = None
     """Size of the stored weights, where their headers were read."""
     remote_code: bool = False
     """Whether only Python of its own can build it: transformers has no such architecture."""
+
+    @property
+    def in_file(self) -> str:
+        """The dtype the weights are stored in, as far as is known."""
+        return self.stored_dtype or self.dtype
 
     @property
     def known(self) -> bool:
@@ -128,7 +136,7 @@ def shape_from_config(name: str, config: Mapping[str, Any]) -> ModelShape:
         experts_per_token=size("num_experts_per_tok", default=1),
         attention_bias=bool(text.get("attention_bias", False)) or family.bias,
         mlp_bias=bool(text.get("mlp_bias", False)) or family.bias,
-        dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
+        dtype=computed_dtype(config, {}),
         quantisation=str(quantisation.get("quant_method", "quantised")) if isinstance(quantisation, dict) else None,
         remote_code=needs_remote_code(config),
     )
@@ -138,9 +146,31 @@ def needs_remote_code(config: Mapping[str, Any]) -> bool:
     """Return whether a config.json names Python of its own for an architecture that transformers does not have."""
     if not config.get("auto_map"):
         return False
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.auto_mappings import CONFIG_MAPPING_NAMES  # configuration_auto loads torch
 
     return config.get("model_type") not in CONFIG_MAPPING_NAMES
+
+
+def computed_dtype(config: Mapping[str, Any], elements: Mapping[str, int]) -> str:
+    """Return what a forward pass computes in by itself, for extraction and plan alike: what config.json states, else
+    the dtype of most stored floats, else float32.
+
+    `elements` counts the stored numbers by safetensors' dtypes.
+    """
+    return stated_dtype(config) or _most(elements) or "float32"
+
+
+def stated_dtype(config: Mapping[str, Any]) -> str:
+    """Return the dtype that a config.json states; empty where it states none that a forward pass computes in."""
+    text = config.get("text_config")
+    parts = [config, text] if isinstance(text, dict) else [config]
+    named = [str(part.get(key)).removeprefix("torch.") for part in parts for key in ("dtype", "torch_dtype")]
+    return next((dtype for dtype in named if dtype in _FLOATS.values()), "")
+
+
+def _most(elements: Mapping[str, int]) -> str:
+    floats = {_FLOATS[dtype]: n for dtype, n in elements.items() if dtype in _FLOATS}
+    return max(floats, key=lambda dtype: floats[dtype], default="")
 
 
 def shape_of_directory(directory: Path) -> tuple[ModelShape, int | None]:
@@ -156,23 +186,24 @@ def shape_of_directory(directory: Path) -> tuple[ModelShape, int | None]:
     shape = shape_from_config(directory.name, config)
     if not any(any(directory.glob(pattern)) for pattern in _WEIGHTS):  # of a served source: they are the server's
         return shape, None
+    elements = stored_elements(directory)
+    return with_weights(shape, config, elements), sum(elements.values())
+
+
+def stored_elements(directory: Path) -> dict[str, int]:
+    """Return how many numbers of every safetensors dtype a model directory holds, by the headers."""
     elements: dict[str, int] = {}
     for entry in read_weights(directory, SINGLE_FILE, INDEX_FILE).values():
         elements[entry.dtype] = elements.get(entry.dtype, 0) + entry.n_elements
-    return with_weights(shape, elements), sum(elements.values())
+    return elements
 
 
-def with_weights(shape: ModelShape, elements: Mapping[str, int]) -> ModelShape:
-    """Return a shape with the size of its weights, and the dtype that a forward pass has by itself.
-
-    `elements` counts the stored numbers by safetensors' dtypes. A quantised model computes in the dtype its config
-    states: its floats are scales and ends.
-    """
-    floats = {_FLOATS[dtype]: n for dtype, n in elements.items() if dtype in _FLOATS}
-    computed = shape.dtype if shape.quantisation and shape.dtype in _FLOATS.values() else ""
-    computed = computed or max(floats, key=lambda dtype: floats[dtype], default="float32")
+def with_weights(shape: ModelShape, config: Mapping[str, Any], elements: Mapping[str, int]) -> ModelShape:
+    """Return a config's shape with what the headers say of the weights: `elements` by safetensors' dtypes."""
     size_bytes = sum(n * STORED_ITEM_BYTES.get(dtype, 1) for dtype, n in elements.items())
-    return replace(shape, dtype=computed, weight_bytes=size_bytes)
+    return replace(
+        shape, dtype=computed_dtype(config, elements), stored_dtype=_most(elements), weight_bytes=size_bytes
+    )  # fmt: skip
 
 
 def expert_parameters(shape: ModelShape) -> int:
@@ -222,7 +253,7 @@ def stored_bytes(shape: ModelShape, dtype: str | None = None) -> int:
     """
     if dtype is None and shape.weight_bytes is not None:
         return shape.weight_bytes
-    dtype = dtype or shape.dtype
+    dtype = dtype or shape.in_file
     n = count_parameters(shape)
     if dtype in ("fp8", "int8", "int4"):
         wide = embedding_parameters(shape) * (1 if shape.tied else 2)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_device import DEVICE
-from test_merge_engine import assert_close, decode, random_model, run, sce_options
+from merge_tensor import assert_close, decode, random_model, run, sce_options
 
 from fusechat import gpu_merge
 from fusechat.kernels import sce

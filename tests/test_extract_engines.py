@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -11,12 +10,10 @@ import sys
 import threading
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 from extract_world import check_store, manifest, shard_bytes
 from hypothesis import given
@@ -24,25 +21,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import fusechat
-from fusechat.config import ExtractConfig
 from fusechat.dialogue import load_dialogues
 from fusechat.errors import ConfigError, DataError, FusechatError
 from fusechat.extract import on_ray
-from fusechat.extract.backend import device_groups, engines_of
-from fusechat.extract.budget import MAX_BATCHED_TOKENS, max_batched_tokens, prompt_logprob_bytes
 from fusechat.extract.child import ChildEngine
 from fusechat.extract.engines import EngineLostError, run_shards
 from fusechat.extract.on_ray import n_actors
-from fusechat.extract.task import Shard, Task
+from fusechat.extract.task import Shard
 from fusechat.ledger import Ledger, read_ledger
-from fusechat.model_shape import shape_of_directory
-from fusechat.plan.extraction import plan_extraction
-from fusechat.plan.hardware import load_hardware
-from fusechat.plan.workload import Lengths
 from fusechat.records import Dialogue
 from fusechat.reporter import Reporter
-from fusechat.template import load_template
-from fusechat.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -108,73 +96,6 @@ def test_an_error_of_the_work_itself_stops_all_engines() -> None:
     endless = (Shard(number=i, first=i, dialogues=()) for i in iter(int, 1))
     with pytest.raises(DataError, match="broken"):
         run_shards([engine(0), engine(1)], endless, note=lambda *_: None, advance=lambda n: None)
-
-
-def test_devices_are_divided_into_engines() -> None:
-    def seen(*arguments: Any) -> list[str]:
-        return [group["CUDA_VISIBLE_DEVICES"] for group in device_groups(*arguments)]
-
-    assert seen(["0", "1", "2", "3", "4"], 2, None) == ["0,1", "2,3"]
-    assert seen(["3", "GPU-aa"], 1, None) == ["3", "GPU-aa"]
-    assert seen(["0", "1"], 1, 1) == ["0"]
-    assert device_groups([], 1, None) == [{}]
-    assert device_groups([], 1, 2) == [{}, {}]
-    for wrong in ((["0"], 2, None), (["0", "1"], 1, 3)):
-        with pytest.raises(ConfigError, match=r"do not fit the \d that are visible"):
-            device_groups(*wrong)
-
-
-@pytest.fixture
-def seven_billion(tiny_world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Task:
-    """An extraction by vLLM of a model of 7 billion parameters of which only the config is here."""
-    monkeypatch.setattr("fusechat.extract.vllm.require_vllm", lambda: None)
-    sizes = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
-    config = {"model_type": "mistral", "intermediate_size": 14336, "vocab_size": 32_000, "dtype": "bfloat16", **sizes}
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    return Task(
-        model="seven", directory=tmp_path / "model", out=tmp_path / "s", config=ExtractConfig(backend="vllm"),
-        template=load_template(load_tokenizer(tiny_world.pivot), "own"), vocab_size=32_000, max_length_tokens=2048,
-        dtype="bfloat16",
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize(("gigabytes", "size"), [(6, 4), (12, 2), (24, 1), (80, 1)])
-def test_a_model_is_spread_over_as_few_gpus_as_hold_it_and_the_plan_says_so(
-    seven_billion: Task, gpus: Any, monkeypatch: pytest.MonkeyPatch, gigabytes: int, size: int
-) -> None:
-    gpus(*["NVIDIA Z"] * 4, mebibytes=gigabytes * 1024)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
-    made: Any = engines_of(seven_billion, [])
-    groups = [",".join("0123"[i : i + size]) for i in range(0, 4, size)]
-    assert [engine.environment["CUDA_VISIBLE_DEVICES"] for engine in made] == groups
-    assert {engine.task.config.tensor_parallel_size for engine in made} == {size}
-    asked = seven_billion.config.model_copy(update={"tensor_parallel_size": 4})
-    assert len(engines_of(replace(seven_billion, config=asked), [])) == 1
-    shape, _ = shape_of_directory(seven_billion.directory)
-    hardware = load_hardware(None)
-    lengths = Lengths(n_dialogues=9, sample=np.full(9, 500), row_share=0.75, distinct_ids=9)
-    planned = plan_extraction("seven", shape, lengths, seven_billion.config, hardware, 0)
-    assert (planned.settings["tensor_parallel_size"], planned.settings["engines"]) == (size, 4 // size)
-    assert planned.fits
-
-
-def test_a_store_goes_on_with_the_size_its_shards_were_made_with(
-    seven_billion: Task, gpus: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Catches a store half of whose rows were summed over two GPUs, half over one."""
-    gpus(*["NVIDIA Z"] * 4, mebibytes=80 * 1024)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
-    made: Any = engines_of(seven_billion, [{"name": "vllm", "tensor_parallel_size": 2}])
-    assert {engine.task.config.tensor_parallel_size for engine in made} == {2}
-
-
-def test_where_the_gpus_are_not_known_each_has_an_engine(
-    seven_billion: Task, gpus: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-a,MIG-b")
-    gpus("NVIDIA Z", mebibytes=6 * 1024)
-    assert len(engines_of(seven_billion, [])) == 2
 
 
 def test_one_engine_for_each_visible_device_gives_the_bytes_of_one_process(
@@ -387,27 +308,3 @@ def test_a_cluster_without_cpus_is_told_the_mend_for_it(
     monkeypatch.setattr(on_ray, "ray_cluster", lambda _: nullcontext(empty))
     with pytest.raises(ConfigError, match=r"1 CPUs, .*: start one with CPUs"):
         fusechat.extract(str(tiny_world.source), dialogues, tmp_path / "s", ray="local")
-
-
-@given(
-    vocab_size=st.integers(100, 300_000), memory_gib=st.integers(1, 200), utilization=st.floats(0.3, 0.95),
-    dtype_bytes=st.sampled_from([2, 4]),
-)  # fmt: skip
-def test_the_step_of_vllm_fits_beside_its_own_memory(
-    vocab_size: int, memory_gib: int, utilization: float, dtype_bytes: int
-) -> None:
-    memory_bytes = memory_gib << 30
-    tokens = max_batched_tokens(vocab_size, memory_bytes, dtype_bytes=dtype_bytes, utilization=utilization)
-    assert 64 <= tokens <= MAX_BATCHED_TOKENS
-    need = prompt_logprob_bytes(tokens, vocab_size, dtype_bytes=dtype_bytes)
-    assert tokens == 64 or need <= (1 - utilization) * memory_bytes
-    twice = prompt_logprob_bytes(2 * tokens, vocab_size, dtype_bytes=dtype_bytes)
-    assert tokens == MAX_BATCHED_TOKENS or twice > 0.7 * (1 - utilization) * memory_bytes
-
-
-def test_the_known_case_of_running_out_of_memory() -> None:
-    """8,192 tokens at V = 152,064 are 7.5 GB: fine on an H200, too much beside 85 % of a 24 GiB card."""
-    assert prompt_logprob_bytes(8192, 152_064) == pytest.approx(7.5e9, rel=0.01)
-    assert max_batched_tokens(152_064, 139 << 30) == 8192
-    assert max_batched_tokens(152_064, 24 << 30) == 2048
-    assert max_batched_tokens(32_000, 24 << 30) == 8192

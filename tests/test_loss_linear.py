@@ -9,7 +9,7 @@ from dense_loss import dense_loss, make_rows
 from fusechat.errors import ConfigError
 from fusechat.loss import linear_sparse_soft_ce, ops, sparse_soft_ce
 from fusechat.loss.backend import forward_rows
-from fusechat.loss.plan import plan_chunk_rows, row_stride
+from fusechat.loss_chunks import plan_chunk_rows, row_stride
 
 
 def make_linear(seed: int, n_rows: int, vocabulary: int, width: int, n_entries: int, dtype=torch.float32):
@@ -75,13 +75,17 @@ def test_bf16_weight_gradient_is_summed_in_fp32():
 
 def test_the_budget_sets_the_chunk():
     """Catches a budget that is ignored, and one too small that is silently exceeded."""
-    weight = torch.empty(1000, 16, dtype=torch.bfloat16)  # rows of 1,008 elements
-    plan = {"weight_grad": True, "logits_bytes": 2}
-    assert plan_chunk_rows(49, weight, budget_bytes=100_000, **plan) == 49
-    assert plan_chunk_rows(50, weight, budget_bytes=100_000, **plan) == (100_000 - 64_000) // 2016
-    assert plan_chunk_rows(50, weight, budget_bytes=100_000, weight_grad=False, logits_bytes=2) == 49
+
+    def rows(n_rows, budget_bytes, *, weight_grad=True):
+        return plan_chunk_rows(  # rows of 1,008 elements
+            n_rows, 1000, 16, weight_bytes=2, weight_grad=weight_grad, logits_bytes=2, budget_bytes=budget_bytes
+        )
+
+    assert rows(49, 100_000) == 49
+    assert rows(50, 100_000) == (100_000 - 64_000) // 2016
+    assert rows(50, 100_000, weight_grad=False) == 49
     with pytest.raises(ConfigError, match="give at least 66016"):
-        plan_chunk_rows(51, weight, budget_bytes=60_000, **plan)
+        rows(51, 60_000)
 
 
 def test_rows_of_a_chunk_begin_at_aligned_addresses(monkeypatch):

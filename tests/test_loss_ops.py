@@ -61,8 +61,8 @@ WAITS = {"item", "tolist", "cpu", "numpy", "nonzero", "any", "all", "equal", "__
 NUMBERS = {"bool", "int", "float"}
 # Where a wait is meant: indices are checked, and arrays handed over, on the CPU only; `counting` says that it waits.
 ON_THE_CPU = {"check_indices", "_refuse", "_plain", "_native_rows", "native_topk", "counting"}
-# Of plain numbers, and, as asserted below, of a factor on the CPU.
-NO_WAIT = ["plan_chunk_rows: int(chunk_rows)", "scale_: bool(factor == 1)"]
+# As asserted below, of a factor on the CPU.
+NO_WAIT = ["scale_: bool(factor == 1)"]
 
 
 def _questions(node: ast.AST) -> list[ast.expr]:

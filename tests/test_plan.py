@@ -1,36 +1,27 @@
-"""The plan: what it decides, what it advises, what it prints, and what it refuses."""
+"""The plan of a whole run: what it counts of data and stages, what it decides, and what it advises."""
 
 from __future__ import annotations
 
 import json
-import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from rich.console import Console
-from typer.testing import CliRunner
 
 import fusechat.plan as room
-from fusechat.cli import app
-from fusechat.config import AlignConfig, EvalConfig, ExtractConfig, RunConfig, load_config, parse_config
-from fusechat.errors import ConfigError, DataError
+from fusechat.config import AlignConfig, EvalConfig, ExtractConfig, RunConfig, parse_config
+from fusechat.errors import ConfigError
 from fusechat.merge.estimate import engine_bytes, expected_engine_bytes
 from fusechat.plan import Plan, plan
 from fusechat.plan.alignment import plan_alignment
-from fusechat.plan.hardware import Hardware, load_hardware
+from fusechat.plan.hardware import load_hardware
 from fusechat.plan.merging import plan_merge
 from fusechat.plan.models import model_shape
 from fusechat.plan.projection import papers_config
-from fusechat.plan.report import print_plan
 from fusechat.plan.stage import StagePlan
-from fusechat.plan.training import launch_words
 from fusechat.plan.workload import Lengths
-from fusechat.recipe import recipe_path
 from fusechat.split import load_split
 
 
@@ -81,15 +72,6 @@ def test_the_state_of_a_7b_model_is_what_a_hand_counts(paper: RunConfig) -> None
     assert extract.device_parts["kv cache"] == 4096 * 2 * 80 * 8192 * 2 / 8  # a step's tokens; 2,049 would do
 
 
-def test_more_memory_needs_fewer_gpus_for_a_large_source(paper: RunConfig) -> None:
-    widths = [
-        stage(plan(paper, load_hardware("h200", memory_bytes=size)), "extract", "qwen").settings["tensor_parallel_size"]
-        for size in (40_000_000_000, 80_000_000_000, 141_000_000_000)
-    ]
-    assert widths == sorted(widths, reverse=True)  # type: ignore[type-var]
-    assert widths[0] > widths[-1]  # type: ignore[operator]
-
-
 def test_what_a_plan_advises_makes_it_fit(paper: RunConfig) -> None:
     hardware = replace(load_hardware("a100-40", gpus=4), host_memory_bytes=2_000_000_000_000)
     tight = replace(hardware, memory_bytes=16_000_000_000)
@@ -106,13 +88,6 @@ def test_what_a_plan_advises_makes_it_fit(paper: RunConfig) -> None:
             int(value) if value.isdecimal() else value
         )
     assert stage(plan(parse_config(values, "advised"), tight), "train", "solar").fits
-
-
-def test_a_source_too_large_for_every_split_is_told_to_be_quantised(paper: RunConfig) -> None:
-    result = plan(paper, load_hardware("a100-40", gpus=2))
-    changes = " ".join(stage(result, "extract", "qwen").changes)
-    assert "quantised to int4, on 2 GPUs" in changes
-    assert "vllm-server" in changes
 
 
 def test_local_dialogues_are_counted_and_assumed_ones_said(tiny_world: Any, light: None, tmp_path: Path) -> None:
@@ -191,35 +166,6 @@ def test_a_merge_is_expected_to_stay_below_its_bound(n_selections: int) -> None:
     """Catches a term that only one of the two counts; bench/plan.py compares with what a merge took."""
     bound, expected = (f(5, 2, n_selections) for f in (engine_bytes, expected_engine_bytes))
     assert bound / 2 < expected < bound
-
-
-@pytest.mark.parametrize(
-    ("gpus", "options", "engines"),
-    [(1, {}, 1), (8, {}, 8), (8, {"engines": 3}, 3), (8, {"device_map": "auto"}, 1), (4, {"device": "cuda:1"}, 1)],
-)
-def test_transformers_extract_on_every_gpu(paper: RunConfig, gpus: int, options: dict[str, Any], engines: int) -> None:
-    def pivot(gpus: int, **update: Any) -> StagePlan:
-        extract = paper.extract.model_copy(update={"backend": "hf", **update})
-        return stage(
-            plan(paper.model_copy(update={"extract": extract}), load_hardware("h200", gpus=gpus)), "extract", "pivot"
-        )
-
-    one, found = pivot(1), pivot(gpus, **options)
-    assert found.settings["engines"] == found.devices == engines
-    assert found.seconds == pytest.approx(one.seconds / engines)
-    assert found.host_bytes == engines * one.host_bytes
-    assert found.device_parts == one.device_parts
-
-
-@pytest.mark.parametrize("options", [{"device": "cpu"}, {"device_map": "cpu"}])
-def test_extraction_on_a_gpu_machine_s_processor_takes_no_gpu(paper: RunConfig, options: dict[str, Any]) -> None:
-    extract = paper.extract.model_copy(update={"backend": "hf", **options})
-    result = plan(paper.model_copy(update={"extract": extract}), load_hardware("h200"))
-    found = stage(result, "extract", "pivot")
-    assert (found.devices, found.device_bytes) == (0, 0)
-    assert found.host_bytes > 2 * 7_241_748_480
-    assert found.host_limit_bytes == result.hardware.host_memory_bytes
-    assert found.seconds > 10 * stage(plan(paper, load_hardware("h200")), "extract", "pivot").seconds
 
 
 def test_served_sources_are_not_scored(paper: RunConfig) -> None:
@@ -344,188 +290,3 @@ def test_packing_is_priced_by_real_lengths() -> None:
     spread = Lengths(n_dialogues=100, sample=np.array([10] * 99 + [1000]), row_share=1.0, distinct_ids=9)
     assert spread.padded_share(4) > 2
     assert spread.padded_share(1) == pytest.approx(1.0)
-
-
-@pytest.mark.parametrize("name", ["a100-40", "rtx4090"])
-def test_the_table_fits_80_columns(paper: RunConfig, name: str) -> None:
-    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    print_plan(plan(paper, load_hardware(name), disk_limit_bytes=10**9), console)
-    text = console.export_text()
-    assert max(map(len, text.splitlines())) <= 80
-    assert "…" not in text
-    for word in ("internlm", "the disk is too small", "fits", "GB", "max_num_batched_tokens", "launched by"):
-        assert word in text
-
-
-def test_the_command_prints_json_offline() -> None:
-    done = CliRunner().invoke(app, ["plan", "recipe:fusechat_7b_v2", "--hardware", "a100-80", "--gpus", "4", "--json"])
-    assert done.exit_code == 0, done.output
-    found = json.loads(done.stdout)
-    assert found["devices"] == 4
-    assert len(found["stages"]) == 6 + 5 + 6 + 1 + 1
-    first = found["stages"][0]
-    assert first["device_bytes"] == sum(first["device_parts"].values())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["recipe:fusechat_7b_v3"], "did you mean fusechat_7b_v2"),
-        (["recipe:fusechat_7b_v2", "--hardware", "h20"], "did you mean h200"),
-        (["recipe:fusechat_7b_v2", "--gpus", "2", "--hardware", "cpu"], "--gpus has no meaning"),
-        (["recipe:fusechat_7b_v2", "--gpus", "2"], "--gpu-memory 40GB, or --hardware"),
-        (["recipe:fusechat_7b_v2", "--hardware", "h200", "--gpu-memory", "much"], "is no size"),
-        (["recipe:fusechat_7b_v2", "pivot=./nowhere", "--hardware", "h200"], "does not exist"),
-        (["nowhere.yaml"], "cannot read nowhere.yaml"),
-    ],
-)
-def test_what_is_wrong_is_said_in_one_line(arguments: list[str], message: str, gpus: Any) -> None:
-    gpus()
-    done = CliRunner().invoke(app, ["plan", *arguments])
-    assert isinstance(done.exception, (ConfigError, DataError))
-    assert message in str(done.exception)
-    assert "\n" not in str(done.exception)
-
-
-def test_the_gpus_that_are_here_are_what_is_planned_for(gpus: Any) -> None:
-    """Catches a plan for the CPU of a machine that has GPUs, and one for GPUs that are hidden."""
-
-    def planned(*options: str) -> tuple[dict[str, Any], str]:
-        done = CliRunner().invoke(app, ["plan", "recipe:fusechat_7b_v2", "--json", *options])
-        assert done.exit_code == 0, done.output
-        found = json.loads(done.stdout)
-        return found, "; ".join(found["assumptions"])
-
-    gpus("NVIDIA H200", "NVIDIA H200", mebibytes=143_771)
-    found, assumed = planned()
-    assert (found["hardware"], found["devices"], found["device_memory_bytes"]) == ("NVIDIA H200", 2, 143_771 << 20)
-    assert "speed and disk as of h200;" in assumed
-    assert "989 TFLOP/s" in assumed
-    gpus("Unheard Of 3000", mebibytes=40_000)
-    assert "as of a100-40, the known GPU nearest in memory" in planned()[1]
-    gpus()
-    found, assumed = planned("--gpus", "8", "--gpu-memory", "80GB")
-    assert (found["devices"], found["device_memory_bytes"]) == (8, 80 * 10**9)
-    assert "as of a100-80, the known GPU" in assumed  # the slower of two
-    assert planned("--gpu-memory", "80GB")[0]["devices"] == 1
-
-
-@pytest.mark.parametrize(
-    ("options", "refused", "mend"),
-    [
-        ({"tensor_parallel_size": 1}, "", "extract.tensor_parallel_size: 8"),
-        ({"tensor_parallel_size": 16}, "1 × 16 GPUs asked for, 8 there", "extract.tensor_parallel_size: 8"),
-        ({"tensor_parallel_size": 3}, "cannot divide 64 heads among 3 GPUs", "extract.tensor_parallel_size: 8"),
-        ({"engines": 2}, "2 × 8 GPUs asked for, 8 there", "extract.engines: 1"),
-        ({"tensor_parallel_size": 8}, "", None),
-    ],
-)
-def test_what_is_asked_of_vllm_is_judged_as_it_is(
-    paper: RunConfig, options: dict[str, Any], refused: str, mend: str | None
-) -> None:
-    """Catches a plan that fits by a size the run does not take."""
-    extract = paper.extract.model_copy(update=options)
-    result = plan(paper.model_copy(update={"extract": extract}), load_hardware("a100-40"))
-    row = stage(result, "extract", "qwen")
-    assert row.settings["tensor_parallel_size"] == options.get("tensor_parallel_size", 8)
-    assert row.fits == (mend is None)
-    assert refused in row.refused
-    assert row.changes == (() if mend is None else (mend,))
-
-
-def test_vllm_must_have_room_within_its_share(paper: RunConfig) -> None:
-    """The parts add up to less than a GPU, but what vLLM counts is more than it takes."""
-    row = stage(plan(paper, load_hardware("h200", gpus=1, memory_bytes=27_000_000_000)), "extract", "solar")
-    assert row.device_bytes <= row.device_limit_bytes
-    assert "vLLM takes 22.9 GB of a GPU" in row.refused
-    assert not row.fits
-
-
-def test_quantisation_that_is_asked_for_is_counted(paper: RunConfig) -> None:
-    def qwen(shape: str, **options: Any) -> StagePlan:
-        extract = paper.extract.model_copy(update=options)
-        return stage(plan(paper.model_copy(update={"extract": extract}), load_hardware("a100-80")), "extract", shape)
-
-    plain, fp8, nf4 = (qwen("qwen", quantization=method) for method in (None, "fp8", "bitsandbytes"))
-    sizes = [row.settings["tensor_parallel_size"] for row in (plain, fp8, nf4)]
-    assert sizes == [4, 2, 1]
-    whole = [row.device_parts["weights"] * size for row, size in zip((plain, fp8, nf4), sizes)]  # type: ignore[operator]
-    ends = 2 * 152_064 * 8192  # embedding and head, which stay as they are
-    assert whole[0] - whole[1] == pytest.approx(whole[0] / 2 - ends, rel=1e-6)
-    assert whole[0] - whole[2] == pytest.approx(0.75 * (whole[0] - 2 * ends), rel=1e-6)
-
-
-def test_a_model_that_brings_code_is_refused_until_it_is_trusted(paper: RunConfig) -> None:
-    wary = load_config(recipe_path("recipe:fusechat_7b_v2"))
-    row = stage(plan(wary, load_hardware("a100-40")), "extract", "internlm")
-    assert not row.fits
-    assert "no internlm2" in row.refused
-    assert row.changes[0].startswith("extract.trust_remote_code: true")
-    assert stage(plan(paper, load_hardware("a100-40")), "extract", "internlm").fits
-    as_pivot = paper.model_copy(update={"pivot": "internlm/internlm2-chat-20b", "sources": paper.sources[:2]})
-    assert not stage(plan(as_pivot, load_hardware("h200")), "train", "solar").fits, "training runs no code of a model's"
-
-
-@pytest.mark.parametrize(
-    ("strategy", "gpus", "dtype", "words"),
-    [
-        ("ddp", 1, "bfloat16", "fusechat run"),
-        ("ddp", 4, "float32", "torchrun --nproc-per-node 4 -m fusechat run"),
-        ("fsdp2", 8, "bfloat16", "accelerate-fsdp2.yaml --num_processes 8 -m fusechat run"),
-        ("fsdp2+offload", 2, "float32", "accelerate-fsdp2-offload.yaml --num_processes 2 --mixed_precision no -m"),
-    ],
-)
-def test_the_launch_line_is_of_the_strategy(strategy: str, gpus: int, dtype: str, words: str) -> None:
-    line = launch_words(strategy, gpus, dtype)
-    assert words in line
-    for file in re.findall(r"\S+\.yaml", line):
-        assert (Path(__file__).resolve().parents[1] / file).exists()
-
-
-def test_a_plan_is_imported_without_torch() -> None:
-    code = "import sys, fusechat.plan.report, fusechat.extract; print('torch' in sys.modules)"
-    root = Path(__file__).resolve().parents[1]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, check=True, capture_output=True, text=True)
-    assert done.stdout == "False\n"
-
-
-def test_the_printed_plan_of_the_docs_is_the_command_s(paper: RunConfig) -> None:
-    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    print_plan(plan(paper, load_hardware("a100-40"), disk_limit_bytes=2 * 10**12), console)
-    printed = "\n".join(line.rstrip() for line in console.export_text().splitlines())
-    page = (Path(__file__).resolve().parents[1] / "docs" / "plan.md").read_text(encoding="utf-8")
-    assert f"```text\n{printed}\n```" in page, f"docs/plan.md is stale: the command above it prints\n{printed}"
-
-
-def test_the_projection_of_the_docs_is_the_plan_s() -> None:
-    from fusechat.plan.projection import authors_utilisation, markdown
-
-    page = (Path(__file__).resolve().parents[1] / "docs" / "plan.md").read_text(encoding="utf-8")
-    assert markdown() in page, "docs/plan.md is stale: python -m fusechat.plan.projection prints what belongs there"
-    real, padded = authors_utilisation(papers_config())
-    assert f"{padded:.0%}".replace("%", " %") in page
-    assert f"{real:.0%}".replace("%", " %") in page
-
-
-def test_a_file_describes_hardware(tmp_path: Path) -> None:
-    facts = {
-        "device": "cuda", "memory": "24GiB", "host_memory": "64GB", "devices": 3,
-        "tflops": {"bfloat16": 100, "float32": 50}, "disk_rate": "2GB", "efficiency": {"extract": 0.5, "train": 0.4},
-    }  # fmt: skip
-    path = tmp_path / "box.json"
-    path.write_text(json.dumps(facts))
-    box = load_hardware(str(path))
-    assert isinstance(box, Hardware)
-    assert box.memory_bytes == 24 * 2**30
-    assert box.rate("train", "bfloat16") == pytest.approx(40e12)
-    for broken, message in (
-        ({"memry": "1GB"}, "did you mean `memory`"),
-        ({"devices": None}, "devices is None"),
-        ({"tflops": {"bfloat16": 1}}, "tflops must be a mapping with bfloat16 and float32"),
-    ):
-        path.write_text(json.dumps({**facts, **broken}))
-        with pytest.raises(ConfigError, match=message):
-            load_hardware(str(path))
-    path.write_text("{")
-    with pytest.raises(ConfigError, match="cannot be read"):
-        load_hardware(str(path))

@@ -12,6 +12,8 @@ import pytest
 
 from fusechat.config import ExtractConfig
 from fusechat.errors import DataError, FormatError
+from fusechat.extract.facts import model_facts
+from fusechat.extract.tensor_parallel import weight_bytes
 from fusechat.model_shape import (
     ModelShape,
     count_parameters,
@@ -265,3 +267,22 @@ def test_local_models_are_read_by_their_headers(tiny_world: Any, tmp_path: Path)
         model_shape(str(folder))
     with pytest.raises(DataError, match="does not exist"):
         model_shape("./nowhere")
+
+
+@pytest.mark.parametrize(
+    ("stated", "computed"),
+    [({"dtype": "bfloat16"}, "bfloat16"), ({"torch_dtype": "float16"}, "float16"), ({}, "float32")],
+)
+def test_plan_and_extraction_compute_in_one_dtype(
+    tiny_world: Any, tmp_path: Path, stated: dict[str, str], computed: str
+) -> None:
+    """Catches a plan by the headers, float32 here, of a run by config.json."""
+    config = json.loads((tiny_world.pivot / "config.json").read_text())
+    config = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")} | stated
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").symlink_to(tiny_world.pivot / "model.safetensors")
+    shape, _ = model_shape(str(tmp_path))
+    assert shape.dtype == model_facts(tmp_path, ExtractConfig()).dtype == computed
+    item = {"float32": 4}.get(computed, 2)
+    assert weight_bytes(shape, ExtractConfig(backend="vllm")) == item * count_parameters(shape)
+    assert stored_bytes(shape) == 4 * count_parameters(shape)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,13 +15,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig
+from typer.testing import CliRunner
 
 import fusechat
+from fusechat.cli import app
 from fusechat.dialogue import load_dialogues
 from fusechat.errors import DataError, MismatchError
 from fusechat.model import load_model
 from fusechat.store import open_topk, row_positions
-from fusechat.train_config import TrainConfig
+from fusechat.train.callbacks import wandb_run_of_its_own
+from fusechat.train_config import TrainConfig, parse_train
 
 FAST: dict[str, Any] = {
     "max_steps": 3,
@@ -218,3 +224,42 @@ def test_a_target_of_other_settings_is_refused(tiny_world: Any, stores: Path, tm
         fusechat.train(
             str(tiny_world.pivot), stores / "pivot", None, tmp_path / "t", TrainConfig(**FAST | {"learning_rate": 2e-3})
         )
+
+
+@pytest.mark.parametrize("open_before", [False, True])
+def test_a_target_ends_the_wandb_run_it_began(monkeypatch: pytest.MonkeyPatch, open_before: bool) -> None:
+    """Catches the next target's steps logged into this one's run, where W&B drops them; and a caller's run ended."""
+    ended: list[bool] = []
+    wandb = SimpleNamespace(run=object() if open_before else None, finish=lambda: ended.append(True))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)  # type: ignore[arg-type]
+    with suppress(KeyError), wandb_run_of_its_own(parse_train(["report_to=[wandb]"])):
+        wandb.run = object()  # as the Trainer does
+        raise KeyError
+    assert bool(ended) != open_before
+    with wandb_run_of_its_own(parse_train([])):
+        pass
+    assert len(ended) == (not open_before)
+
+
+def test_held_out_text_is_read_as_it_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Catches options of reading that are missing, or that nothing follows."""
+    scored: list[Any] = []
+
+    def train(*_: Any, held_out: Any, **__: Any) -> Any:
+        scored.extend(held_out)
+        return {"losses": []}
+
+    monkeypatch.setattr(sys.modules["fusechat.train"], "train", train)
+    (tmp_path / "text.txt").write_text("one of them~~another that is longer")
+    command = ["train", "pivot", "--pivot-store", "p", "--out", str(tmp_path / "t")]
+    options = ["--separator", "~~", "--max-bytes", "12"]
+    done = CliRunner().invoke(app, [*command, "--held-out", str(tmp_path / "text.txt"), *options])
+    assert done.exit_code == 0, done.output
+    texts = [dialogue.messages[0].content for dialogue in scored]
+    assert texts[0] == "one of them"
+    assert len(texts) > 2
+    assert "".join(texts[1:]).replace(" ", "") == "anotherthatislonger"
+    for option in (["--format", "text"], options[:2], options[2:]):
+        done = CliRunner().invoke(app, [*command, *option])
+        assert done.exit_code == 2
+        assert "--held-out" in done.output

@@ -13,11 +13,8 @@ import sys
 import threading
 from collections import namedtuple
 from collections.abc import Iterator
-from contextlib import suppress
 from importlib.util import find_spec
-from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,15 +22,11 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 from transformers import TrainingArguments
-from typer.testing import CliRunner
 
 import fusechat
-from fusechat.cli import app
 from fusechat.dialogue import load_dialogues
 from fusechat.errors import ConfigError, DataError, FusechatError, Interrupted, MismatchError, Stopped
 from fusechat.train import fit
-from fusechat.train.batches import StepBatches
-from fusechat.train.callbacks import wandb_run_of_its_own
 from fusechat.train_config import parse_train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -166,30 +159,6 @@ def test_one_process_trains_on_one_gpu(
         assert _checksum(tmp_path / name) == _checksum(whole)
     assert caplog.text.count("3 GPUs are visible and this process trains on one") == 1
     assert "torchrun --nproc-per-node 3 -m fusechat" in caplog.text
-
-
-def test_held_out_text_is_read_as_it_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Catches options of reading that are missing, or that nothing follows."""
-    scored: list[Any] = []
-
-    def train(*_: Any, held_out: Any, **__: Any) -> Any:
-        scored.extend(held_out)
-        return {"losses": []}
-
-    monkeypatch.setattr(sys.modules["fusechat.train"], "train", train)
-    (tmp_path / "text.txt").write_text("one of them~~another that is longer")
-    command = ["train", "pivot", "--pivot-store", "p", "--out", str(tmp_path / "t")]
-    options = ["--separator", "~~", "--max-bytes", "12"]
-    done = CliRunner().invoke(app, [*command, "--held-out", str(tmp_path / "text.txt"), *options])
-    assert done.exit_code == 0, done.output
-    texts = [dialogue.messages[0].content for dialogue in scored]
-    assert texts[0] == "one of them"
-    assert len(texts) > 2
-    assert "".join(texts[1:]).replace(" ", "") == "anotherthatislonger"
-    for option in (["--format", "text"], options[:2], options[2:]):
-        done = CliRunner().invoke(app, [*command, *option])
-        assert done.exit_code == 2
-        assert "--held-out" in done.output
 
 
 def test_a_nan_names_step_and_dialogues_and_keeps_the_last_good_checkpoint(
@@ -422,44 +391,3 @@ def test_a_dry_run_takes_two_steps_and_leaves_nothing(tiny_world: Any, stores: P
     assert len(made["losses"]) == 2
     assert made["n_dialogues"] == 2
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("packing", [False, True])
-@pytest.mark.parametrize(("n", "batch", "micro", "world"), [(22, 8, 2, 1), (22, 8, 2, 2), (7, 4, 1, 4), (5, 8, 2, 2)])
-def test_every_number_of_processes_takes_the_same_steps(
-    n: int, batch: int, micro: int, world: int, packing: bool
-) -> None:
-    lengths = [3 + (i * 7) % 11 for i in range(n)]
-
-    def plan(rank: int, n_processes: int) -> list[list[int]]:
-        sizes = {"batch_size": batch, "micro_batch_size": micro, "rank": rank, "n_processes": n_processes}
-        batches = StepBatches(lengths, **sizes, seed=1, packing=packing)
-        batches.set_epoch(2)
-        made = list(batches)
-        assert len(made) == len(batches)
-        return made
-
-    def steps(n_processes: int) -> list[list[int]]:
-        ranks = [plan(rank, n_processes) for rank in range(n_processes)]
-        assert len({len(r) for r in ranks}) == 1
-        per_step = batch // (micro * n_processes)
-        parts = [list(chain(*(r[i] for r in ranks))) for i in range(len(ranks[0]))]
-        return [sorted(chain(*parts[i : i + per_step])) for i in range(0, len(parts), per_step)]
-
-    assert steps(world) == steps(1)
-    assert sorted(chain(*steps(world))) == list(range(n))
-
-
-@pytest.mark.parametrize("open_before", [False, True])
-def test_a_target_ends_the_wandb_run_it_began(monkeypatch: pytest.MonkeyPatch, open_before: bool) -> None:
-    """Catches the next target's steps logged into this one's run, where W&B drops them; and a caller's run ended."""
-    ended: list[bool] = []
-    wandb = SimpleNamespace(run=object() if open_before else None, finish=lambda: ended.append(True))
-    monkeypatch.setitem(sys.modules, "wandb", wandb)  # type: ignore[arg-type]
-    with suppress(KeyError), wandb_run_of_its_own(parse_train(["report_to=[wandb]"])):
-        wandb.run = object()  # as the Trainer does
-        raise KeyError
-    assert bool(ended) != open_before
-    with wandb_run_of_its_own(parse_train([])):
-        pass
-    assert len(ended) == (not open_before)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 
 import fusechat
 from fusechat.dialogue import load_dialogues
+from fusechat.train.batches import StepBatches
 from fusechat.train_config import parse_train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -263,3 +265,29 @@ def test_deepspeed_gives_what_one_process_gives(
     provenance = json.loads((tmp_path / "t" / "provenance.json").read_text())
     assert provenance["sharding"] == f"deepspeed-zero{stage}"
     _assert_same(tmp_path / "t", single["full"], 1e-5)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize(("n", "batch", "micro", "world"), [(22, 8, 2, 1), (22, 8, 2, 2), (7, 4, 1, 4), (5, 8, 2, 2)])
+def test_every_number_of_processes_takes_the_same_steps(
+    n: int, batch: int, micro: int, world: int, packing: bool
+) -> None:
+    lengths = [3 + (i * 7) % 11 for i in range(n)]
+
+    def plan(rank: int, n_processes: int) -> list[list[int]]:
+        sizes = {"batch_size": batch, "micro_batch_size": micro, "rank": rank, "n_processes": n_processes}
+        batches = StepBatches(lengths, **sizes, seed=1, packing=packing)
+        batches.set_epoch(2)
+        made = list(batches)
+        assert len(made) == len(batches)
+        return made
+
+    def steps(n_processes: int) -> list[list[int]]:
+        ranks = [plan(rank, n_processes) for rank in range(n_processes)]
+        assert len({len(r) for r in ranks}) == 1
+        per_step = batch // (micro * n_processes)
+        parts = [list(chain(*(r[i] for r in ranks))) for i in range(len(ranks[0]))]
+        return [sorted(chain(*parts[i : i + per_step])) for i in range(0, len(parts), per_step)]
+
+    assert steps(world) == steps(1)
+    assert sorted(chain(*steps(world))) == list(range(n))

@@ -7,6 +7,9 @@ chunks of 1,024 rows; what suits V1 suits it too.
 
 from __future__ import annotations
 
+from fusechat.config import ExtractConfig
+from fusechat.errors import ConfigError
+
 # Enough to fill a GPU with a 7B model (docs/extraction.md); more would only take memory.
 MAX_BATCHED_TOKENS = 8192
 MIN_BATCHED_TOKENS = 64
@@ -20,6 +23,35 @@ def prompt_logprob_bytes(n_tokens: int, vocab_size: int, *, dtype_bytes: int = 2
     return n_tokens * vocab_size * (dtype_bytes + 4)
 
 
+def gpu_memory_utilization(config: ExtractConfig) -> float:
+    """Return the share of a GPU's memory that vLLM takes: `extract.engine_args` may say it.
+
+    Raises ConfigError for what is no share.
+    """
+    share = config.engine_args.get("gpu_memory_utilization", GPU_MEMORY_UTILIZATION)
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+        raise ConfigError(
+            f"extract.engine_args.gpu_memory_utilization is {share!r}: it must be a number above 0, and at most 1"
+        )
+    return float(share)
+
+
+def step_tokens(config: ExtractConfig, vocab_size: int, memory_bytes: int, *, dtype_bytes: int) -> int:
+    """Return vLLM's `max_num_batched_tokens`: what `extract.engine_args` says, else `max_batched_tokens`.
+
+    Raises ConfigError for what is no number of tokens.
+    """
+    tokens = config.engine_args.get("max_num_batched_tokens")
+    if tokens is None:
+        share = gpu_memory_utilization(config)
+        return max_batched_tokens(vocab_size, memory_bytes, dtype_bytes=dtype_bytes, utilization=share)
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+        raise ConfigError(
+            f"extract.engine_args.max_num_batched_tokens is {tokens!r}: it must be a whole number above 0"
+        )
+    return tokens
+
+
 def max_batched_tokens(
     vocab_size: int,
     memory_bytes: int,
@@ -27,7 +59,7 @@ def max_batched_tokens(
     dtype_bytes: int = 2,
     utilization: float = GPU_MEMORY_UTILIZATION,
 ) -> int:
-    """Return vLLM's `max_num_batched_tokens` for a vocabulary and a device's memory.
+    """Return how many tokens a step may have for a vocabulary and a device's memory.
 
     The log-probabilities must fit into 80 % of the share of the memory that `gpu_memory_utilization` leaves to others;
     between 64 and 8,192 tokens, a power of two. With tensor parallelism every device gathers the whole vocabulary's

@@ -7,12 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from fusechat.artifact import read_json
-from fusechat.checkpoint import open_checkpoint
 from fusechat.config import ExtractConfig
 from fusechat.errors import DataError
-from fusechat.model_shape import needs_remote_code
-
-_FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+from fusechat.model_shape import computed_dtype, needs_remote_code, stated_dtype, stored_elements
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,19 +47,16 @@ def model_facts(directory: Path, config: ExtractConfig) -> ModelFacts:
         vocab_size=int(text.vocab_size),
         # A server takes prompts one token shorter than its model's context.
         max_length_tokens=context_tokens(own, config.max_length_tokens, reserve=config.backend == "vllm-server"),
-        dtype=_dtype(directory, own, config),
+        dtype=_dtype(directory, config),
         quantization=config.quantization or (str(quantized.get("quant_method")) if quantized else None),
     )
 
 
-def _dtype(directory: Path, own: Any, config: ExtractConfig) -> str:
+def _dtype(directory: Path, config: ExtractConfig) -> str:
     """The asked dtype, else the checkpoint's: vLLM's own `auto` would take float16 for a float32 checkpoint."""
     if config.dtype != "auto":
         return config.dtype
-    stated = getattr(own, "dtype", None) or getattr(own.get_text_config(), "dtype", None)
-    if stated is not None:
-        return str(stated).removeprefix("torch.")
-    if config.backend == "vllm-server":
-        return "auto"
-    stored = [_FLOATS[t.dtype] for t in open_checkpoint(directory).tensors.values() if t.dtype in _FLOATS]
-    return stored[0] if stored else "float32"
+    own = read_json(directory / "config.json")
+    if config.backend == "vllm-server":  # the weights are elsewhere
+        return stated_dtype(own) or "auto"
+    return computed_dtype(own, stored_elements(directory))

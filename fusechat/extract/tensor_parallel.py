@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from fusechat.config import ExtractConfig
 from fusechat.errors import FusechatError
-from fusechat.extract.budget import GPU_MEMORY_UTILIZATION, max_batched_tokens, prompt_logprob_bytes
+from fusechat.extract.budget import gpu_memory_utilization, prompt_logprob_bytes, step_tokens
 from fusechat.extract.task import Task
 from fusechat.model_shape import ITEM_BYTES, ModelShape, kv_bytes_per_token, shape_of_directory, stored_bytes
 
@@ -31,7 +31,7 @@ def weight_bytes(shape: ModelShape, config: ExtractConfig) -> int:
     """Return the size of the weights as vLLM holds them: as they are stored where they are quantised or of the forward
     pass's dtype, else in that dtype or as `extract.quantization` leaves them."""
     held_in = _QUANTISED_TO.get(config.quantization or "", computed_in(shape, config))
-    return stored_bytes(shape, None if shape.quantisation or held_in == shape.dtype else held_in)
+    return stored_bytes(shape, None if shape.quantisation or held_in == shape.in_file else held_in)
 
 
 def gpu_parts(
@@ -44,7 +44,7 @@ def gpu_parts(
     `quantised_to` tells how it would be with weights of fp8 or int4.
     """
     item = int(ITEM_BYTES.get(computed_in(shape, config), 2))
-    step = max_batched_tokens(shape.vocab, memory_bytes, dtype_bytes=item)
+    step = step_tokens(config, shape.vocab, memory_bytes, dtype_bytes=item)
     kept = max(min(config.max_length_tokens, shape.context_tokens) + 1, step)
     width = 4 * shape.hidden + 3 * shape.intermediate // size
     weights = stored_bytes(shape, quantised_to) if quantised_to else weight_bytes(shape, config)
@@ -62,10 +62,10 @@ def counted_by_vllm(parts: Mapping[str, int]) -> int:
     return sum(size for part, size in parts.items() if part not in ("logits", "cuda"))
 
 
-def fits_gpu(parts: Mapping[str, int], memory_bytes: int) -> bool:
+def fits_gpu(parts: Mapping[str, int], config: ExtractConfig, memory_bytes: int) -> bool:
     """Return whether a GPU of so much memory holds an engine's parts, vLLM's own within vLLM's share of it."""
     return (
-        counted_by_vllm(parts) <= GPU_MEMORY_UTILIZATION * memory_bytes
+        counted_by_vllm(parts) <= gpu_memory_utilization(config) * memory_bytes
         and sum(parts.values()) <= memory_bytes
     )  # fmt: skip
 
@@ -86,7 +86,7 @@ def smallest_size(
 ) -> int | None:
     """Return over how few of `gpus` GPUs of so much memory an engine can spread the model; None where all do not do."""
     for n in splits(shape, gpus):
-        if fits_gpu(gpu_parts(shape, config, memory_bytes, n, quantised_to=quantised_to), memory_bytes):
+        if fits_gpu(gpu_parts(shape, config, memory_bytes, n, quantised_to=quantised_to), config, memory_bytes):
             return n
     return None
 

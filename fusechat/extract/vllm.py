@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from fusechat.artifact import Json
 from fusechat.errors import ConfigError, DataError, FusechatError
-from fusechat.extract.budget import GPU_MEMORY_UTILIZATION, max_batched_tokens
+from fusechat.extract.budget import gpu_memory_utilization, step_tokens
 from fusechat.extract.fast_driver import kept_tensors
 from fusechat.extract.flat_lists import extended_lists
 from fusechat.extract.scores import Advance, RowScores, Scorer, rows_of_prompt
@@ -62,7 +62,6 @@ def require_vllm() -> None:
 def engine_arguments(task: Task, *, on_cpu: bool, memory_bytes: int) -> Json:
     """Return the arguments of vLLM's LLM class; `extract.engine_args` overrides any of them."""
     config = task.config
-    utilization = config.engine_args.get("gpu_memory_utilization", GPU_MEMORY_UTILIZATION)
     arguments: Json = {
         "model": str(task.directory),
         "skip_tokenizer_init": True,
@@ -74,12 +73,9 @@ def engine_arguments(task: Task, *, on_cpu: bool, memory_bytes: int) -> Json:
         "max_logprobs": config.top_k,
         "logprobs_mode": "raw_logprobs",
         "enable_prefix_caching": False,
-        "gpu_memory_utilization": utilization,
-        "max_num_batched_tokens": max_batched_tokens(
-            task.vocab_size,
-            memory_bytes,
-            dtype_bytes=4 if task.dtype == "float32" else 2,
-            utilization=utilization,
+        "gpu_memory_utilization": gpu_memory_utilization(config),
+        "max_num_batched_tokens": step_tokens(
+            config, task.vocab_size, memory_bytes, dtype_bytes=4 if task.dtype == "float32" else 2
         ),
         "disable_log_stats": True,
     }

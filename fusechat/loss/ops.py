@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fusechat.loss.backend import backend_for, forward_rows
 from fusechat.loss.options import LossOptions
-from fusechat.loss.plan import plan_chunk_rows, row_stride
 from fusechat.loss.rows import Rows
+from fusechat.loss_chunks import plan_chunk_rows, row_stride
 
 _ROWS_SCHEMA = (
     "Tensor labels, Tensor ids, Tensor logprobs, Tensor hard_weight, Tensor row_scale, Tensor partition, "
@@ -64,12 +64,13 @@ def linear_loss(
     `kept` are the rows whose label counts: only they go through the products, which are nearly all of the work.
     """
     want_hidden, want_weight, want_bias = wanted
-    n_rows, vocabulary = hidden.shape[0], weight.shape[0]
+    n_rows, (vocabulary, width) = hidden.shape[0], weight.shape
     kept = rows.counting() if kept is None else kept
     n_kept = kept.numel()
     chunk_rows = plan_chunk_rows(
-        n_kept, weight, weight_grad=want_weight, logits_bytes=hidden.element_size(), budget_bytes=budget_bytes
-    )
+        n_kept, vocabulary, width, weight_bytes=weight.element_size(), weight_grad=want_weight,
+        logits_bytes=hidden.element_size(), budget_bytes=budget_bytes,
+    )  # fmt: skip
     several = n_kept > chunk_rows
     buffer = hidden.new_empty(min(chunk_rows, n_kept), row_stride(vocabulary))[:, :vocabulary]
     d_hidden = torch.zeros_like(hidden) if want_hidden else hidden.new_empty(0)

@@ -7,7 +7,7 @@ from typing import Any
 
 from fusechat.config import ExtractConfig
 from fusechat.extract.batches import length_batches
-from fusechat.extract.budget import GPU_MEMORY_UTILIZATION, max_batched_tokens
+from fusechat.extract.budget import gpu_memory_utilization, step_tokens
 from fusechat.extract.tensor_parallel import (
     CUDA_BYTES,
     computed_in,
@@ -119,7 +119,7 @@ def hf_parts(shape: ModelShape, lengths: Lengths, config: ExtractConfig, process
     """
     dtype = computed_in(shape, config)
     item = int(ITEM_BYTES[dtype])
-    in_file = dtype == shape.dtype or shape.quantisation is not None
+    in_file = dtype == shape.in_file or shape.quantisation is not None
     weights = stored_bytes(shape, None if in_file else dtype)
     unread = 0 if shape.tied or not in_file else (shape.vocab - min(shape.vocab, lengths.distinct_ids)) * shape.hidden
     n_held = min(config.shard_dialogues, lengths.n_dialogues)
@@ -154,22 +154,23 @@ def _with_vllm(common: dict[str, Any], shape: ModelShape, config: ExtractConfig,
     size = tensor_parallel_size(shape, config, gpus, memory)
     parts = gpu_parts(shape, config, memory, size)
     engines = _engines(config, hardware, size)
-    counted, share = counted_by_vllm(parts), int(GPU_MEMORY_UTILIZATION * memory)
+    utilization = gpu_memory_utilization(config)
+    counted, share = counted_by_vllm(parts), int(utilization * memory)
     refused, changes = _asked_for_too_much(config, hardware, size)
     if shape.heads % size:
         refused, changes = f"vLLM cannot divide {shape.heads} heads among {size} GPUs", ()
     elif not refused and counted > share:
         refused = f"{human_bytes(counted)} where vLLM takes {human_bytes(share)} of a GPU"
-    if not changes and (refused or not fits_gpu(parts, memory)):
+    if not changes and (refused or not fits_gpu(parts, config, memory)):
         changes = _changes(shape, config, hardware, size)
-    step = max_batched_tokens(shape.vocab, memory, dtype_bytes=int(ITEM_BYTES[dtype]))
+    step = step_tokens(config, shape.vocab, memory, dtype_bytes=int(ITEM_BYTES[dtype]))
     return StagePlan(
         **common, devices=engines * size, device_parts=parts, device_limit_bytes=memory,
         host_parts={"processes": GPU_PROCESS_BYTES * engines * size}, host_limit_bytes=hardware.host_memory_bytes,
         seconds=common["flops"] / (engines * size * hardware.rate("extract", dtype)),
         settings={
             "backend": "vllm", "tensor_parallel_size": size, "engines": engines, "max_num_batched_tokens": step,
-            "gpu_memory_utilization": GPU_MEMORY_UTILIZATION, "dtype": dtype,
+            "gpu_memory_utilization": utilization, "dtype": dtype,
         },
         refused=refused, changes=changes,
     )  # fmt: skip

@@ -82,4 +82,4 @@ def _hub(model: str, known: list[str]) -> ModelShape:
             f"facts are of {', '.join(known)}"
         ) from error
     elements = {str(dtype): n for dtype, n in stored.items()}
-    return _of_one_model(with_weights(shape_from_config(model, config), elements), sum(elements.values()))
+    return _of_one_model(with_weights(shape_from_config(model, config), config, elements), sum(elements.values()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fusechat.loss_chunks import accumulator_bytes, plan_chunk_rows, row_stride
 from fusechat.model_shape import (
     ITEM_BYTES,
     ModelShape,
@@ -88,19 +89,15 @@ def activation_bytes(shape: ModelShape, tokens: int, *, item: int, checkpointing
 
 def loss_bytes(shape: ModelShape, rows: int, config: TrainConfig, *, item: int, weight_grad: bool) -> int:
     """Return what the fusion loss holds: a chunk of logits, dW and its float32 sum, and the gradient of the states."""
-    import torch
-
-    from fusechat.loss.plan import accumulator_bytes, plan_chunk_rows, row_stride
-
-    dtype = {2: torch.bfloat16, 4: torch.float32}[item]
-    weight = torch.empty(shape.vocab, shape.hidden, dtype=dtype, device="meta")
+    vocab, width = shape.vocab, shape.hidden
     chunk = plan_chunk_rows(
-        rows, weight, weight_grad=weight_grad, logits_bytes=item, budget_bytes=config.loss_budget_bytes
-    )
-    several = accumulator_bytes(weight, weight_grad) if rows > chunk else 0
+        rows, vocab, width, weight_bytes=item, weight_grad=weight_grad, logits_bytes=item,
+        budget_bytes=config.loss_budget_bytes,
+    )  # fmt: skip
+    several = accumulator_bytes(vocab, width, weight_bytes=item, weight_grad=weight_grad) if rows > chunk else 0
     own = embedding_parameters(shape) * item * weight_grad
     copy = embedding_parameters(shape) * item if item == 2 else 0  # the head in the forward pass's dtype
-    return min(chunk, rows) * row_stride(shape.vocab) * item + several + own + copy + 2 * rows * shape.hidden * item
+    return min(chunk, rows) * row_stride(vocab) * item + several + own + copy + 2 * rows * width * item
 
 
 def device_parts(
