@@ -188,6 +188,11 @@ def _check_parameters(config: MergeConfig, plans: Sequence[TensorPlan]) -> None:
         if not any(pattern in plan.name for plan in plans):
             raise ConfigError(f"the filter {pattern!r} occurs in no tensor's name, for example not in {plans[0].name}")
     n_layers = _count_layers(plans)
+    if config.n_layers not in (None, n_layers):
+        raise ConfigError(
+            f"slices[0]: layer_range ends at {config.n_layers}, the models have {n_layers} layers: only whole models "
+            f"are merged, write [0, {n_layers}]"
+        )
     for plan in plans:
         if not plan.copy:
             config.method.options(config.values_for(plan.name, plan.n, n_layers))
