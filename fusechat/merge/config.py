@@ -59,7 +59,7 @@ class MergeConfig:
     parameters: Mapping[str, Setting]
     out_dtype: str | None
     vocab: Vocab
-    tokenizer: str  # "base", or a directory or hub id
+    tokenizer: str | None  # "base", or a directory or hub id
     seed: int
     n_layers: int | None  # that `slices` says every model has
 
@@ -228,7 +228,9 @@ def _base(raw: Mapping[str, Any], targets: tuple[TargetConfig, ...], method: Met
 def _ref(raw: Any, where: str, adapter: Any) -> ModelRef:
     # mergekit's long form: {model: {model: {path: X}, lora: {model: {path: Y}}}}; its short form is X+Y.
     if not isinstance(raw, str) or not raw:
-        raise ConfigError(f"{where}: `model` must be a directory or hub id, found {raw!r}")
+        raise ConfigError(
+            f"{where}: `model` must be a directory or hub id, with an adapter MODEL+ADAPTER, found {raw!r}"
+        )
     model, plus, inline = raw.partition("+")
     if plus and Path(raw).expanduser().is_dir():
         model, inline = raw, ""
@@ -281,7 +283,8 @@ def _resolve(
         if value is not None:
             return value
     if parameter.default is REQUIRED:
-        raise ConfigError(f"the parameter {name}{whose} has no value for {tensor}: give it under `parameters`")
+        where = f" for {tensor}" if tensor else ""
+        raise ConfigError(f"the parameter {name}{whose} has no value{where}: give it under `parameters`")
     return parameter.default
 
 
@@ -290,25 +293,25 @@ def _dtype(raw: Mapping[str, Any], key: str) -> str | None:
     return None if value is None else DTYPES[_choice(value, tuple(DTYPES), key)]
 
 
-def _tokenizer(raw: Mapping[str, Any]) -> str:
+def _tokenizer(raw: Mapping[str, Any]) -> str | None:
     if raw.get("chat_template", "auto") not in ("auto", None):
         raise ConfigError("chat_template: only auto (the tokenizer's own) is offered; edit the output's chat template")
     nested = raw.get("tokenizer")
     if nested is not None and raw.get("tokenizer_source") is not None:
         raise ConfigError("give tokenizer or tokenizer_source, not both")
-    source = raw.get("tokenizer_source") or "base"
+    source = raw.get("tokenizer_source")
     if nested is not None:
-        if not isinstance(nested, Mapping):
+        if not isinstance(nested, Mapping) or not nested:
             raise ConfigError(f"tokenizer must be a mapping with `source`, found {nested!r}")
         if "tokens" in nested or "pad_to_multiple_of" in nested:
             raise ConfigError(
                 "tokenizer.tokens and pad_to_multiple_of would rebuild the vocabulary, which is not offered"
             )
         _refuse_unknown(nested, ("source",), "key in tokenizer")
-        source = nested.get("source", "base")
+        source = nested.get("source", "")
     if source == "union":
         raise ConfigError("tokenizer source `union` would renumber the vocabulary: use base or the path of a tokenizer")
-    if not isinstance(source, str):
+    if source is not None and (not isinstance(source, str) or not source):
         raise ConfigError(f"tokenizer source must be base or a path, found {source!r}")
     return source
 

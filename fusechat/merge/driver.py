@@ -17,7 +17,7 @@ from fusechat.merge.config import MergeConfig, load_merge_config
 from fusechat.merge.estimate import adapter_bytes, estimate, n_seen, n_selections, threads_within
 from fusechat.merge.inputs import Handles, Model, TensorPlan, match_tensors, open_models
 from fusechat.merge.layout import MAX_SHARD_BYTES, Shard, lay_out
-from fusechat.merge.lineage import check_lineage
+from fusechat.merge.lineage import check_lineage, tokens_that_differ
 from fusechat.merge.output import FORMAT, Workplace, existing, taken_over
 from fusechat.merge.settings import layer_of
 from fusechat.merge.tensor import Device, Job, measure_energy, merge_one
@@ -65,8 +65,15 @@ def merge(
         plans = match_tensors(base, targets, parsed.out_dtype, parsed.vocab)
         _check_parameters(parsed, plans)
         tokenizer = base.checkpoint.directory
-        if parsed.tokenizer != "base":
+        if parsed.tokenizer is not None and parsed.tokenizer != "base":
             tokenizer = resolve_model(parsed.tokenizer, weights=False)
+        mixed = tokens_that_differ(
+            base, [(str(model.ref), model.checkpoint.directory) for model in targets] + [(str(tokenizer), tokenizer)]
+        )
+        if mixed and parsed.tokenizer:
+            raise ConfigError(
+                f"{mixed}: rows are merged by number here, not by token; leave the tokenizer out if meant so"
+            )
         request = _request(parsed, base, targets, allow_nonfinite, max_shard_bytes, device)
         shards = lay_out(plans, max_shard_bytes)
         job = Job(
@@ -93,6 +100,8 @@ def merge(
             require_free_bytes(out.absolute().parent, sum(needed.values()) - held)
             _write(job, workplace, shards, plans, progress, ray)
             summary = summarise(parsed, workplace.finished, plans)
+            if mixed:
+                summary["warnings"].append(f"{mixed}: rows of different tokens were merged")
             facts = {
                 "base": str(parsed.base),
                 "targets": [str(target.ref) for target in parsed.targets],
@@ -232,8 +241,8 @@ def _request(
     return {
         "format": FORMAT, "version": 1, "merge_method": config.method_name, "parameters": plain(config.parameters),
         "targets_parameters": [plain(target.parameters) for target in config.targets],
-        "out_dtype": config.out_dtype, "vocab": config.vocab, "tokenizer": config.tokenizer, "seed": config.seed,
-        "allow_nonfinite": allow_nonfinite, "max_shard_bytes": max_shard_bytes, "device": device,
+        "out_dtype": config.out_dtype, "vocab": config.vocab, "tokenizer": config.tokenizer or "base",
+        "seed": config.seed, "allow_nonfinite": allow_nonfinite, "max_shard_bytes": max_shard_bytes, "device": device,
         "base_sha256": base.identity()["sha256"], "targets_sha256": [model.identity()["sha256"] for model in targets],
     }  # fmt: skip
 
