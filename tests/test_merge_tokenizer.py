@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from merge_family import make_family, recipe
 
-from fusechat.errors import ConfigError, FormatError
+from fusechat.errors import ConfigError, FormatError, MismatchError
 from fusechat.merge import merge
+from fusechat.merge.verify import verify
 
 
 @pytest.fixture
@@ -57,3 +58,21 @@ def test_a_file_that_is_no_tokenizer_is_one_line(family: dict[str, Path], tmp_pa
         (family["a"] / "tokenizer.json").write_text(text)
         with pytest.raises(FormatError, match=r"a/tokenizer\.json is no definition of a tokenizer"):
             merge(recipe(family), tmp_path / "out")
+
+
+def test_another_chat_template(family: dict[str, Path], tmp_path: Path) -> None:
+    """Catches a template that is read and not written, or that stands beside the one it replaces."""
+    (family["base"] / "tokenizer_config.json").write_text('{"eos_token": "x", "chat_template": "{{ old }}"}')
+    (family["base"] / "chat_template.json").write_text('{"chat_template": "{{ old }}"}')
+    (tmp_path / "new.jinja").write_text("{{ new }}")
+    given = {"auto": "{{ messages }}", "{{ new }}": "{{ new }}", str(tmp_path / "new.jinja"): "{{ new }}"}
+    for i, (value, expected) in enumerate(given.items()):
+        out = tmp_path / f"out{i}"
+        merge(recipe(family, chat_template=value), out)
+        assert (out / "chat_template.jinja").read_text() == expected
+        kept = value == "auto"
+        assert ("chat_template" in json.loads((out / "tokenizer_config.json").read_text())) == kept
+        assert (out / "chat_template.json").exists() == kept
+        verify(out)
+    with pytest.raises(MismatchError, match="chat_template"):
+        merge(recipe(family, chat_template="{{ newer }}"), tmp_path / "out1")

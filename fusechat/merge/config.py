@@ -60,6 +60,7 @@ class MergeConfig:
     out_dtype: str | None
     vocab: Vocab
     tokenizer: str | None  # "base", or a directory or hub id
+    chat_template: str | None  # Jinja, None: as it comes with the tokenizer
     seed: int
     n_layers: int | None  # that `slices` says every model has
 
@@ -167,7 +168,7 @@ def _parse(raw: Any) -> MergeConfig:
     config = MergeConfig(
         method_name=name, base=base, targets=targets, parameters=parameters, out_dtype=out_dtype,
         vocab=_choice(raw.get("vocab", "error"), ("error", "base", "pad"), "vocab"),
-        tokenizer=_tokenizer(raw), seed=seed, n_layers=n_layers,
+        tokenizer=_tokenizer(raw), chat_template=_chat_template(raw.get("chat_template")), seed=seed, n_layers=n_layers,
     )  # fmt: skip
     if not config.filters():  # else what the method asks is checked by tensor
         method.options(config.values_for("", 1, 1))
@@ -294,8 +295,6 @@ def _dtype(raw: Mapping[str, Any], key: str) -> str | None:
 
 
 def _tokenizer(raw: Mapping[str, Any]) -> str | None:
-    if raw.get("chat_template", "auto") not in ("auto", None):
-        raise ConfigError("chat_template: only auto (the tokenizer's own) is offered; edit the output's chat template")
     nested = raw.get("tokenizer")
     if nested is not None and raw.get("tokenizer_source") is not None:
         raise ConfigError("give tokenizer or tokenizer_source, not both")
@@ -314,6 +313,19 @@ def _tokenizer(raw: Mapping[str, Any]) -> str | None:
     if source is not None and (not isinstance(source, str) or not source):
         raise ConfigError(f"tokenizer source must be base or a path, found {source!r}")
     return source
+
+
+def _chat_template(given: Any) -> str | None:
+    if given in (None, "auto"):
+        return None
+    if isinstance(given, str) and given.endswith(".jinja"):
+        try:
+            return Path(given).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"chat_template: cannot read {given}: {error}") from error
+    if not isinstance(given, str) or "{" not in given:
+        raise ConfigError(f"chat_template must be auto, a .jinja file or the template itself, found {given!r}")
+    return given
 
 
 def _count(method: Method) -> str:

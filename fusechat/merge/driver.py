@@ -111,9 +111,8 @@ def merge(
                 **summary,
             }
             card = model_card(parsed, recipe, summary)
-            return workplace.finish(
-                _config_json(base, plans, parsed), base.checkpoint.directory, tokenizer, recipe, card, facts
-            )
+            workplace.take_over(base.checkpoint.directory, tokenizer, parsed.chat_template)
+            return workplace.finish(_config_json(base, plans, parsed), recipe, card, facts)
         except (RuntimeError, OSError) as error:
             if isinstance(error, FusechatError):
                 raise
@@ -244,7 +243,7 @@ def _request(
         "out_dtype": config.out_dtype, "vocab": config.vocab, "tokenizer": config.tokenizer or "base",
         "seed": config.seed, "allow_nonfinite": allow_nonfinite, "max_shard_bytes": max_shard_bytes, "device": device,
         "base_sha256": base.identity()["sha256"], "targets_sha256": [model.identity()["sha256"] for model in targets],
-    }  # fmt: skip
+    } | ({} if config.chat_template is None else {"chat_template": config.chat_template})  # fmt: skip
 
 
 def summarise(config: MergeConfig, statistics: Mapping[str, Json], plans: Sequence[TensorPlan]) -> Json:
