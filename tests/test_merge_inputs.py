@@ -12,7 +12,7 @@ import pytest
 from merge_family import expect, make_family, random_tensors, read_all, recipe, write_model
 from safetensors.numpy import save_file
 
-from fusechat.errors import DataError, FormatError
+from fusechat.errors import ConfigError, DataError, FormatError
 from fusechat.merge import estimate, merge, reference
 from fusechat.merge.config import ModelRef
 from fusechat.merge.inputs import open_model
@@ -289,6 +289,35 @@ def test_a_further_row_that_the_outputs_dtype_cannot_hold_is_refused(family: dic
     write_model(paths["a"], tensors, config={"vocab_size": 48})
     with pytest.raises(DataError, match=rf"{EMBED}\.weight: 1 merged values exceed F16"):
         merge(recipe(paths, vocab="pad", out_dtype="float16"), tmp_path / "out")
+
+
+def test_a_slice_of_fewer_layers_is_refused(family: dict[str, Path], tmp_path: Path) -> None:
+    """Catches a merge of all layers where the recipe names some of them."""
+    merged = {}
+    for n_layers in (1, 2):
+        sources = [{"model": str(family[name]), "layer_range": [0, n_layers]} for name in ("base", "a", "b")]
+        merged[n_layers] = recipe(family, slices=[{"sources": sources}], models=None)
+    with pytest.raises(ConfigError, match=r"layer_range ends at 1, the models have 2 layers.*write \[0, 2\]"):
+        merge(merged[1], tmp_path / "bad")
+    merge(merged[2], tmp_path / "slice")
+    del family["c"]
+    merge(recipe(family), tmp_path / "models")
+    assert (tmp_path / "slice/model.safetensors").read_bytes() == (tmp_path / "models/model.safetensors").read_bytes()
+
+
+def test_what_a_model_computes_anew_is_no_weight(family: dict[str, Path], tmp_path: Path) -> None:
+    """Catches a pivot saved by an old transformers (Pythia, Llama-2) whose targets, saved by a new one, are refused."""
+    derived: dict[str, Any] = {
+        "gpt_neox.layers.0.attention.bias": np.ones((1, 1, 4, 4), bool),
+        "gpt_neox.layers.0.attention.masked_bias": np.float32(-np.inf).reshape(()),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32),
+    }
+    write_model(family["base"], random_tensors(0) | derived)
+    merge(recipe(family), tmp_path / "out")
+    assert read_all(tmp_path / "out").keys() == read_all(family["a"]).keys()
+    write_model(family["base"], random_tensors(0) | {"model.layers.0.attention.bias": np.ones(16, np.float32)})
+    with pytest.raises(DataError, match=r"has no tensor model\.layers\.0\.attention\.bias"):
+        merge(recipe(family), tmp_path / "bad")
 
 
 def test_merged_model_loads_in_transformers(tmp_path: Path) -> None:

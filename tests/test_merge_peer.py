@@ -80,6 +80,13 @@ def weighted(models: dict[str, Path], method: str, **parameters: Any) -> dict[st
     return config
 
 
+def in_one_slice(config: dict[str, Any]) -> dict[str, Any]:
+    """The same in mergekit's older form, which wants the base among the sources."""
+    models = [{"model": config["base_model"]}, *config["models"]]
+    sources = [model | {"layer_range": [0, 2]} for model in models]
+    return {key: value for key, value in config.items() if key != "models"} | {"slices": [{"sources": sources}]}
+
+
 SLERP_T = [{"filter": "mlp", "value": [0.1, 0.9]}, {"value": 0.4}]
 CASES: dict[str, Any] = {
     "sce 0.1": lambda m: recipe(m, "sce") | {"parameters": {"select_topk": 0.1}},
@@ -92,6 +99,7 @@ CASES: dict[str, Any] = {
     "dare_ties, density 1": lambda m: weighted(m, "dare_ties", density=1.0),
     "dare_linear, density 1": lambda m: weighted(m, "dare_linear") | {"parameters": {"normalize": True}},
     "slerp": lambda m: recipe(m, "slerp", 1) | {"parameters": {"t": SLERP_T}},
+    "slerp, in one slice": lambda m: in_one_slice(recipe(m, "slerp", 1)) | {"parameters": {"t": SLERP_T}},
     "filters": lambda m: weighted(m, "ties", density=[{"filter": "q_proj", "value": 0.2}, {"value": [0.5, 1.0]}]),
 }  # fmt: skip
 

@@ -17,11 +17,14 @@ from fusechat.merge.settings import Setting, depth_of, parse_setting
 Vocab = Literal["error", "base", "pad"]
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _TOP_KEYS = (
-    "models", "base_model", "merge_method", "parameters", "granularity", "vocab", "dtype", "out_dtype",
+    "models", "slices", "base_model", "merge_method", "parameters", "granularity", "vocab", "dtype", "out_dtype",
     "tokenizer", "tokenizer_source", "chat_template", "seed", "name",
 )  # fmt: skip
+_NOT_OFFERED = (
+    "arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear", "karcher", "model_stock", "multislerp",
+    "nearswap", "nuslerp", "passthrough", "ram", "ramplus_tl",
+)  # fmt: skip
 _UNSUPPORTED = {
-    "slices": "merges by layer ranges are not offered here: list whole models under `models`",
     "modules": "merges by module are not offered here: list whole models under `models`",
     "sweep": "a sweep compares merges on validation text: pass --sweep --data FILE",
 }
@@ -56,8 +59,10 @@ class MergeConfig:
     parameters: Mapping[str, Setting]
     out_dtype: str | None
     vocab: Vocab
-    tokenizer: str  # "base", or a directory or hub id
+    tokenizer: str | None  # "base", or a directory or hub id
+    chat_template: str | None  # Jinja, None: as it comes with the tokenizer
     seed: int
+    n_layers: int | None  # that `slices` says every model has
 
     @property
     def method(self) -> Method:
@@ -135,19 +140,25 @@ def _parse(raw: Any) -> MergeConfig:
             raise ConfigError(f"`{key}`: {reason}")
     _refuse_unknown(raw, _TOP_KEYS, "key")
     name = str(raw.get("merge_method"))
+    if name in _NOT_OFFERED:
+        raise ConfigError(f"merge_method {name} of mergekit is not offered here; there are {', '.join(METHODS)}")
     if name not in METHODS:
         raise ConfigError(f"merge_method {name!r} is not known{nearest(name, METHODS)}")
     method = METHODS[name]
-    targets = _targets(raw.get("models"), method)
+    listed, place, of_slice, n_layers = _listed(raw)
+    targets = _targets(listed, method, place)
     base = _base(raw, targets, method)
     if method.from_base or name == "slerp":
         targets = tuple(target for target in targets if target.ref != base)
     if not 1 <= len(targets) <= method.most_targets:
-        raise ConfigError(f"{name} takes {_count(method)} besides the base, found {len(targets)}")
+        more = ": name one of the two as base_model" if name == "slerp" and len(targets) == 2 else ""
+        raise ConfigError(f"{name} takes {_count(method)} besides the base, found {len(targets)}{more}")
     shared = raw.get("parameters")
     if "granularity" in raw and (shared is None or isinstance(shared, Mapping)):
         shared = {"granularity": raw["granularity"]} | dict(shared or {})
     parameters = _settings(shared, method, "parameters", per_model_only=False)
+    for key, setting in _settings(of_slice, method, "slices[0].parameters", per_model_only=False).items():
+        parameters[key] = Setting((*setting.rules, *(parameters[key].rules if key in parameters else ())))
     if name == "linear" and raw.get("base_model") and base not in [t.ref for t in targets] and "weight" in parameters:
         raise ConfigError("a weight for all with a base_model outside `models` is ambiguous: list the base, or not")
     out_dtype = _dtype(raw, "out_dtype") or _dtype(raw, "dtype")
@@ -157,19 +168,42 @@ def _parse(raw: Any) -> MergeConfig:
     config = MergeConfig(
         method_name=name, base=base, targets=targets, parameters=parameters, out_dtype=out_dtype,
         vocab=_choice(raw.get("vocab", "error"), ("error", "base", "pad"), "vocab"),
-        tokenizer=_tokenizer(raw), seed=seed,
+        tokenizer=_tokenizer(raw), chat_template=_chat_template(raw.get("chat_template")), seed=seed, n_layers=n_layers,
     )  # fmt: skip
     if not config.filters():  # else what the method asks is checked by tensor
         method.options(config.values_for("", 1, 1))
     return config
 
 
-def _targets(raw: Any, method: Method) -> tuple[TargetConfig, ...]:
+def _listed(raw: Mapping[str, Any]) -> tuple[Any, str, Any, int | None]:
+    """Return the list of models, its place in the YAML, and of one slice of whole models its parameters and layers."""
+    slices = raw.get("slices")
+    if slices is None:
+        return raw.get("models"), "models", None, None
+    if raw.get("models") is not None:
+        raise ConfigError("give models or slices, not both")
+    if not isinstance(slices, list) or len(slices) != 1 or not isinstance(slices[0], Mapping):
+        raise ConfigError("`slices`: only one slice, of whole models, is offered: layers cannot be put together anew")
+    _refuse_unknown(slices[0], ("sources", "parameters"), "key in slices[0]")
+    sources = slices[0].get("sources")
+    if not isinstance(sources, list) or not sources or not all(isinstance(source, Mapping) for source in sources):
+        raise ConfigError("slices[0].sources must be a list of models, each with its layer_range")
+    first = sources[0].get("layer_range")
+    for source in sources:
+        given = source.get("layer_range")
+        whole = isinstance(given, list) and len(given) == 2 and all(type(at) is int for at in given) and given[0] == 0
+        if not whole or given[1] < 1 or given != first:
+            raise ConfigError(f"slices[0]: layer_range must be [0, number of layers] in every source, found {given!r}")
+    models = [{key: value for key, value in source.items() if key != "layer_range"} for source in sources]
+    return models, "slices[0].sources", slices[0].get("parameters"), first[1]
+
+
+def _targets(raw: Any, method: Method, place: str) -> tuple[TargetConfig, ...]:
     if not isinstance(raw, list) or not raw:
         raise ConfigError("`models` must be a list of the models to merge")
     targets = []
     for i, item in enumerate(raw):
-        where = f"models[{i}]"
+        where = f"{place}[{i}]"
         entry = {"model": item} if isinstance(item, str) else item
         if not isinstance(entry, Mapping):
             raise ConfigError(f"{where} must have a `model`, found {entry!r}")
@@ -195,7 +229,9 @@ def _base(raw: Mapping[str, Any], targets: tuple[TargetConfig, ...], method: Met
 def _ref(raw: Any, where: str, adapter: Any) -> ModelRef:
     # mergekit's long form: {model: {model: {path: X}, lora: {model: {path: Y}}}}; its short form is X+Y.
     if not isinstance(raw, str) or not raw:
-        raise ConfigError(f"{where}: `model` must be a directory or hub id, found {raw!r}")
+        raise ConfigError(
+            f"{where}: `model` must be a directory or hub id, with an adapter MODEL+ADAPTER, found {raw!r}"
+        )
     model, plus, inline = raw.partition("+")
     if plus and Path(raw).expanduser().is_dir():
         model, inline = raw, ""
@@ -248,7 +284,8 @@ def _resolve(
         if value is not None:
             return value
     if parameter.default is REQUIRED:
-        raise ConfigError(f"the parameter {name}{whose} has no value for {tensor}: give it under `parameters`")
+        where = f" for {tensor}" if tensor else ""
+        raise ConfigError(f"the parameter {name}{whose} has no value{where}: give it under `parameters`")
     return parameter.default
 
 
@@ -257,27 +294,38 @@ def _dtype(raw: Mapping[str, Any], key: str) -> str | None:
     return None if value is None else DTYPES[_choice(value, tuple(DTYPES), key)]
 
 
-def _tokenizer(raw: Mapping[str, Any]) -> str:
-    if raw.get("chat_template", "auto") not in ("auto", None):
-        raise ConfigError("chat_template: only auto (the tokenizer's own) is offered; edit the output's chat template")
+def _tokenizer(raw: Mapping[str, Any]) -> str | None:
     nested = raw.get("tokenizer")
     if nested is not None and raw.get("tokenizer_source") is not None:
         raise ConfigError("give tokenizer or tokenizer_source, not both")
-    source = raw.get("tokenizer_source") or "base"
+    source = raw.get("tokenizer_source")
     if nested is not None:
-        if not isinstance(nested, Mapping):
+        if not isinstance(nested, Mapping) or not nested:
             raise ConfigError(f"tokenizer must be a mapping with `source`, found {nested!r}")
         if "tokens" in nested or "pad_to_multiple_of" in nested:
             raise ConfigError(
                 "tokenizer.tokens and pad_to_multiple_of would rebuild the vocabulary, which is not offered"
             )
         _refuse_unknown(nested, ("source",), "key in tokenizer")
-        source = nested.get("source", "base")
+        source = nested.get("source", "")
     if source == "union":
         raise ConfigError("tokenizer source `union` would renumber the vocabulary: use base or the path of a tokenizer")
-    if not isinstance(source, str):
+    if source is not None and (not isinstance(source, str) or not source):
         raise ConfigError(f"tokenizer source must be base or a path, found {source!r}")
     return source
+
+
+def _chat_template(given: Any) -> str | None:
+    if given in (None, "auto"):
+        return None
+    if isinstance(given, str) and given.endswith(".jinja"):
+        try:
+            return Path(given).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"chat_template: cannot read {given}: {error}") from error
+    if not isinstance(given, str) or "{" not in given:
+        raise ConfigError(f"chat_template must be auto, a .jinja file or the template itself, found {given!r}")
+    return given
 
 
 def _count(method: Method) -> str:

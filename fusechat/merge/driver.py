@@ -17,7 +17,7 @@ from fusechat.merge.config import MergeConfig, load_merge_config
 from fusechat.merge.estimate import adapter_bytes, estimate, n_seen, n_selections, threads_within
 from fusechat.merge.inputs import Handles, Model, TensorPlan, match_tensors, open_models
 from fusechat.merge.layout import MAX_SHARD_BYTES, Shard, lay_out
-from fusechat.merge.lineage import check_lineage
+from fusechat.merge.lineage import check_lineage, tokens_that_differ
 from fusechat.merge.output import FORMAT, Workplace, existing, taken_over
 from fusechat.merge.settings import layer_of
 from fusechat.merge.tensor import Device, Job, measure_energy, merge_one
@@ -65,8 +65,15 @@ def merge(
         plans = match_tensors(base, targets, parsed.out_dtype, parsed.vocab)
         _check_parameters(parsed, plans)
         tokenizer = base.checkpoint.directory
-        if parsed.tokenizer != "base":
+        if parsed.tokenizer is not None and parsed.tokenizer != "base":
             tokenizer = resolve_model(parsed.tokenizer, weights=False)
+        mixed = tokens_that_differ(
+            base, [(str(model.ref), model.checkpoint.directory) for model in targets] + [(str(tokenizer), tokenizer)]
+        )
+        if mixed and parsed.tokenizer:
+            raise ConfigError(
+                f"{mixed}: rows are merged by number here, not by token; leave the tokenizer out if meant so"
+            )
         request = _request(parsed, base, targets, allow_nonfinite, max_shard_bytes, device)
         shards = lay_out(plans, max_shard_bytes)
         job = Job(
@@ -93,6 +100,8 @@ def merge(
             require_free_bytes(out.absolute().parent, sum(needed.values()) - held)
             _write(job, workplace, shards, plans, progress, ray)
             summary = summarise(parsed, workplace.finished, plans)
+            if mixed:
+                summary["warnings"].append(f"{mixed}: rows of different tokens were merged")
             facts = {
                 "base": str(parsed.base),
                 "targets": [str(target.ref) for target in parsed.targets],
@@ -102,9 +111,8 @@ def merge(
                 **summary,
             }
             card = model_card(parsed, recipe, summary)
-            return workplace.finish(
-                _config_json(base, plans, parsed), base.checkpoint.directory, tokenizer, recipe, card, facts
-            )
+            workplace.take_over(base.checkpoint.directory, tokenizer, parsed.chat_template)
+            return workplace.finish(_config_json(base, plans, parsed), recipe, card, facts)
         except (RuntimeError, OSError) as error:
             if isinstance(error, FusechatError):
                 raise
@@ -188,6 +196,11 @@ def _check_parameters(config: MergeConfig, plans: Sequence[TensorPlan]) -> None:
         if not any(pattern in plan.name for plan in plans):
             raise ConfigError(f"the filter {pattern!r} occurs in no tensor's name, for example not in {plans[0].name}")
     n_layers = _count_layers(plans)
+    if config.n_layers not in (None, n_layers):
+        raise ConfigError(
+            f"slices[0]: layer_range ends at {config.n_layers}, the models have {n_layers} layers: only whole models "
+            f"are merged, write [0, {n_layers}]"
+        )
     for plan in plans:
         if not plan.copy:
             config.method.options(config.values_for(plan.name, plan.n, n_layers))
@@ -227,10 +240,10 @@ def _request(
     return {
         "format": FORMAT, "version": 1, "merge_method": config.method_name, "parameters": plain(config.parameters),
         "targets_parameters": [plain(target.parameters) for target in config.targets],
-        "out_dtype": config.out_dtype, "vocab": config.vocab, "tokenizer": config.tokenizer, "seed": config.seed,
-        "allow_nonfinite": allow_nonfinite, "max_shard_bytes": max_shard_bytes, "device": device,
+        "out_dtype": config.out_dtype, "vocab": config.vocab, "tokenizer": config.tokenizer or "base",
+        "seed": config.seed, "allow_nonfinite": allow_nonfinite, "max_shard_bytes": max_shard_bytes, "device": device,
         "base_sha256": base.identity()["sha256"], "targets_sha256": [model.identity()["sha256"] for model in targets],
-    }  # fmt: skip
+    } | ({} if config.chat_template is None else {"chat_template": config.chat_template})  # fmt: skip
 
 
 def summarise(config: MergeConfig, statistics: Mapping[str, Json], plans: Sequence[TensorPlan]) -> Json:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,12 @@ if TYPE_CHECKING:  # a merge without adapters needs no NumPy
 
 FLOATS = ("F32", "F16", "BF16")
 _HEAD = "lm_head.weight"
+# Causal masks and rotary frequencies, which old versions of transformers saved and no version reads: name, and rank.
+_DERIVED = (
+    (re.compile(r"\.(attn|attention)\.bias$"), 4),
+    (re.compile(r"\.(attn|attention)\.masked_bias$"), 0),
+    (re.compile(r"\.rotary_emb\.inv_freq$"), 1),
+)
 _EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight", "gpt_neox.embed_in.weight")
 
 
@@ -75,9 +82,16 @@ def vocab_size(config: Json) -> int | None:
     return size if isinstance(size, int) else None
 
 
+def _is_derived(entry: TensorEntry) -> bool:
+    """Return whether a tensor is one that the model computes anew from its config."""
+    return any(pattern.search(entry.name) and len(entry.shape) == rank for pattern, rank in _DERIVED)
+
+
 def open_model(ref: ModelRef) -> Model:
-    """Open a model, from the hub if it is no directory, and its adapter; raises DataError or FormatError."""
+    """Open a model's weights, from the hub if it is no directory, and its adapter; raises DataError or FormatError."""
     checkpoint = open_checkpoint(resolve_model(ref.model))
+    weights = {name: entry for name, entry in checkpoint.tensors.items() if not _is_derived(entry)}
+    checkpoint = replace(checkpoint, tensors=weights)
     adapter = open_adapter(resolve_model(ref.adapter), checkpoint) if ref.adapter else None
     return Model(ref=ref, checkpoint=checkpoint, adapter=adapter)
 

@@ -161,7 +161,7 @@ METHODS: Mapping[str, Method] = {
         options=_varm,
     ),
     "linear": Method(
-        parameters={"weight": _WEIGHT, "normalize": Parameter(default=True)},
+        parameters={"weight": _WEIGHT, "normalize": Parameter(default=True), "int8_mask": _INT8},
         options=_linear,
         from_base=False,
     ),
@@ -207,7 +207,7 @@ METHODS: Mapping[str, Method] = {
         options=lambda values: _elected(values) | _dare_mask(values),
     ),
     "slerp": Method(
-        parameters={"t": Parameter(default=REQUIRED, least=0.0, most=1.0)},
+        parameters={"t": Parameter(default=REQUIRED, least=0.0, most=1.0), "int8_mask": _INT8},
         options=_slerp,
         from_base=False,
         most_targets=1,

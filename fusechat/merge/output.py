@@ -168,13 +168,25 @@ class Workplace:
         with (self.directory / JOURNAL).open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
-    def finish(self, config: Json, base: Path, tokenizer: Path, recipe: str, card: str, facts: Json) -> Json:
-        """Write everything besides the weights, then make OUT.partial OUT; returns the provenance."""
+    def take_over(self, base: Path, tokenizer: Path, chat_template: str | None) -> None:
+        """Copy the small files of the base and of the tokenizer, whose chat template another one may replace."""
+        for path in taken_over(base, tokenizer):
+            shutil.copyfile(path, self.directory / path.name)
+        if chat_template is None:
+            return
+        (self.directory / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+        # Where a template stood before it had a file of its own: some readers look there first.
+        (self.directory / "chat_template.json").unlink(missing_ok=True)
+        place = self.directory / "tokenizer_config.json"
+        held = read_json(place) if place.exists() else {}
+        if held.pop("chat_template", None) is not None:
+            write_json(place, held)
+
+    def finish(self, config: Json, recipe: str, card: str, facts: Json) -> Json:
+        """Write everything else besides the weights, then make OUT.partial OUT; returns the provenance."""
         directory = self.directory
         if len(self.shards) > 1:
             write_json(directory / "model.safetensors.index.json", index_json(self.shards))
-        for path in taken_over(base, tokenizer):
-            shutil.copyfile(path, directory / path.name)
         write_json(directory / "config.json", config)
         write_json(directory / STATISTICS, self.finished)
         (directory / "merge.yaml").write_text(recipe, encoding="utf-8")
