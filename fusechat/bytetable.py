@@ -22,7 +22,10 @@ import numpy.typing as npt
 from fusechat.errors import DataError
 
 METASPACE = "▁"
-_WHITESPACE = b" \t\n\r\x0b\x0c"
+# What special tokens strip, in UTF-8: Unicode's White_Space, as the tokenizers package has it.
+_WHITESPACE = re.compile(
+    rb"(?:[\t-\r ]|\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]|\xe2\x81\x9f|\xe3\x80\x80)*"
+)
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -258,7 +261,7 @@ def token_byte_ends(table: ByteTable, ids: Any, text: bytes) -> npt.NDArray[np.i
     try:
         return _Walk(table=table, ids=ids, text=text).ends()
     except DataError:
-        if mark not in text:
+        if mark not in text or mark in table.concatenate(ids):
             raise
     folded = text.replace(mark, b" ")
     ends = _Walk(table=table, ids=ids, text=folded).ends()
@@ -304,7 +307,7 @@ class _Walk:
             last = self.table.token(int(self.ids[-1])) if len(self.ids) else b""
             spelled = last and self.text[:position].endswith(last)
             written_control = spelled and controls[-1:].tolist() == [len(self.ids) - 1]
-            if not written_control or self.text[position:].strip(_WHITESPACE):
+            if not written_control or position + self._gap(position) != len(self.text):
                 self._fail(len(self.ids), position)
             out[-1] = len(self.text)
         return out
@@ -325,10 +328,8 @@ class _Walk:
         return position if self.text.startswith(token, position) else position + self._gap(position)
 
     def _gap(self, position: int) -> int:
-        end = position
-        while end < len(self.text) and self.text[end] in _WHITESPACE:
-            end += 1
-        return end - position
+        run = _WHITESPACE.match(self.text, position)
+        return run.end() - position if run else 0
 
     def _may_be_unwritten(self, index: int) -> bool:
         """Whether a post-processor may have added this token without the text spelling it."""

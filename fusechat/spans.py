@@ -60,7 +60,7 @@ def render_dialogue(template: Template, tokenizer: Any, dialogue: Dialogue) -> R
             spans[n] = replace(spans[n], turn_end=spans[n].end + _common_length(alone, pieces[n + 1]))
     except RenderError as refusal:
         try:
-            spans = _spans_by_prefixes(template, tokenizer, messages, turns, text)
+            spans = _spans_by_prefixes(template, tokenizer, messages, turns, text, marks)
         except RenderError:
             raise refusal from None
     return Rendered(text=text, spans=tuple(spans))
@@ -118,21 +118,27 @@ def _split_at(text: str, marks: Sequence[str]) -> list[str]:
 
 
 def _spans_by_prefixes(
-    template: Template, tokenizer: Any, messages: Sequence[Message], turns: Sequence[int], text: str
+    template: Template,
+    tokenizer: Any,
+    messages: Sequence[Message],
+    turns: Sequence[int],
+    text: str,
+    marks: Sequence[str],
 ) -> list[Span]:
     """Find each turn behind the rendering of all that precedes it, for templates that look into the content.
 
     Reasoning models' templates take "<think>" apart and write it anew; the rendering with a marker then differs.
     """
     spans = []
-    for i in turns:
+    for i, mark in zip(turns, marks, strict=True):
         before = render(template, tokenizer, messages[:i], add_generation_prompt=True)
         start = len(before)
         part = next((part for part in _parts(messages[i].content) if text.startswith(part, start)), None)
         if part is None or not text.startswith(before):
             raise RenderError("the assistant's turn does not follow its prompt")
         end = start + len(part)
-        alone = render(template, tokenizer, messages[: i + 1]).rpartition(part)[2]
+        marked = [*messages[:i], replace(messages[i], content=mark)]
+        alone = render(template, tokenizer, marked).rpartition(mark)[2]
         turn_end = end + _common_length(alone, text[end:])
         spans.append(Span(start=start, end=end, turn_end=turn_end, offset=messages[i].content.rfind(part)))
     return spans

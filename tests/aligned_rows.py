@@ -32,7 +32,8 @@ class Side:
             self.roles.append(Role.TEXT)
         return self.pieces[data]
 
-    def encode(self, texts: list[bytes], cut: float, dummy: bool, end: bool) -> dict[str, Any]:
+    def encode(self, texts: list[bytes], cut: float, dummy: bool, end: bool, lead: bytes = b"") -> dict[str, Any]:
+        """Cut texts into tokens; `lead` is the template's white space that the first token of each carries."""
         ids, mask, turn, byte_end = [1], [False], [-1], [-1]
 
         def put(token: int, m: bool, t: int, e: int) -> None:
@@ -43,7 +44,7 @@ class Side:
                 put(self.piece(b" "), True, t, 0)
             bounds = [0, *(i for i in range(1, len(text)) if self.rng.random() < cut), len(text)] if text else [0]
             for a, b in itertools.pairwise(bounds):
-                put(self.piece(text[a:b]), True, t, b)
+                put(self.piece(lead * (a == 0) + text[a:b]), True, t, b)
             if end:
                 put(0, True, t, len(text))
             put(1, False, -1, -1)

@@ -139,6 +139,13 @@ def test_specials_own_the_whitespace_they_strip() -> None:
     assert token_byte_ends(table, [0, 1, 0], b"a \n<|user|>\n a").tolist() == [1, 13, 14]
     assert token_byte_ends(table, [1, 2], b"<|user|>\nb").tolist() == [9, 10]
     assert token_byte_ends(table, [0, 1], b"a<|user|>\n").tolist() == [1, 10]
+    for space in "\x85\xa0\u1680\u2000\u200a\u2028\u202f\u205f\u3000":
+        n = len(space.encode())
+        ends = token_byte_ends(table, [0, 1, 0], f"a{space}<|user|>\n{space}a".encode())
+        assert ends.tolist() == [1, 10 + 2 * n, 11 + 2 * n]
+        assert token_byte_ends(table, [0, 1], f"a<|user|>{space}".encode()).tolist() == [1, 9 + n]
+    with pytest.raises(DataError, match="text goes on"):
+        token_byte_ends(table, [0, 1], "a<|user|>\u200b".encode())  # no white space, whatever it looks like
 
 
 def test_unwritten_bos_and_eos_have_no_width() -> None:
@@ -153,6 +160,13 @@ def test_a_literal_mark_keeps_its_three_bytes() -> None:
     """Catches ends that shrink by two bytes for every ▁ the user typed."""
     table = ByteTable.from_tokens([b" a", b" ", b"b"])
     assert token_byte_ends(table, [0, 1, 2, 1], "a▁b▁".encode()).tolist() == [1, 4, 5, 8]
+
+
+def test_a_literal_mark_is_not_blamed_for_another_mismatch() -> None:
+    """Catches an error that names the ▁ of a text whose é the tokenizer composed."""
+    table = ByteTable.from_tokens(["▁".encode(), "é".encode()])
+    with pytest.raises(DataError, match=r"token 1 \(id 1"):
+        token_byte_ends(table, [0, 1], "▁e\u0301".encode())
 
 
 @pytest.mark.parametrize(

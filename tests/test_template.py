@@ -130,6 +130,17 @@ def test_reasoning_templates_that_look_into_the_content() -> None:
     assert [rendered.text[s.end : s.turn_end] for s in rendered.spans] == ["<|im_end|>\n"] * 2
 
 
+def test_an_answer_may_be_part_of_what_ends_its_turn() -> None:
+    """Catches an end of turn cut off behind the "e" of <|im_end|>, where a template must be read by prefixes."""
+    always = REASONING.replace("{% else %}", "{% else %}{{ '<think>\n\n</think>\n\n' if m['role'][0] == 'a' }}")
+    thinking = "<think>\nhm\n</think>\n\n"
+    made = render_dialogue(
+        Template(name="x", jinja=always), tokenizer(), chat("q", thinking + "e", "q", thinking + ">")
+    )
+    assert [made.text[s.start : s.end] for s in made.spans] == ["e", thinking + ">"]
+    assert [made.text[s.end : s.turn_end] for s in made.spans] == ["<|im_end|>\n"] * 2
+
+
 @pytest.mark.parametrize(
     ("name", "dialogue", "reason"),
     [

@@ -138,8 +138,9 @@ class Aligner:
         """Choose other maps where a turn's first token carries white space in one tokenizer and not in the other."""
         rows = np.flatnonzero((matches.kind <= RowKind.FINER) & (pivot.starts == 0) & ~pivot.at_end)
         source_rows = matches.source_row[rows]
-        source_leads, pivot_leads = source.lead_bytes[source_rows], pivot.lead_bytes[rows]
-        for row, source_row in zip(rows[source_leads != pivot_leads], source_rows[source_leads != pivot_leads]):
+        # Of one width they may differ still: a line break here, a space there.
+        led = np.maximum(source.lead_bytes[source_rows], pivot.lead_bytes[rows]) > 0
+        for row, source_row in zip(rows[led], source_rows[led]):
             leads = source.lead(int(source_row)), pivot.lead(int(row))
             if leads[0] != leads[1]:
                 method = "prefix" if matches.kind[row] == RowKind.COARSER else self.vocab
