@@ -26,8 +26,12 @@ MODULES = {
 CUDA_MODULES = {"loss": "loss_gpu", "linear-loss": "loss_gpu"}
 
 
-def run_benchmarks(names: Sequence[str], device: str, size: str, against: Sequence[str] = ()) -> dict[str, Any]:
+def run_benchmarks(
+    names: Sequence[str], device: str, size: str, against: Sequence[str] = (), *, tables: bool = True
+) -> dict[str, Any]:
     """Run the named benchmarks one after another, each at `size` and against the same peers; return the joined result.
+
+    Their tables go to stdout, to stderr without `tables`.
 
     Raises ConfigError for a name that is none, for one that has no form on `device`, for a peer that is none, and when
     a benchmark fails.
@@ -54,7 +58,7 @@ def run_benchmarks(names: Sequence[str], device: str, size: str, against: Sequen
                 str(out),
                 *arguments,
             ]
-            code = subprocess.run(command, check=False).returncode
+            code = subprocess.run(command, check=False, stdout=None if tables else sys.stderr).returncode
             if not out.exists():
                 raise ConfigError(
                     f"bench/{module}.py ended with exit code {code} and no result; its own message stands above"

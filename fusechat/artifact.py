@@ -328,3 +328,14 @@ def require_free_bytes(directory: Path, needed_bytes: int) -> None:
             f"{directory} needs {needed_bytes / 1e6:,.1f} MB, {free_bytes / 1e6:,.1f} MB are free: "
             "free space or choose another place"
         )
+def require_writable(path: Path) -> None:
+    """Raise FusechatError when a file or folder that is, or is to be, at `path` could not be written; makes nothing."""
+    place = path.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if place != path.absolute() and not place.is_dir():
+        raise FusechatError(f"{path} cannot be made, for {place} is a file: choose another place")
+    if not os.access(place, os.W_OK):
+        raise FusechatError(f"{path} cannot be written, for {place} may not be: choose another place")
+
+

@@ -51,6 +51,7 @@ _BACKENDS_OF = {
     "served_model": ("vllm-server",),
     "concurrency": ("vllm-server",),
     "timeout_s": ("vllm-server",),
+    "api_key_env": ("vllm-server",),
 }
 """Keys of `extract` that not every backend takes, by those that do."""
 
@@ -89,11 +90,16 @@ class ExtractConfig(Section):
     served_model: str | None = Field(None, description="vllm-server: the model's name there, if not its own")
     concurrency: int = Field(16, ge=1, description="vllm-server: requests under way at one endpoint")
     timeout_s: float = Field(600.0, gt=0, description="vllm-server: how long one answer may take")
+    api_key_env: str = Field(
+        "OPENAI_API_KEY", description="vllm-server: environment variable with the key, where a server wants one"
+    )
 
     @model_validator(mode="after")
     def _backend_knows(self) -> ExtractConfig:
         if self.backend == "vllm-server" and not self.servers:
             raise ValueError("backend: vllm-server needs servers, a list of URLs")
+        if not self.api_key_env.isidentifier():  # a key would be written into config.yaml
+            raise ValueError("api_key_env is no name of an environment variable: put the key itself into one")
         for url in self.servers:
             if not url.startswith(("http://", "https://")):
                 raise ValueError(f"servers: {url!r} is no URL: write http://{url}")

@@ -30,7 +30,7 @@ class Layout:
 
     @property
     def plan(self) -> Path:
-        """What `fusechat plan CONFIG --json` printed, where somebody kept it here."""
+        """What `fusechat plan CONFIG --json` wrote, where somebody kept it here."""
         return self.out / "plan.json"
 
     def store(self, name: str) -> Path:

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from fusechat.bytetable import ByteTable, Role
 from fusechat.cli import app
 from fusechat.commands.evaluate.held_out import held_out
+from fusechat.commands.evaluate.names import model_names
 from fusechat.dialogue import load_dialogues, split_held_out
 from fusechat.encode import encode_all
 from fusechat.errors import ConfigError, DataError
@@ -202,6 +203,15 @@ def test_the_commands_print_tables_and_write_json(tiny_world: Any, tmp_path: Pat
     table = json.loads((tmp_path / "agreement.json").read_text())
     assert table["sources"]["pivot"]["groups"]["overall"]["models"]["pivot"]["top1"]["value"][0] == 1
     assert "agreement with pivot" in done.output
+
+
+def test_models_of_the_same_last_name_are_told_apart_by_their_paths() -> None:
+    """Catches two runs whose merged models cannot be compared, for both lie in a folder called merged."""
+    assert model_names(["a/merged", "b/merged/", "b/sft"]) == {
+        "a/merged": "a/merged", "b/merged": "b/merged/", "sft": "b/sft",
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="named twice"):
+        model_names(["a/merged", "a/merged/"])
 
 
 def test_a_run_named_as_data_gives_the_dialogues_it_held_out(tiny_world: Any, tmp_path: Path) -> None:

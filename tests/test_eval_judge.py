@@ -228,7 +228,8 @@ def test_what_is_under_way_is_finished_and_kept_when_something_stops_the_rest(ju
 
 
 def _command(bench: Bench, url: str, *more: str) -> list[str]:
-    files = [option for name, path in bench.files.items() for option in (f"--{name}", str(path))]
+    names = {name: f"--{name}" for name in bench.files} | {"judgments": "--out"}
+    files = [option for name, path in bench.files.items() for option in (names[name], str(path))]
     answers = [str(path) for path in bench.answers.values()]
     return ["eval", "judge", *answers, *files, "--judge-url", url, "--judge-model", "stub", *more]
 
@@ -239,8 +240,22 @@ def test_the_command_prints_ratings_and_differences(bench: Bench, judge: Judge) 
     assert done.exit_code == 0, done.output
     assert "difference to sft" in done.output
     table = json.loads(out.read_text())
+    printed = CliRunner().invoke(app, _command(bench, judge.url("good", "cli"), "--json", "-"))
+    assert json.loads(printed.stdout) == table
     mine = [rating_of(str(row["user_prompt"])) for row in bench.kept() if row["model"] == "fused"]
     assert table["groups"]["overall"]["models"]["fused"]["rating"][0] == pytest.approx(sum(mine) / len(mine))
+
+
+def test_what_would_be_missed_at_the_end_is_refused_before_anything_is_asked(bench: Bench, judge: Judge) -> None:
+    """Catches hours of judging that end with a name that is none, or a table that cannot be written."""
+    for options, message in (
+        (("--against", "sfft"), "--against sfft is none of the models: there are sft, fused"),
+        (("--json", str(bench.files["questions"] / "x" / "out.json")), "is a file: choose another place"),
+    ):
+        done = CliRunner().invoke(app, _command(bench, judge.url("good", "never"), *options))
+        assert isinstance(done.exception, FusechatError)
+        assert message in str(done.exception)
+    assert not judge.counts("good", "never")
 
 
 @pytest.mark.parametrize(("mode", "label"), [("mute", "without a rating"), ("high", "off the scale")])

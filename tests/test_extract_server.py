@@ -18,7 +18,7 @@ import torch
 from extract_world import check_store, make_hd32_model, manifest, shard_bytes
 
 import fusechat
-from fusechat.config import parse_config
+from fusechat.config import parse_config, parse_extract
 from fusechat.dialogue import load_dialogues
 from fusechat.errors import ConfigError, DataError, FusechatError
 from fusechat.extract import server
@@ -147,17 +147,27 @@ def test_rows_over_http_are_the_models_own(directory: Path, model: Any, dialogue
 def test_the_key_is_read_from_the_environment_and_asked_for(
     directory: Path, model: Any, dialogues: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(server.API_KEY, "secret")
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    monkeypatch.setenv("OTHER_KEY", "other")
     with serving(Stub(model, "tiny")) as stub:
         _extract(directory, dialogues[:2], tmp_path / "s", stub)
         assert set(stub.keys) == {"Bearer secret"}
         stub.before = lambda stub, body: (401, {"error": {"message": "no"}})
-        with pytest.raises(DataError, match=server.API_KEY):
+        with pytest.raises(DataError, match="correct the one in OPENAI_API_KEY"):
             _extract(directory, dialogues[:3], tmp_path / "t", stub)
         stub.before = lambda stub, body: (400, {"error": {"message": "no such thing as 'Bearer secret'"}})
         with pytest.raises(DataError, match="no such thing as 'Bearer …'"):
             _extract(directory, dialogues[:3], tmp_path / "t", stub)
+        stub.keys.clear()
+        stub.before = lambda stub, body: None
+        _extract(directory, dialogues[:2], tmp_path / "other", stub, api_key_env="OTHER_KEY")
+        assert set(stub.keys) == {"Bearer other"}
+        stub.before = lambda stub, body: (401, {"error": {"message": "no"}})
+        with pytest.raises(DataError, match="put it into the environment variable NO_KEY"):
+            _extract(directory, dialogues[:3], tmp_path / "t", stub, api_key_env="NO_KEY")
     assert "secret" not in (tmp_path / "s" / "manifest.json").read_text()
+    with pytest.raises(ConfigError, match="api_key_env is no name"):
+        parse_extract({"backend": "vllm-server", "servers": ["http://h"], "api_key_env": "sk-secret"})
 
 
 @pytest.mark.parametrize("status", [429, 500, 503, 0])

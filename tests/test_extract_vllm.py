@@ -160,7 +160,7 @@ def test_every_row_is_of_the_token_after_it(tiny_world: Any, tmp_path: Path) -> 
 def test_a_real_server_agrees_with_hf(
     judge_server: str, judge: Path, dialogues: list[Dialogue], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("FUSECHAT_SERVER_API_KEY", API_KEY)
+    monkeypatch.setenv("OPENAI_API_KEY", API_KEY)
     fusechat.extract(str(judge), dialogues, tmp_path / "hf", **OPTIONS)
     options = OPTIONS | {"backend": "vllm-server", "servers": [judge_server]}
     manifest = fusechat.extract(str(judge), dialogues, tmp_path / "s", **options, served_model="judge")

@@ -40,7 +40,9 @@ def test_the_table_fits_80_columns(paper: RunConfig, name: str) -> None:
 
 
 def test_the_command_prints_json_offline() -> None:
-    done = CliRunner().invoke(app, ["plan", "recipe:fusechat_7b_v2", "--hardware", "a100-80", "--gpus", "4", "--json"])
+    done = CliRunner().invoke(
+        app, ["plan", "recipe:fusechat_7b_v2", "--hardware", "a100-80", "--gpus", "4", "--json", "-"]
+    )
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert found["devices"] == 4
@@ -73,7 +75,7 @@ def test_the_gpus_that_are_here_are_what_is_planned_for(gpus: Any) -> None:
     """Catches a plan for the CPU of a machine that has GPUs, and one for GPUs that are hidden."""
 
     def planned(*options: str) -> tuple[dict[str, Any], str]:
-        done = CliRunner().invoke(app, ["plan", "recipe:fusechat_7b_v2", "--json", *options])
+        done = CliRunner().invoke(app, ["plan", "recipe:fusechat_7b_v2", "--json", "-", *options])
         assert done.exit_code == 0, done.output
         found = json.loads(done.stdout)
         return found, "; ".join(found["assumptions"])

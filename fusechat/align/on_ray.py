@@ -27,7 +27,7 @@ def map_on_ray(ray: Any, task: Task, corpus: Corpus, what: str, numbers: Sequenc
     """
     if not numbers:
         return
-    actors = room_for(ray, cpus=task.threads, mend="lower --workers")
+    actors = room_for(ray, cpus=task.threads, mend="lower --threads")
     rows = [{"number": number} for number in numbers]
     for row in actor_results(ray, ShardActor, (task, corpus, what), rows, actors=actors, cpus=task.threads):
         yield int(row["number"]), pickle.loads(row["result"])

@@ -20,8 +20,8 @@ def align(
     unaligned: Annotated[str, typer.Option(help="rows without common boundary: gold, pivot or skip")] = "gold",
     collisions: Annotated[str, typer.Option(help="several source ids on one pivot id: sum or first")] = "sum",
     preset: Annotated[str | None, typer.Option(help="paper: all five choices as the research code's default")] = None,
-    workers: Annotated[
-        int | None, typer.Option(help="threads; all this process may use when absent, one a task on Ray", min=1)
+    threads: Annotated[
+        int | None, typer.Option(help="all this process may use when absent, one a task on Ray", min=1)
     ] = None,
     ray: Annotated[str | None, typer.Option(help="address of a Ray cluster, or local: shards as tasks")] = None,
 ) -> None:
@@ -40,7 +40,7 @@ def align(
             unaligned=unaligned,
             collisions=collisions,
             preset=preset,
-            workers=workers,
+            workers=threads,
             ray=ray,
             progress=reporter.stage("align", "rows"),
         )

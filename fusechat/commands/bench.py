@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from fusechat.commands.json_out import STDOUT, JsonOut, tell
+
 
 class Device(StrEnum):
     """Where to measure."""
@@ -25,7 +27,7 @@ def bench(
     against: Annotated[
         list[str] | None, typer.Option(help="PEER or PEER=PYTHON, a virtual environment that has it; repeatable")
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="write claims, machine and ceilings there")] = None,
+    json_out: JsonOut = None,
     compare: Annotated[
         Path | None,
         typer.Option(help="an older result, or a folder of one for each instruction set; exit 1 if worse"),
@@ -35,17 +37,14 @@ def bench(
     plot: Annotated[Path | None, typer.Option(help="write the roofline there, as .png and .svg")] = None,
 ) -> None:
     """Measure throughput and memory: equality first, then interleaved pairs, against peers and ceilings."""
-    import json as js
-
     from fusechat.bench.compare import read_old, worse
     from fusechat.bench.machine import instruction_set
     from fusechat.bench.roofline import plot_roofline
     from fusechat.bench.suite import run_benchmarks
 
     old = None if compare is None else read_old(compare, instruction_set())
-    result = run_benchmarks(names, device.value, size, against or [])
-    if json is not None:
-        json.write_text(js.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    result = run_benchmarks(names, device.value, size, against or [], tables=json_out != STDOUT)
+    tell(result, json_out, lambda _: None)  # each benchmark has printed its table
     if plot is not None:
         for path in plot_roofline(result, plot):
             typer.echo(f"wrote {path}")

@@ -10,7 +10,7 @@ import typer
 
 def demo(
     out: Annotated[Path, typer.Option(help="folder of everything the demo makes")] = Path("fusechat-demo"),
-    seed: Annotated[int, typer.Option(help="of the dialogues, the models and the training")] = 0,
+    seed: Annotated[int, typer.Option(help="of the dialogues, the models and the training", min=0, max=2**32 - 1)] = 0,
     backend: Annotated[Literal["hf", "vllm"], typer.Option(help="what extracts: transformers or vLLM")] = "hf",
 ) -> None:
     """Fuse three small chat models made on the spot, and check that the fusion did what it should."""

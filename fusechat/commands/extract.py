@@ -43,7 +43,7 @@ def extract(
 ) -> None:
     """Write a model's top-k next-token log-probabilities over a dialogue set.
 
-    A server's API key is read from FUSECHAT_SERVER_API_KEY.
+    A server's API key is read from the environment variable OPENAI_API_KEY; api_key_env=NAME names another.
     """
     from fusechat.commands.progress import terminal_reporter
     from fusechat.config import parse_extract

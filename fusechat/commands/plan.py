@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from fusechat.commands.json_out import JsonOut, tell
+
 
 def plan(
     config: Annotated[str, typer.Argument(help="YAML of the run, or recipe:NAME", show_default=False)],
@@ -23,10 +25,9 @@ def plan(
     disk: Annotated[str | None, typer.Option(help="room, such as 2TB; what is free under `out` when absent")] = None,
     dialogues: Annotated[int | None, typer.Option(min=1, help="how many, for data that is not a local file")] = None,
     tokens_per_dialogue: Annotated[int | None, typer.Option(min=1, help="on average, for the same")] = None,
-    json: Annotated[bool, typer.Option(help="print JSON instead of tables")] = False,
+    json_out: JsonOut = None,
 ) -> None:
     """Say what a fusion will need, stage by stage: memory, disk, FLOPs, time, and what to change. Reads no weights."""
-    import json as js
     import shutil
 
     from rich.console import Console
@@ -52,7 +53,4 @@ def plan(
         tokens_per_dialogue=tokens_per_dialogue,
         disk_limit_bytes=shutil.disk_usage(place).free if disk is None else parse_size(disk),
     )
-    if json:
-        typer.echo(js.dumps(result.as_json(), indent=2, ensure_ascii=False))
-    else:
-        print_plan(result, Console())
+    tell(result.as_json(), json_out, lambda _: print_plan(result, Console()))

@@ -25,7 +25,7 @@ def train(
     ] = "auto",
     separator: Annotated[list[str] | None, typer.Option(help="what separates documents in a text file")] = None,
     max_bytes: Annotated[int | None, typer.Option(help="cut running text into pieces of so many bytes")] = None,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(help="of the order, dropout and every random draw", min=0, max=2**32 - 1)] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="two steps on two dialogues; leaves nothing")] = False,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="settings such as hard_weight=0.9 epochs=2; --help lists them")

@@ -1,7 +1,7 @@
 """The vllm-server backend: prompt log-probabilities over HTTP, from a server that lives elsewhere.
 
 `POST /v1/completions` takes token ids and `prompt_logprobs`, which vLLM adds to OpenAI's interface. The API key, where
-a server wants one, is in the environment variable FUSECHAT_SERVER_API_KEY.
+a server wants one, is in the environment variable that `api_key_env` names.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from urllib3.util.retry import Retry
 
 from fusechat.artifact import Json
 from fusechat.checkpoint import hub_id
+from fusechat.config import ExtractConfig
 from fusechat.errors import DataError
 from fusechat.extract.engines import EngineLostError
 from fusechat.extract.probe import Probe
@@ -30,7 +31,6 @@ from fusechat.extract.task import Task
 from fusechat.http_reply import reply_text
 from fusechat.records import Encoded
 
-API_KEY = "FUSECHAT_SERVER_API_KEY"
 _RETRIES = 5
 _BACKOFF_S = 0.5  # doubled with every attempt
 _CONNECT_S = 10.0
@@ -42,9 +42,11 @@ _MINUS_INFINITY = -9999.0  # JSON has none: vLLM's server writes this
 class Endpoint:
     """One server: its URL, the model it serves, and a session for each thread."""
 
-    def __init__(self, url: str, *, timeout_s: float) -> None:
+    def __init__(self, url: str, *, timeout_s: float, api_key_env: str) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         self.timeout_s = timeout_s
+        self.api_key_env = api_key_env
+        self.api_key = os.environ.get(api_key_env)
         self.retry = Retry(
             total=_RETRIES,
             backoff_factor=_BACKOFF_S,
@@ -60,8 +62,8 @@ class Endpoint:
             session = requests.Session()
             session.mount("http://", HTTPAdapter(max_retries=self.retry))
             session.mount("https://", HTTPAdapter(max_retries=self.retry))
-            if os.environ.get(API_KEY):
-                session.headers["Authorization"] = f"Bearer {os.environ[API_KEY]}"
+            if self.api_key:
+                session.headers["Authorization"] = f"Bearer {self.api_key}"
             self._of_thread.session = session
         session = self._of_thread.session
         assert isinstance(session, requests.Session)
@@ -78,11 +80,12 @@ class Endpoint:
         except requests.RequestException as error:
             reason = type(error).__name__
             raise EngineLostError(f"{self.url} does not answer ({reason}): is the server up?") from error
-        said = reply_text(answer, os.environ.get(API_KEY)) if answer.status_code >= 400 else ""
+        said = reply_text(answer, self.api_key) if answer.status_code >= 400 else ""
         if answer.status_code in _PASSING:
             raise EngineLostError(f"{self.url} keeps answering {answer.status_code}: {said}")
         if answer.status_code in (401, 403):
-            raise DataError(f"{self.url} wants an API key ({answer.status_code}): put it into {API_KEY}")
+            mend = "correct the one in" if self.api_key else "put it into the environment variable"
+            raise DataError(f"{self.url} wants an API key ({answer.status_code}): {mend} {self.api_key_env}")
         if answer.status_code >= 400:
             raise DataError(f"{self.url}{path} refuses ({answer.status_code}): {said}")
         try:
@@ -100,7 +103,7 @@ def open_server(task: Task, *, url: str, probe: Probe) -> Iterator[Scorer]:
     The scorer raises DataError, naming both sides, for a server of another model or one that is no vLLM server, and
     EngineLostError when the server does not answer.
     """
-    endpoint = Endpoint(url, timeout_s=task.config.timeout_s)
+    endpoint = _endpoint(url, task.config)
     engine: Json = {"name": "vllm-server", "url": endpoint.url, "dtype": task.dtype}
     with ThreadPoolExecutor(task.config.concurrency) as pool:
 
@@ -124,6 +127,22 @@ def open_server(task: Task, *, url: str, probe: Probe) -> Iterator[Scorer]:
                     future.cancel()
 
         yield Scorer(score=score, engine=engine)
+
+
+def _endpoint(url: str, config: ExtractConfig) -> Endpoint:
+    return Endpoint(url, timeout_s=config.timeout_s, api_key_env=config.api_key_env)
+
+
+def check_servers(task: Task) -> None:
+    """Raise what extraction would of a task's servers; one that does not answer is left to the others."""
+    lost = []
+    for url in task.config.servers:
+        try:
+            check_model(_endpoint(url, task.config), task)
+        except EngineLostError as error:
+            lost.append(error)
+    if len(lost) == len(task.config.servers):
+        raise lost[-1]
 
 
 def check_model(endpoint: Endpoint, task: Task) -> Json:

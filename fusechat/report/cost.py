@@ -58,7 +58,7 @@ def cost(layout: Layout, config: Json) -> Json:
 
 
 def _planned(layout: Layout) -> dict[tuple[str, str], Json]:
-    """Return what `fusechat plan CONFIG --json > RUN/plan.json` said, by stage and model; nothing without that file."""
+    """Return what `fusechat plan CONFIG --json RUN/plan.json` said, by stage and model; nothing without that file."""
     if not layout.plan.exists():
         return {}
     return {

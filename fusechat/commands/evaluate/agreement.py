@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+
+from fusechat.commands.json_out import JsonOut, tell
 
 
 def agreement(
@@ -26,13 +27,12 @@ def agreement(
     max_length: Annotated[int, typer.Option(help="tokens", min=2)] = 2048,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
     top_k: Annotated[int, typer.Option(help="candidates compared", min=1)] = 10,
-    samples: Annotated[int, typer.Option(help="of the bootstrap", min=100)] = 2000,
+    samples: Annotated[int, typer.Option(help="of the bootstrap", min=100, max=100_000)] = 2000,
     confidence: Annotated[float, typer.Option(help="of the intervals", min=0.5, max=0.999)] = 0.95,
-    seed: Annotated[int, typer.Option(help="of the bootstrap")] = 0,
-    json_out: Annotated[Path | None, typer.Option("--json", help="also write the table here")] = None,
+    seed: Annotated[int, typer.Option(help="of the bootstrap", min=0, max=2**32 - 1)] = 0,
+    json_out: JsonOut = None,
 ) -> None:
     """How far models predict what sources predict, where both stand before the same text."""
-    from fusechat.artifact import write_json
     from fusechat.commands.evaluate.held_out import held_out
     from fusechat.commands.evaluate.names import model_names
     from fusechat.commands.progress import terminal_reporter
@@ -54,9 +54,7 @@ def agreement(
             progress=reporter.stage("agreement", "models"),
         )
         reporter.done("agreement", f"{len(models)} models, {len(source)} sources")
-    if json_out is not None:
-        write_json(json_out, results)
-    _print(results)
+    tell(results, json_out, _print)
 
 
 def _print(results: dict[str, Any]) -> None:

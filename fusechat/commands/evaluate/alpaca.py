@@ -8,12 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from fusechat.commands.evaluate import endpoint_options as options
+from fusechat.commands.json_out import JsonOut, tell
 
 Reference = Annotated[Path, typer.Option(help="the reference's model_outputs.json", show_default=False)]
 Gamed = Annotated[Path | None, typer.Option(help="df_gamed.csv; without it no length control")]
 Against = Annotated[str | None, typer.Option(help="the model compared with; the first unless given")]
 Confidence = Annotated[float, typer.Option(help="of the intervals", min=0.5, max=0.999)]
-JsonOut = Annotated[Path | None, typer.Option("--json", help="also write the table here")]
 
 
 def alpaca(
@@ -34,7 +34,7 @@ def alpaca(
     json_out: JsonOut = None,
 ) -> None:
     """AlpacaEval 2.0: a judge's preferences against the reference; run again, it goes on where it stopped."""
-    from fusechat.commands.evaluate.names import output_names
+    from fusechat.commands.evaluate.names import output_names, require_among
     from fusechat.commands.progress import terminal_reporter
     from fusechat.evaluate.alpaca import annotate, write_annotations
 
@@ -48,9 +48,10 @@ def alpaca(
         api_key_env=api_key_env,
         fields=request_field,
     )
-    annotations = {}
+    files, annotations = output_names(outputs), {}
+    require_among(against, files)
     with terminal_reporter() as reporter:
-        for name, path in output_names(outputs).items():
+        for name, path in files.items():
             folder = out / name
             replies = folder / "replies.jsonl"
             advance = reporter.stage(f"judge {name}", "preferences")
@@ -69,12 +70,14 @@ def winrates(
     json_out: JsonOut = None,
 ) -> None:
     """Win rates of annotations that are there already, alpaca_eval's own files among them."""
+    from fusechat.commands.evaluate.names import require_among
     from fusechat.errors import ConfigError
     from fusechat.evaluate.alpaca import load_annotations
 
     by_name = {str(rows[0]["generator_2"]): rows for rows in map(load_annotations, annotations)}
     if len(by_name) < len(annotations):
         raise ConfigError("two of the files are of the same model (generator_2)")
+    require_among(against, by_name)
     _report(by_name, reference, gamed, against, confidence, json_out)
 
 
@@ -86,7 +89,6 @@ def _report(
     confidence: float,
     json_out: Path | None,
 ) -> None:
-    from fusechat.artifact import write_json
     from fusechat.commands.progress import terminal_reporter
     from fusechat.evaluate.alpaca import load_outputs
     from fusechat.evaluate.win_rates import win_rates
@@ -103,9 +105,7 @@ def _report(
         )
         if gamed is not None:
             reporter.done("length control", f"{len(annotations)} models")
-    if json_out is not None:
-        write_json(json_out, results)
-    _print(results)
+    tell(results, json_out, _print)
 
 
 def _print(results: dict[str, Any]) -> None:

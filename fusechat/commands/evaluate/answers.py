@@ -37,7 +37,7 @@ def answers(
     template: Annotated[str, typer.Option(help="own, a .jinja file, or a model's; hf and vllm")] = "own",
     max_tokens: Annotated[int | None, typer.Option(help="of an answer; 1024 mt-bench, 2048 alpaca", min=1)] = None,
     temperature: Annotated[float | None, typer.Option(help="of every answer; else by category, or 0", min=0)] = None,
-    seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
+    seed: Annotated[int, typer.Option(help="of the sampling", min=0, max=2**32 - 1)] = 0,
     batch_size: Annotated[int | None, typer.Option(help="questions at a time; 8 hf, 128 vllm", min=1)] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; hf and vllm")] = "auto",
     engine_arg: Annotated[list[str] | None, typer.Option(help="vllm's, as tensor_parallel_size=2; repeatable")] = None,

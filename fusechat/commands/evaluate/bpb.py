@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+
+from fusechat.commands.json_out import JsonOut, tell
 
 
 def bpb(
@@ -26,16 +27,15 @@ def bpb(
     ] = None,
     max_length: Annotated[int | None, typer.Option(help="tokens; the run's, else 2048", min=2)] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16; the run's, else auto")] = None,
-    samples: Annotated[int, typer.Option(help="of the bootstrap", min=100)] = 2000,
+    samples: Annotated[int, typer.Option(help="of the bootstrap", min=100, max=100_000)] = 2000,
     confidence: Annotated[float, typer.Option(help="of the intervals", min=0.5, max=0.999)] = 0.95,
-    seed: Annotated[int, typer.Option(help="of the bootstrap")] = 0,
-    json_out: Annotated[Path | None, typer.Option("--json", help="also write the table here")] = None,
+    seed: Annotated[int, typer.Option(help="of the bootstrap", min=0, max=2**32 - 1)] = 0,
+    json_out: JsonOut = None,
 ) -> None:
     """Bits per byte of models on held-out dialogues, by category, with paired intervals and tests.
 
     With a run as --data its sources are scored as the run scores them, and all other models as its pivot.
     """
-    from fusechat.artifact import write_json
     from fusechat.commands.evaluate.held_out import held_out, run_config
     from fusechat.commands.evaluate.names import model_names
     from fusechat.commands.progress import terminal_reporter
@@ -56,6 +56,4 @@ def bpb(
     results = results_table(
         scores, dialogues, against=next(iter(names)), samples=samples, confidence=confidence, seed=seed
     )
-    if json_out is not None:
-        write_json(json_out, results)
-    print_results(results)
+    tell(results, json_out, print_results)

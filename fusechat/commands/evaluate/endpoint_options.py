@@ -16,7 +16,7 @@ Concurrency = Annotated[int, typer.Option(help="requests at a time", min=1)]
 RequestsPerMinute = Annotated[float | None, typer.Option(help="no more than so many", min=0.01)]
 Timeout = Annotated[float, typer.Option(help="seconds to wait for one answer", min=0.1)]
 Retries = Annotated[int, typer.Option(help="of a request", min=0)]
-ApiKeyEnv = Annotated[str, typer.Option(help="environment variable with the key")]
+ApiKeyEnv = Annotated[str, typer.Option(help="environment variable with the key, where one is wanted")]
 RequestFields = Annotated[
     list[str] | None,
     typer.Option("--request-field", help="into every request, as top_p=0.9 or max_tokens=null; repeatable"),

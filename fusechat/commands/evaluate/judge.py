@@ -8,11 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from fusechat.commands.evaluate import endpoint_options as options
+from fusechat.commands.json_out import JsonOut, tell
 
 Questions = Annotated[Path, typer.Option(help="MT-Bench's question.jsonl", show_default=False)]
 Against = Annotated[str | None, typer.Option(help="the model compared with; the first unless given")]
 Confidence = Annotated[float, typer.Option(help="of the intervals", min=0.5, max=0.999)]
-JsonOut = Annotated[Path | None, typer.Option("--json", help="also write the table here")]
 
 
 def judge(
@@ -24,7 +24,7 @@ def judge(
     references: Annotated[Path, typer.Option(help="a file of its reference_answer/", show_default=False)],
     judge_url: options.JudgeUrl,
     judge_model: options.JudgeModel,
-    judgments: Annotated[Path, typer.Option(help="grows by a line per judgment")] = Path("judgments.jsonl"),
+    out: Annotated[Path, typer.Option(help="file of judgments, which grows by a line each")] = Path("judgments.jsonl"),
     repeats: Annotated[int, typer.Option(help="judgments per answer", min=1)] = 1,
     temperature: Annotated[float, typer.Option(help="of the judge", min=0.0)] = 0.0,
     max_tokens: Annotated[int, typer.Option(help="of a judgment", min=1)] = 2048,
@@ -39,7 +39,7 @@ def judge(
     json_out: JsonOut = None,
 ) -> None:
     """MT-Bench's single-answer grading of answers by a judge; run again, it goes on where it stopped."""
-    from fusechat.commands.evaluate.names import file_names
+    from fusechat.commands.evaluate.names import file_names, require_among
     from fusechat.commands.progress import terminal_reporter
     from fusechat.evaluate.judge import Sampling, judge_answers
 
@@ -53,19 +53,21 @@ def judge(
         api_key_env=api_key_env,
         fields=request_field,
     )
+    files = file_names(answers)
+    require_among(against, files)
     with terminal_reporter() as reporter:
         rows = judge_answers(
-            file_names(answers),
+            files,
             questions=questions,
             prompts=prompts,
             references=references,
-            judgments=judgments,
+            judgments=out,
             endpoint=endpoint,
             repeats=repeats,
             sampling=Sampling(temperature=temperature, max_tokens=max_tokens),
             progress=reporter.stage("judge", "judgments"),
         )
-        reporter.done("judge", f"{len(rows)} judgments by {judge_model} in {judgments}")
+        reporter.done("judge", f"{len(rows)} judgments by {judge_model} in {out}")
     _report(rows, questions, against, confidence, json_out)
 
 
@@ -89,12 +91,9 @@ def ratings(
 def _report(
     rows: list[dict[str, Any]], questions: Path, against: str | None, confidence: float, json_out: Path | None
 ) -> None:
-    from fusechat.artifact import write_json
     from fusechat.commands.evaluate.ratings_view import print_ratings
     from fusechat.evaluate.mtbench import load_questions
     from fusechat.evaluate.ratings import ratings_table
 
     results = ratings_table(rows, load_questions(questions), against=against, confidence=confidence)
-    if json_out is not None:
-        write_json(json_out, results)
-    print_ratings(results)
+    tell(results, json_out, print_ratings)

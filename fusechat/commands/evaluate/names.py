@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ from fusechat.errors import ConfigError
 
 
 def model_names(models: Sequence[str]) -> dict[str, str]:
-    """Return models by the last part of their path; raises ConfigError when two are called the same."""
-    names = {Path(model).name: model for model in models}
+    """Return models by the last part of their path, or by all of it where two have that in common; raises ConfigError
+    for one that is named twice."""
+    last = Counter(Path(model).name for model in models)
+    names = {Path(model).name if last[Path(model).name] == 1 else str(Path(model)): model for model in models}
     if len(names) < len(models):
-        raise ConfigError("two of the models have the same last name: evaluate them from differently named directories")
+        raise ConfigError(f"a model is named twice among {', '.join(models)}: name it once")
     return names
 
 
@@ -34,6 +37,13 @@ def output_names(files: Sequence[Path]) -> dict[str, Path]:
     if len(names) < len(files):
         raise ConfigError("two of the files are of the same model (generator)")
     return names
+
+
+def require_among(against: str | None, models: Iterable[str]) -> None:
+    """Raise ConfigError when --against names none of the models, before anything is asked or computed."""
+    names = list(models)
+    if against is not None and against not in names:
+        raise ConfigError(f"--against {against} is none of the models: there are {', '.join(names)}")
 
 
 def key_values(words: Sequence[str]) -> dict[str, Any]:

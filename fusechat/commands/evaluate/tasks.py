@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from fusechat.commands.json_out import JsonOut, tell
+
 
 def tasks(
     models: Annotated[list[str], typer.Argument(help="directories or hub ids", show_default=False)],
@@ -18,11 +20,10 @@ def tasks(
     batch_size: Annotated[str, typer.Option(help="a number, or auto")] = "8",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cuda, cpu, ...")] = "auto",
-    seed: Annotated[int, typer.Option(help="of the harness")] = 0,
-    json_out: Annotated[Path | None, typer.Option("--json", help="also write the table here")] = None,
+    seed: Annotated[int, typer.Option(help="of the harness", min=0, max=2**32 - 1)] = 0,
+    json_out: JsonOut = None,
 ) -> None:
     """Tasks of the lm-eval harness."""
-    from fusechat.artifact import write_json
     from fusechat.commands.evaluate.names import model_names
     from fusechat.evaluate.tasks import evaluate_tasks
 
@@ -38,9 +39,7 @@ def tasks(
         device=device,
         seed=seed,
     )
-    if json_out is not None:
-        write_json(json_out, results)
-    _print(results)
+    tell(results, json_out, _print)
 
 
 def _print(results: dict[str, Any]) -> None:
