@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from fusechat.errors import ConfigError
 
 _ModelT = TypeVar("_ModelT", bound=BaseModel)
+_NOTHING = ("", "~", "null", "Null", "NULL")
 
 
 class Section(BaseModel):
@@ -26,17 +27,37 @@ class _Loader(yaml.SafeLoader):
     """YAML as PyYAML reads it, and 1e-6 as the number it is in YAML 1.2; 1.1 wants 1.0e-6 and takes the other for text.
 
     It matters where no type is declared, as in `train.lr_scheduler_args` and `extract.engine_args`. Quoted, it is text.
+    A key that is given twice, the second of which PyYAML would let win, is refused.
     """
 
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """Build a mapping, checking its keys."""
+        merge_tag = "tag:yaml.org,2002:merge"
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merge_tag]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} appears twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the text 1e-6."""
+
+
+for _reader_or_writer in (_Loader, _Dumper):
+    _reader_or_writer.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
 
 
 def read_yaml(text: str) -> Any:
     """Return what a YAML text says; raises yaml.YAMLError, and ValueError for a date that is none (2024-13-45)."""
     return yaml.load(text, _Loader)
+
+
+def yaml_text(values: Any) -> str:
+    """Return a YAML text that `read_yaml` takes for the same values."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
 
 
 def validated(model: type[_ModelT], values: Any, where: str) -> _ModelT:
@@ -82,6 +103,8 @@ def overridden(overrides: Sequence[str]) -> dict[str, Any]:
             value = read_yaml(text)
         except (yaml.YAMLError, ValueError) as error:
             raise ConfigError(f"override `{override}`: the value is not valid YAML") from error
+        if value is None and text.strip() not in _NOTHING:
+            raise ConfigError(f"override `{override}`: YAML reads a comment or a mark there: put it in quotes")
         *parents, last = key.split(".")
         section = changes
         for parent in parents:

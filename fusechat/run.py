@@ -17,11 +17,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from fusechat.artifact import MANIFEST, Json, atomic_write, read_json, write_json
 from fusechat.callable_module import make_callable
 from fusechat.config import RunConfig, load_config, source_name
+from fusechat.config_values import yaml_text
 from fusechat.dialogue import dataset_fingerprint
 from fusechat.errors import FormatError, MismatchError
 from fusechat.layout import Layout
@@ -100,7 +99,7 @@ def _load_data(config: RunConfig, report: Reporter) -> Split:
 
 def _write_config(config: RunConfig, layout: Layout) -> None:
     with atomic_write(layout.config) as partial:
-        partial.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False), encoding="utf-8")
+        partial.write_text(yaml_text(config.model_dump()), encoding="utf-8")
 
 
 def _extract_all(config: RunConfig, layout: Layout, dialogues: list[Dialogue], report: Reporter) -> None:

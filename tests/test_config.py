@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from fusechat.cli import app
 from fusechat.commands.evaluate.names import key_values
 from fusechat.config import ExtractConfig, load_config, parse_config, parse_extract, short_name, source_name
-from fusechat.config_values import overridden
+from fusechat.config_values import overridden, yaml_text
 from fusechat.errors import ConfigError
 from fusechat.train_config import TrainConfig, parse_train
 
@@ -92,6 +92,9 @@ def test_overrides_change_single_keys_and_keep_their_neighbours(tmp_path: Path) 
             "sweep says every merge itself: leave out select_topk",
         ),
         ("x: [", [], "is not valid YAML"),
+        ("train: {epochs: 1}\ntrain: {batch_size: 8}\n", [], "the key 'train' appears twice"),
+        ("", ["data.separator=---"], "YAML reads a comment or a mark there: put it in quotes"),
+        ("", ["data.separator=###"], "YAML reads a comment or a mark there: put it in quotes"),
     ],
 )
 def test_mistakes_are_named_in_one_line(tmp_path: Path, addition: str, overrides: list[str], expected: str) -> None:
@@ -119,6 +122,15 @@ def test_numbers_without_a_point_are_numbers_where_no_type_is_declared(tmp_path:
     assert config.train.lr_scheduler_args == {"min_lr": 1e-6, "name": "1e-6", "commit": "1e6f"}
     assert config.extract.engine_args == {"swap_space": 2500.0}
     assert parse_train(["lr_scheduler_args.min_lr=1e-6", "learning_rate=5e-6"]).lr_scheduler_args == {"min_lr": 1e-6}
+
+
+def test_a_configuration_is_written_as_it_is_read(tmp_path: Path) -> None:
+    """Catches text in the form of a number, such as the abbreviated commit 12e4567, that becomes one in config.yaml."""
+    text = MINIMAL.replace("bee", "'1e5'") + "extract: {backend: vllm, engine_args: {revision: '12e4567', at: 1e-7}}\n"
+    config = load_config(_write(tmp_path, text), ["data.separator='---'", "stores=", "data.held_out=~"])
+    assert config.data.separator == "---"
+    (tmp_path / "config.yaml").write_text(yaml_text(config.model_dump()))
+    assert load_config(tmp_path / "config.yaml") == config
 
 
 @pytest.mark.parametrize(("command", "section"), [("train", TrainConfig), ("extract", ExtractConfig)])

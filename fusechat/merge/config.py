@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
+from fusechat import config_values
 from fusechat.errors import ConfigError
 from fusechat.merge.methods import METHODS, REQUIRED, Method, Parameter, TensorValues
 from fusechat.merge.settings import Setting, depth_of, parse_setting
@@ -104,24 +105,11 @@ def load_merge_config(config: Mapping[str, Any] | Path | str) -> tuple[MergeConf
 def read_yaml(path: Path) -> Any:
     """Read a YAML file in which no key is given twice; raises ConfigError."""
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+        return config_values.read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # among these a text that is not UTF-8
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that is given twice, which YAML's reader would let win silently."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """Build a mapping, checking its keys."""
-        merge_tag = "tag:yaml.org,2002:merge"
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merge_tag]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} appears twice", node.start_mark)
-        return super().construct_mapping(node, deep)
 
 
 def parse_merge_config(raw: Any, where: str) -> MergeConfig:
