@@ -352,6 +352,14 @@ def test_settings_that_cannot_be_served_are_one_line(
     assert "\n" not in str(raised.value)
 
 
+def test_settings_are_keys_or_a_configuration_and_not_both() -> None:
+    """Catches a key that a call takes for nothing, and one that the other stage takes and this one does not."""
+    with pytest.raises(ConfigError, match="train: unknown key `epoch`, did you mean `epochs`"):
+        fusechat.train("pivot", "store", None, "target", epoch=1)
+    with pytest.raises(ConfigError, match="a configuration or options, not both: epochs"):
+        fusechat.train("pivot", "store", None, "target", parse_train(FAST), epochs=1)
+
+
 def test_upstream_targets_are_of_stores_without_ranges(tiny_world: Any, stores: Path, tmp_path: Path) -> None:
     settings = parse_train([*FAST, "compat=upstream", "missing=renormalise", "max_steps=1"])
     given = str(tiny_world.pivot), stores / "pivot"

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import fusechat
 from fusechat.artifact import (
@@ -30,7 +31,8 @@ from fusechat.artifact import (
 from fusechat.bytetable import ByteTable
 from fusechat.callable_module import make_callable
 from fusechat.checkpoint import checkpoint_sha256, resolve_model
-from fusechat.dialogue import dataset_fingerprint
+from fusechat.config_values import validated
+from fusechat.dialogue import check_dialogues, dataset_fingerprint
 from fusechat.errors import ConfigError, MismatchError
 from fusechat.processes import first_does, n_processes
 from fusechat.records import Dialogue
@@ -61,8 +63,11 @@ def train(
     held_out: Sequence[Dialogue] = (),
     progress: Callable[[int, int], None] | None = None,
     dry_run: bool = False,
+    **options: Any,
 ) -> Json:
     """Train one target from the pivot and return its provenance; without an aligned store, the SFT control.
+
+    `options` are keys of `TrainConfig`, instead of `config`.
 
     A store is a source's AlignedStore, or its TopKStore where its byte table is the pivot's; several are taught at
     once. `out` becomes a Hugging Face model directory; checkpoints lie in `out` + ".partial" until it is whole, and a
@@ -70,10 +75,15 @@ def train(
     checkpoint. `progress(done_steps, all_steps)` is called after every step. `dry_run` takes two steps on two dialogues
     and leaves nothing. Under a launcher every process calls it, and each returns the same.
 
-    Raises MismatchError when `out` or the stores were made from other inputs, DataError when a loss is NaN, Stopped
-    after SIGTERM and Interrupted, a kind of it, after SIGINT.
+    Raises ConfigError for unknown options, MismatchError when `out` or the stores were made from other inputs,
+    DataError when a loss is NaN, Stopped after SIGTERM and Interrupted, a kind of it, after SIGINT.
     """
-    config = config or TrainConfig()
+    if config is None:
+        config = validated(TrainConfig, options, "train")
+    elif options:
+        raise ConfigError(f"train takes a configuration or options, not both: {', '.join(options)}")
+    if len(held_out):
+        check_dialogues(held_out)
     pivot, pivot_store, out = str(pivot), Path(pivot_store), Path(out)
     several = [aligned_store] if isinstance(aligned_store, Path | str) else aligned_store or []
     stores = [Path(store) for store in several]
