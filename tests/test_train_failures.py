@@ -94,6 +94,25 @@ def test_a_signal_saves_and_the_same_call_goes_on(
     assert _checksum(tmp_path / "t") == _checksum(whole)
 
 
+def test_a_second_process_does_not_train_in_the_same_place(tiny_world: Any, stores: Path, tmp_path: Path) -> None:
+    """Catches two that write checkpoints into one folder, of which the slower ends without it."""
+    (tmp_path / "t.partial").mkdir()
+    code = (
+        "import sys, pathlib, fusechat.artifact as a; a.lock_directory(pathlib.Path(sys.argv[1]))\n"
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path / "t.partial")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(FusechatError, match=r"t\.partial is being written by another run: wait for it"):
+            _train(tiny_world, stores, tmp_path / "t", "max_steps=1")
+        other.kill()
+    _train(tiny_world, stores, tmp_path / "t", "max_steps=1")
+    assert not (tmp_path / "t" / "writing.lock").exists()
+    assert not (tmp_path / "t.partial").exists()
+
+
 def test_a_second_interruption_stops_at_once(tiny_world: Any, stores: Path, whole: Path, tmp_path: Path) -> None:
     def strike(done: int, total: int) -> None:
         if done == 3:

@@ -19,13 +19,12 @@ from fusechat.template import load_template
 from fusechat.tokenizer import load_tokenizer
 
 folder, data, out = map(Path, sys.argv[1:])
-K, LENGTH = 10, 512
 dialogues = load_dialogues(data)
 tokenizer = load_tokenizer(folder)
 teacher = AutoModelForCausalLM.from_pretrained(folder).eval()  # or anything else that gives logits
 vocab_size = teacher.config.vocab_size
 table = ByteTable.from_tokenizer(tokenizer, vocab_size)
-found = encode_all(dialogues, tokenizer, table, template=load_template(tokenizer), max_length_tokens=LENGTH)
+found = encode_all(dialogues, tokenizer, table, template=load_template(tokenizer), max_length_tokens=512)
 
 request = {  # with another value it would be another store
     "format": TOPK_FORMAT,
@@ -42,7 +41,7 @@ def columns(index, encoded):
     at = row_positions(encoded.loss_mask)  # rows: positions whose next token is the assistant's
     ids = torch.from_numpy(encoded.input_ids).long()
     logprobs = teacher(ids[None]).logits[0, at].float().log_softmax(-1)  # natural, of the full softmax
-    best = logprobs.topk(K)
+    best = logprobs.topk(10)
     tokens = {f"token.{name}": getattr(encoded, name) for name in ("input_ids", "loss_mask", "turn", "byte_end")}
     return {"dialogue.index": np.array([index])} | tokens | {
         "row.ids": best.indices.numpy().astype(id_dtype(vocab_size)),

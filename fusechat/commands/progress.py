@@ -44,7 +44,8 @@ class TerminalReporter(Reporter):
             now = time.perf_counter()
             if not self.console.is_terminal and now - told >= _LINE_SECONDS:
                 told = now
-                self._line(name, f"{done:,} of {total:,} {unit}")
+                # An extraction can say how much there is only when its first shard is done.
+                self._line(name, f"{done:,} of {total:,} {unit}" if total > done else f"{done:,} {unit}")
 
         return advance
 

@@ -11,6 +11,7 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +25,7 @@ from fusechat.artifact import (
     Json,
     differences,
     full_disk_is_named,
+    locked,
     read_json,
     sha256_file,
     write_json,
@@ -96,11 +98,12 @@ def train(
             "logging_steps": 1,
             "final": "last",
         }
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, ExitStack() as held:
             place = Path(first_does(lambda: folder)) / "target"
             config = config.model_copy(update=small)
-            return _train(pivot, pivot_store, stores, place, config, seed, held_out[:2], progress, dry_run=True)
-    return _train(pivot, pivot_store, stores, out, config, seed, held_out, progress, dry_run=False)
+            return _train(pivot, pivot_store, stores, place, config, seed, held_out[:2], progress, held, dry_run=True)
+    with ExitStack() as held:
+        return _train(pivot, pivot_store, stores, out, config, seed, held_out, progress, held, dry_run=False)
 
 
 def _train(
@@ -112,6 +115,7 @@ def _train(
     seed: int,
     held_out: Sequence[Dialogue],
     progress: Callable[[int, int], None] | None,
+    until_done: ExitStack,
     dry_run: bool,
 ) -> Json:
     from fusechat.train.fit import LOG_FILE, fit
@@ -120,7 +124,9 @@ def _train(
         raise ConfigError("train.final: best needs held-out dialogues to choose by: give --held-out")
     directory = resolve_model(pivot)
     work = out.with_name(out.name + PARTIAL_SUFFIX)
-    request, done = first_does(lambda: _begin(directory, pivot_store, stores, out, work, config, seed, held_out))
+    request, done = first_does(
+        lambda: _begin(directory, pivot_store, stores, out, work, config, seed, held_out, until_done)
+    )
     if done is not None:
         return dict(done)
     store = open_topk(pivot_store)
@@ -204,8 +210,12 @@ def _begin(
     config: TrainConfig,
     seed: int,
     held_out: Sequence[Dialogue],
+    until_done: ExitStack,
 ) -> tuple[Json, Json | None]:
-    """Say what is asked for, and return it with the provenance of a target that is there already."""
+    """Say what is asked for, and return it with the provenance of a target that is there already.
+
+    Otherwise `work` is locked until `until_done` is closed; raises FusechatError when another process trains there.
+    """
     pivot_sha256 = checkpoint_sha256(directory)
     manifest = open_topk(pivot_store, verify=False).manifest
     # A served model's weights have no fingerprint here.
@@ -229,9 +239,10 @@ def _begin(
         found = read_json(out / PROVENANCE)
         _require_same(out, request, found["request"])
         return request, found
+    work.mkdir(parents=True, exist_ok=True)
+    until_done.enter_context(locked(work))
     if (work / REQUEST).exists():
         _require_same(work, request, read_json(work / REQUEST))
-    work.mkdir(parents=True, exist_ok=True)
     write_json(work / REQUEST, request)
     return request, None
 
