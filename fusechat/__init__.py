@@ -14,6 +14,11 @@ _STAGES = ("align", "extract", "merge", "run", "train")
 __all__ = ["__version__", "align", "extract", "merge", "run", "train"]
 
 
+def __dir__() -> list[str]:
+    # A stage that was not used yet is no attribute yet, and a prompt's completion should know it all the same.
+    return sorted({*globals(), *_STAGES})
+
+
 def __getattr__(name: str) -> Any:
     # The stages load on first use, so that `import fusechat` needs neither torch nor transformers.
     if name in _STAGES:

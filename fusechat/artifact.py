@@ -268,6 +268,17 @@ def lock_directory(directory: Path) -> int:
         os.close(fd)
 
 
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Keep every other process from writing to a directory; raises FusechatError when one does."""
+    lock = lock_directory(directory)
+    try:
+        yield
+    finally:
+        (directory / LOCK).unlink(missing_ok=True)
+        os.close(lock)
+
+
 def verify_shards(directory: Path, manifest: Json) -> None:
     """Check every shard's size and SHA-256 against the manifest; raises FormatError naming the shard."""
     for shard in manifest["shards"]:

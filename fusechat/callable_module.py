@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -11,7 +12,19 @@ class CallableModule(ModuleType):
     """A module whose call is forwarded to the function of the module's own name."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__[self.__name__.rpartition(".")[2]](*args, **kwargs)
+        return self._stage(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> Any:
+        """The function's, for a prompt that shows what a call takes."""
+        import inspect
+
+        return inspect.signature(self._stage)
+
+    @property
+    def _stage(self) -> Callable[..., Any]:
+        stage: Callable[..., Any] = self.__dict__[self.__name__.rpartition(".")[2]]
+        return stage
 
 
 def make_callable(module_name: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from fusechat.commands.align import align
@@ -29,6 +31,24 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from fusechat import __version__
+
+        typer.echo(f"fusechat {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print fusechat's; `info` says the rest")
+    ] = False,
+) -> None:
+    pass
+
 
 app.command()(demo)
 app.command()(run)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +41,7 @@ class LoadReport:
 
 
 def load_dialogues(
-    path_or_hub_id: str | Path,
+    data: str | Path | Iterable[Json],
     *,
     format: Format = "auto",
     separator: str | Sequence[str] | None = None,
@@ -50,13 +50,11 @@ def load_dialogues(
     limit: int | None = None,
 ) -> list[Dialogue]:
     """Return a data set's dialogues; `read_dialogues` returns the report as well and explains the arguments."""
-    return read_dialogues(
-        path_or_hub_id, format=format, separator=separator, max_bytes=max_bytes, split=split, limit=limit
-    )[0]
+    return read_dialogues(data, format=format, separator=separator, max_bytes=max_bytes, split=split, limit=limit)[0]
 
 
 def read_dialogues(
-    path_or_hub_id: str | Path,
+    data: str | Path | Iterable[Json],
     *,
     format: Format = "auto",
     separator: str | Sequence[str] | None = None,
@@ -66,6 +64,7 @@ def read_dialogues(
 ) -> tuple[list[Dialogue], LoadReport]:
     """Read a data set and return its dialogues, cleaned (`clean_messages`), with the report.
 
+    `data` is a file, a hub id, or the items themselves: a list of `{"messages": [...]}`, a `datasets.Dataset`.
     A text file is running text: one document, or several between separators. Running text longer than `max_bytes`
     UTF-8 bytes becomes several dialogues, cut at white space. `split` matters to hub ids only. `limit` stops after so
     many dialogues. Raises DataError when the data cannot be read, naming the place and the mend.
@@ -74,7 +73,7 @@ def read_dialogues(
         raise ConfigError(f"unknown data format {format!r}, known are {', '.join(FORMATS)}")
     if max_bytes is not None and max_bytes < 1:
         raise ConfigError(f"max_bytes is {max_bytes}, expected at least 1")
-    items = _items(path_or_hub_id, separator=separator, split=split)
+    items = _items(data, separator=separator, split=split)
     dialogues: list[Dialogue] = []
     dropped: Counter[str] = Counter()
     count = 0
@@ -94,7 +93,7 @@ def read_dialogues(
             dialogues.append(Dialogue(messages=kept, category=category))
     dialogues = dialogues[:limit]
     report = LoadReport(
-        source=str(path_or_hub_id),
+        source=str(data) if isinstance(data, str | Path) else "the items given",
         format=name,
         items=count,
         dialogues=len(dialogues),
@@ -106,12 +105,19 @@ def read_dialogues(
     return dialogues, report
 
 
-def _items(path_or_hub_id: str | Path, *, separator: str | Sequence[str] | None, split: str) -> Iterator[Located]:
-    path = Path(path_or_hub_id)
+def _items(
+    data: str | Path | Iterable[Json], *, separator: str | Sequence[str] | None, split: str
+) -> Iterator[Located]:
+    if not isinstance(data, str | Path):
+        if separator is not None:
+            raise ConfigError("a separator is for text files, these are items: remove it")
+        yield from ((f"item {number}", item) for number, item in enumerate(data, 1))
+        return
+    path = Path(data)
     if not (path.is_file() and is_text_file(path)):
         if separator is not None:
-            raise ConfigError(f"a separator is for text files, {path_or_hub_id} is none: remove it")
-        yield from read_items(path_or_hub_id, split=split)
+            raise ConfigError(f"a separator is for text files, {data} is none: remove it")
+        yield from read_items(data, split=split)
         return
     separators = [separator] if isinstance(separator, str) else list(separator or [])
     if "" in separators:
@@ -137,6 +143,18 @@ def dialogue_key(dialogue: Dialogue) -> str:
 
 def _said(dialogue: Dialogue) -> Json:
     return {"messages": [[message.role, message.content] for message in dialogue.messages], "plain": dialogue.plain}
+
+
+def check_dialogues(dialogues: Sequence[Dialogue]) -> None:
+    """Raise DataError for what is no sequence of at least one dialogue: a path or rows of a file, say, not read yet."""
+    found: object = dialogues if isinstance(dialogues, str | Path) else next(iter(dialogues), None)
+    if found is None:
+        raise DataError("there is no dialogue: give at least one")
+    if not isinstance(found, Dialogue):
+        raise DataError(
+            f"expected dialogues, got {type(found).__name__}: fusechat.dialogue.load_dialogues(...) reads a file, a "
+            "hub id or a list of items"
+        )
 
 
 def dataset_fingerprint(dialogues: Sequence[Dialogue]) -> str:

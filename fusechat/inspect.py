@@ -38,6 +38,10 @@ def describe(path: Path) -> tuple[str, Json]:
         return "unfinished", read_json(path / REQUEST)
     if (path / "config.json").exists():
         return "model", read_json(path / "config.json")
+    if not path.exists():
+        raise FormatError(f"{path} does not exist")
+    if (path / "stages.jsonl").exists():
+        raise FormatError(f"{path} is a run's folder: inspect a folder in it, or `fusechat report {path}`")
     raise FormatError(f"{path} is not an artefact of fusechat: expected a store, a target, a merge, a model or results")
 
 
@@ -60,7 +64,10 @@ def sample_rows(store: Store, dialogue: int | None = None, limit: int = 12) -> l
     if manifest["format"] == TOPK_FORMAT:
         table, tokens = _table(manifest["model"], manifest["vocab_size"]), record
     else:
-        pivot = Store(Path(manifest["pivot_store"]), TOPK_FORMAT, verify=False)
+        recorded = Path(manifest["pivot_store"])
+        # Where the folder of a whole run was moved, it lies in it as before (fusechat/layout.py).
+        in_run = store.directory.resolve().parent.parent / "extract" / "pivot"
+        pivot = Store(in_run if in_run.exists() and not recorded.exists() else recorded, TOPK_FORMAT, verify=False)
         table, tokens = _table(pivot.manifest["model"], pivot.manifest["vocab_size"]), pivot[chosen]
     input_ids = tokens["token.input_ids"]
     kinds = record.get("row.kind")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from pathlib import Path
 
 from fusechat.errors import ConfigError
@@ -16,6 +17,12 @@ _OTHERS = (_MERGES, "accelerate-")
 def recipes() -> dict[str, Path]:
     """Return all recipes by name: of runs, of merges (merge-…) and of accelerate launch (accelerate-…)."""
     return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
+
+
+def purpose(recipe: Path) -> str:
+    """Return what a recipe says of itself first: its comment down to the first line without text."""
+    lines = recipe.read_text(encoding="utf-8").splitlines()
+    return " ".join(line[2:] for line in itertools.takewhile(lambda line: line.startswith("# "), lines))
 
 
 def is_recipe(config: Path | str) -> bool:

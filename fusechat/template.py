@@ -114,7 +114,7 @@ def render(
     if template.jinja is None:
         raise DataError(
             f"{template.name} has no chat template, and the dialogues have turns: "
-            "set `template` to a .jinja file or to a tokenizer that has one"
+            "set `template` (in a run `extract.template`) to a .jinja file or to a tokenizer that has one"
         )
     try:
         return _render(template, tokenizer, messages, add_generation_prompt=add_generation_prompt)

@@ -26,6 +26,7 @@ from fusechat.align.vocabulary import end_by_role
 from fusechat.artifact import MANIFEST, Json, sha256_file
 from fusechat.cli import app
 from fusechat.errors import ConfigError, FormatError, FusechatError, MismatchError
+from fusechat.inspect import describe
 from fusechat.store import open_aligned, open_topk
 
 
@@ -369,3 +370,20 @@ def test_inspect_shows_what_became_of_rows(tmp_path: Path, stores: tuple[Path, P
         assert re.search(rf"{kind} +{count}\b", shown.output)
     assert "lost most" in shown.output
     assert repr(report["examples"][0]["pivot"][0]["text"]) in shown.output
+
+
+def test_inspect_finds_the_pivot_of_a_run_that_was_moved(tmp_path: Path, stores: tuple[Path, Path]) -> None:
+    """Catches a sample that is looked for where the run once stood."""
+    shutil.copytree(stores[0], tmp_path / "run" / "extract" / "pivot")
+    fusechat.align(tmp_path / "run" / "extract" / "pivot", stores[1], tmp_path / "run" / "align" / "source")
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    shown = CliRunner().invoke(app, ["inspect", str(moved / "align" / "source")])
+    assert (shown.exit_code, "distribution of the next token" in shown.output) == (0, True)
+
+
+def test_inspect_says_what_a_path_is_instead(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=r"results\.json does not exist"):
+        describe(tmp_path / "results.json")
+    (tmp_path / "stages.jsonl").touch()
+    with pytest.raises(FormatError, match="is a run's folder: inspect a folder in it, or `fusechat report"):
+        describe(tmp_path)

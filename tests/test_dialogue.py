@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fusechat
 from fusechat.data.cleaning import (
     EMPTY_ASSISTANT,
     EMPTY_SYSTEM,
@@ -164,6 +165,32 @@ def test_bad_items_are_refused_with_place_and_reason(tmp_path: Path, text: str, 
     path.write_text(text)
     with pytest.raises(DataError, match=said):
         load_dialogues(path)
+
+
+def test_items_at_hand_are_read_as_a_file_of_them() -> None:
+    items = [
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]},
+        {"text": "once"},
+    ]
+    dialogues, report = read_dialogues(items)
+    assert [dialogue.plain for dialogue in dialogues] == [False, True]
+    assert str(report).startswith("the items given (text): 2 items")
+    with pytest.raises(DataError, match="item 1 turn 1 has the unknown role 'bot'"):
+        load_dialogues([{"messages": [{"role": "bot", "content": ""}]}])
+    with pytest.raises(ConfigError, match="a separator is for text files"):
+        load_dialogues(items, separator="---")
+
+
+@pytest.mark.parametrize(
+    ("dialogues", "said"),
+    [("train.jsonl", "got str"), ([{"messages": []}], "got dict"), ([], "there is no dialogue")],
+)
+def test_what_is_no_dialogue_is_refused_before_any_model_is_looked_for(
+    dialogues: Any, said: str, tmp_path: Path
+) -> None:
+    """Catches the traceback of a path, or of rows of a file, that were not read."""
+    with pytest.raises(DataError, match=said):
+        fusechat.extract("no/model", dialogues, tmp_path / "store")
 
 
 def test_bad_files_are_refused_with_the_mend(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import fusechat
 from fusechat.cli import app
 
 
@@ -15,6 +16,11 @@ def _lines() -> dict[str, str]:
     done = CliRunner().invoke(app, ["info"])
     assert done.exit_code == 0, done.output
     return {line[:13].strip(): line[14:] for line in done.output.splitlines()}
+
+
+def test_the_version_is_asked_for_as_of_any_program() -> None:
+    done = CliRunner().invoke(app, ["--version"])
+    assert (done.exit_code, done.output) == (0, f"fusechat {fusechat.__version__}\n")
 
 
 def test_every_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,3 +98,11 @@ def test_stages_are_modules_that_can_be_called() -> None:
         "import fusechat; print(all(callable(getattr(fusechat, s)) for s in ('extract','align','train','merge','run')))"
     )
     assert _python(code, ROOT) == "True"
+
+
+def test_a_prompt_completes_the_stages_and_shows_what_they_take() -> None:
+    """Catches a stage that is no attribute before its first use, and a call whose arguments are *args."""
+    code = (
+        "import fusechat, inspect; print('merge' in dir(fusechat), [*inspect.signature(fusechat.merge).parameters][:2])"
+    )
+    assert _python(code, ROOT) == "True ['config', 'out']"

@@ -265,6 +265,27 @@ def test_wrong_shapes_are_refused():
             sparse_soft_ce(*wrong, hard_weight=0.5)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: {"logprobs": rows["logprobs"].exp()}, "logprobs hold 0."),
+        (lambda rows: {"logprobs": rows["logprobs"] * float("nan")}, "logprobs hold nan"),
+        (lambda rows: {"ids": rows["ids"].numpy()}, "ids is a ndarray, expected a tensor"),
+        (lambda rows: {"ids": rows["ids"].to("meta")}, "labels are on cpu and ids on meta"),
+        (
+            lambda rows: {key: rows[key].to("meta") for key in ("labels", "ids", "logprobs")},
+            "logits are on cpu and labels",
+        ),
+    ],
+)
+def test_what_is_no_teacher_is_refused(change, message):
+    """Catches probabilities taken for logarithms, a NaN taken for an absent entry, and a device that is not said."""
+    rows = dict(zip(("logits", "labels", "ids", "logprobs"), make_rows(16, 4, 9, 3)))
+    with pytest.raises(ConfigError) as error:
+        sparse_soft_ce(**rows | change(rows), hard_weight=0.5)
+    assert message in str(error.value)
+
+
 def test_indices_outside_the_vocabulary_are_named():
     """Catches a write outside the row, and an error that does not say which row is wrong."""
     logits, labels, ids, logprobs = make_rows(15, 4, 9, 3)

@@ -60,7 +60,7 @@ def test_compiles_as_one_graph_with_equal_results():
 WAITS = {"item", "tolist", "cpu", "numpy", "nonzero", "any", "all", "equal", "__bool__"}
 NUMBERS = {"bool", "int", "float"}
 # Where a wait is meant: indices are checked, and arrays handed over, on the CPU only; `counting` says that it waits.
-ON_THE_CPU = {"check_indices", "_refuse", "_plain", "_native_rows", "native_topk", "counting"}
+ON_THE_CPU = {"check_indices", "_check_logprobs", "_refuse", "_plain", "_native_rows", "native_topk", "counting"}
 # As asserted below, of a factor on the CPU.
 NO_WAIT = ["scale_: bool(factor == 1)"]
 

@@ -32,8 +32,10 @@ def test_a_run_by_name_stands_in_the_current_folder(tmp_path: Path, monkeypatch:
 
 def test_all_are_listed_and_any_can_be_copied() -> None:
     """Catches a recipe that only a checkout has."""
-    listed = CliRunner().invoke(app, ["recipe"]).output
-    assert [line.split()[0] for line in listed.splitlines()] == list(recipes())
+    listed = CliRunner().invoke(app, ["recipe"], env={"COLUMNS": "80"}).output
+    assert [line.split()[0] for line in listed.splitlines() if line[0] != " "] == list(recipes())
+    assert "weighs the targets by the size of their updates." in " ".join(listed.split())  # not its first line alone
+    assert all(len(line) <= 80 for line in listed.splitlines())
     assert {"stories", "merge-sce", "accelerate-fsdp2"} <= recipes().keys()
     for name, path in recipes().items():
         printed = CliRunner().invoke(app, ["recipe", name]).output

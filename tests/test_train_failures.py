@@ -87,6 +87,25 @@ def test_a_signal_saves_and_the_same_call_goes_on(
     assert _checksum(tmp_path / "t") == _checksum(whole)
 
 
+def test_a_second_process_does_not_train_in_the_same_place(tiny_world: Any, stores: Path, tmp_path: Path) -> None:
+    """Catches two that write checkpoints into one folder, of which the slower ends without it."""
+    (tmp_path / "t.partial").mkdir()
+    code = (
+        "import sys, pathlib, fusechat.artifact as a; a.lock_directory(pathlib.Path(sys.argv[1]))\n"
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path / "t.partial")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(FusechatError, match=r"t\.partial is being written by another run: wait for it"):
+            _train(tiny_world, stores, tmp_path / "t", "max_steps=1")
+        other.kill()
+    _train(tiny_world, stores, tmp_path / "t", "max_steps=1")
+    assert not (tmp_path / "t" / "writing.lock").exists()
+    assert not (tmp_path / "t.partial").exists()
+
+
 def test_a_second_interruption_stops_at_once(tiny_world: Any, stores: Path, whole: Path, tmp_path: Path) -> None:
     def strike(done: int, total: int) -> None:
         if done == 3:
@@ -319,6 +338,14 @@ def test_settings_that_cannot_be_served_are_one_line(
     with pytest.raises(ConfigError, match=said) as raised:
         _train(tiny_world, stores, tmp_path / "t", setting)
     assert "\n" not in str(raised.value)
+
+
+def test_settings_are_keys_or_a_configuration_and_not_both() -> None:
+    """Catches a key that a call takes for nothing, and one that the other stage takes and this one does not."""
+    with pytest.raises(ConfigError, match="train: unknown key `epoch`, did you mean `epochs`"):
+        fusechat.train("pivot", "store", None, "target", epoch=1)
+    with pytest.raises(ConfigError, match="a configuration or options, not both: epochs"):
+        fusechat.train("pivot", "store", None, "target", parse_train(FAST), epochs=1)
 
 
 def test_upstream_targets_are_of_stores_without_ranges(tiny_world: Any, stores: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ def inspect(
 ) -> None:
     """Say what an artefact is, with its manifest and a readable sample."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from fusechat.align import read_coverage
@@ -26,13 +27,13 @@ def inspect(
 
     kind, manifest = describe(path)
     console = Console()
-    console.print(f"[bold]{kind}[/bold]  {path}", highlight=False)
+    console.print(f"[bold]{kind}[/bold]  {escape(str(path))}", highlight=False, soft_wrap=True)
     facts = Table(box=None, show_header=False, pad_edge=False)
     if kind == ALIGNED_FORMAT:
         manifest = {key: value for key, value in manifest.items() if key != "coverage"}
     for name, text in summary(kind, manifest).items():
         facts.add_row(name, text if len(text) <= 400 else text[:397] + "…")
-    console.print(facts, highlight=False)
+    console.print(facts, highlight=False, markup=False)
     if kind == "fusechat.results":
         print_results(manifest)
     if kind not in (TOPK_FORMAT, ALIGNED_FORMAT):

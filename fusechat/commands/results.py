@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 SIGNIFICANT = 0.05
@@ -34,11 +35,11 @@ def print_results(results: dict[str, Any]) -> None:
     difference = next(key for key in next(iter(models.values())) if key.startswith("difference_to_"))
     against = difference.removeprefix("difference_to_")
     console.print("[bold]held-out bits per byte[/bold], lower is better")
-    console.print(_table(groups, list(models), "bits_per_byte"))
+    console.print(_table(groups, list(models), "bits_per_byte"), markup=False)
     others = [name for name in models if name != against and not name.startswith("source ")]
     if others:
-        console.print(f"\n[bold]difference to {against}[/bold], paired")
-        console.print(_table(groups, others, difference))
+        console.print(f"\n[bold]difference to {escape(against)}[/bold], paired")
+        console.print(_table(groups, others, difference), markup=False)
     for name, why in results.get("not_scored", {}).items():
         console.print(f"{name} is not scored: {why}", highlight=False, markup=False)
     overall = groups["overall"]

@@ -22,7 +22,7 @@ from fusechat.bytetable import ByteTable
 from fusechat.callable_module import make_callable
 from fusechat.checkpoint import checkpoint_sha256, hub_commit, resolve_model
 from fusechat.config import ExtractConfig, parse_extract
-from fusechat.dialogue import dataset_fingerprint
+from fusechat.dialogue import check_dialogues, dataset_fingerprint
 from fusechat.encode import encode_set
 from fusechat.errors import ConfigError, DataError
 from fusechat.extract.backend import engines_of
@@ -70,6 +70,7 @@ def extract(
         config = parse_extract(options)
     elif options:
         raise ConfigError(f"extract takes a configuration or options, not both: {', '.join(options)}")
+    check_dialogues(dialogues)
     model = str(model)
     directory, facts, tokenizer, template = open_inputs(model, config)
     table = ByteTable.from_tokenizer(tokenizer, facts.vocab_size)

@@ -85,12 +85,15 @@ def linear_sparse_soft_ce(
 
     The other arguments are `sparse_soft_ce`'s.
 
-    Raises ConfigError for shapes, dtypes and options that do not fit, and for a budget too small for one row.
+    Raises ConfigError for shapes, dtypes, devices and options that do not fit, and for a budget too small for one row.
     """
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ConfigError(f"hidden is {list(hidden.shape)} and weight {list(weight.shape)}, expected [N, D] and [V, D]")
     if hidden.dtype != weight.dtype or not hidden.is_floating_point():
-        raise ConfigError(f"hidden is {hidden.dtype} and weight {weight.dtype}, expected one floating dtype")
+        raise ConfigError(
+            f"hidden is {hidden.dtype} and weight {weight.dtype}, expected one floating dtype: under autocast give "
+            "weight.to(hidden.dtype)"
+        )
     if bias is not None and bias.shape != (weight.shape[0],):
         raise ConfigError(f"bias is {list(bias.shape)}, expected [{weight.shape[0]}]")
     options = LossOptions(
@@ -106,6 +109,8 @@ def linear_sparse_soft_ce(
     rows = check_rows(
         labels, ids, logprobs, hard_weight, row_weight, partition, cells, shape=(hidden.shape[0], weight.shape[0])
     )
+    if labels.device != hidden.device:
+        raise ConfigError(f"hidden is on {hidden.device} and labels on {labels.device}: move them to one device")
     if torch.compiler.is_compiling():
         grad_on = torch.is_grad_enabled()
         wanted = [grad_on and t is not None and t.requires_grad for t in (hidden, weight, bias)]

@@ -88,7 +88,7 @@ def sparse_soft_ce(
 
     Under torch.compile the gradient takes memory of its own whatever `inplace` says.
 
-    Raises ConfigError for shapes, dtypes and options that do not fit.
+    Raises ConfigError for shapes, dtypes, devices and options that do not fit.
     """
     if logits.ndim != 2 or not logits.is_floating_point():
         raise ConfigError(f"logits are {logits.dtype}{list(logits.shape)}, expected float[N, V]")
@@ -105,6 +105,8 @@ def sparse_soft_ce(
     rows = check_rows(
         labels, ids, logprobs, hard_weight, row_weight, partition, cells, shape=(logits.shape[0], logits.shape[1])
     )
+    if labels.device != logits.device:
+        raise ConfigError(f"logits are on {logits.device} and labels on {labels.device}: move them to one device")
     if torch.compiler.is_compiling():
         # The compiler owns the memory: it may not be told to overwrite an input of which it wants the
         # gradient.

@@ -10,6 +10,7 @@ from torch import Tensor
 from fusechat.errors import ConfigError
 
 IGNORE_LABEL = -100
+_MOST = 0.01  # as a log-probability: what rounding to half precision makes of a sum of masses is well below
 
 
 class LossOutput(NamedTuple):
@@ -90,11 +91,17 @@ def check_rows(
     *,
     shape: tuple[int, int],
 ) -> Rows:
-    """Check shapes and dtypes and bring the row-wise inputs into one form, without a host sync.
+    """Check shapes, dtypes and devices and bring the row-wise inputs into one form, without a host sync.
 
-    `shape` is that of the logits, [N, V].
+    `shape` is that of the logits, [N, V]. On the CPU, where nothing waits, log-probabilities that are none
+    (NaN, probabilities, logits) are refused, too.
     """
     n_rows, vocabulary = shape
+    for name, tensor in (("labels", labels), ("ids", ids), ("logprobs", logprobs)):
+        if not isinstance(tensor, Tensor):
+            raise ConfigError(f"{name} is a {type(tensor).__name__}, expected a tensor: torch.as_tensor makes one")
+        if tensor.device != labels.device:
+            raise ConfigError(f"labels are on {labels.device} and {name} on {tensor.device}: move them to one device")
     integral = (torch.int64, torch.int32, torch.int16, torch.uint8)
     if labels.shape != (n_rows,) or labels.dtype not in integral:
         raise ConfigError(f"labels are {labels.dtype}{list(labels.shape)}, expected int64[{n_rows}]")
@@ -102,6 +109,8 @@ def check_rows(
         raise ConfigError(f"ids are {ids.dtype}{list(ids.shape)}, expected int64[{n_rows}, K]")
     if logprobs.shape != ids.shape or not logprobs.is_floating_point():
         raise ConfigError(f"logprobs are {logprobs.dtype}{list(logprobs.shape)}, expected float32{list(ids.shape)}")
+    if labels.device.type == "cpu" and logprobs.numel() and not torch.compiler.is_compiling():
+        _check_logprobs(logprobs)
     if isinstance(hard_weight, Tensor):
         if hard_weight.shape != (n_rows,):
             raise ConfigError(f"hard_weight is {list(hard_weight.shape)}, expected a float or float32[{n_rows}]")
@@ -132,3 +141,12 @@ def check_rows(
         if tensor.shape != expected or tensor.dtype != torch.int32:
             raise ConfigError(f"cells.{name} is {tensor.dtype}{list(tensor.shape)}, expected int32{list(expected)}")
     return rows._replace(order=cells.order, low=cells.low, high=cells.high)
+
+
+def _check_logprobs(logprobs: Tensor) -> None:
+    largest = float(logprobs.detach().amax())
+    if not largest <= _MOST:  # nor is NaN
+        raise ConfigError(
+            f"logprobs hold {largest:.4g}, expected natural logarithms of probabilities, −inf where absent: take "
+            "log_softmax(logits).topk(K)"
+        )

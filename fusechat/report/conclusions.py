@@ -210,7 +210,7 @@ def _cost(c: Json) -> list[str]:
         )
     if c["interrupted"]:
         told.append(
-            f"{plural(c['interrupted'], 'attempt')} ended before its stage was done: that time is not in the sum."
+            f"{plural(c['interrupted'], 'attempt')} ended before its stage was done, or goes on: it is not in the sum."
         )
     return told
 

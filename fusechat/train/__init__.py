@@ -11,9 +11,11 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import fusechat
 from fusechat.artifact import (
@@ -23,6 +25,7 @@ from fusechat.artifact import (
     Json,
     differences,
     full_disk_is_named,
+    locked,
     read_json,
     sha256_file,
     write_json,
@@ -30,7 +33,8 @@ from fusechat.artifact import (
 from fusechat.bytetable import ByteTable
 from fusechat.callable_module import make_callable
 from fusechat.checkpoint import checkpoint_sha256, resolve_model
-from fusechat.dialogue import dataset_fingerprint
+from fusechat.config_values import validated
+from fusechat.dialogue import check_dialogues, dataset_fingerprint
 from fusechat.errors import ConfigError, MismatchError
 from fusechat.processes import first_does, n_processes
 from fusechat.records import Dialogue
@@ -61,8 +65,11 @@ def train(
     held_out: Sequence[Dialogue] = (),
     progress: Callable[[int, int], None] | None = None,
     dry_run: bool = False,
+    **options: Any,
 ) -> Json:
     """Train one target from the pivot and return its provenance; without an aligned store, the SFT control.
+
+    `options` are keys of `TrainConfig`, instead of `config`.
 
     A store is a source's AlignedStore, or its TopKStore where its byte table is the pivot's; several are taught at
     once. `out` becomes a Hugging Face model directory; checkpoints lie in `out` + ".partial" until it is whole, and a
@@ -70,10 +77,15 @@ def train(
     checkpoint. `progress(done_steps, all_steps)` is called after every step. `dry_run` takes two steps on two dialogues
     and leaves nothing. Under a launcher every process calls it, and each returns the same.
 
-    Raises MismatchError when `out` or the stores were made from other inputs, DataError when a loss is NaN, Stopped
-    after SIGTERM and Interrupted, a kind of it, after SIGINT.
+    Raises ConfigError for unknown options, MismatchError when `out` or the stores were made from other inputs,
+    DataError when a loss is NaN, Stopped after SIGTERM and Interrupted, a kind of it, after SIGINT.
     """
-    config = config or TrainConfig()
+    if config is None:
+        config = validated(TrainConfig, options, "train")
+    elif options:
+        raise ConfigError(f"train takes a configuration or options, not both: {', '.join(options)}")
+    if len(held_out):
+        check_dialogues(held_out)
     pivot, pivot_store, out = str(pivot), Path(pivot_store), Path(out)
     several = [aligned_store] if isinstance(aligned_store, Path | str) else aligned_store or []
     stores = [Path(store) for store in several]
@@ -86,11 +98,12 @@ def train(
             "logging_steps": 1,
             "final": "last",
         }
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, ExitStack() as held:
             place = Path(first_does(lambda: folder)) / "target"
             config = config.model_copy(update=small)
-            return _train(pivot, pivot_store, stores, place, config, seed, held_out[:2], progress, dry_run=True)
-    return _train(pivot, pivot_store, stores, out, config, seed, held_out, progress, dry_run=False)
+            return _train(pivot, pivot_store, stores, place, config, seed, held_out[:2], progress, held, dry_run=True)
+    with ExitStack() as held:
+        return _train(pivot, pivot_store, stores, out, config, seed, held_out, progress, held, dry_run=False)
 
 
 def _train(
@@ -102,6 +115,7 @@ def _train(
     seed: int,
     held_out: Sequence[Dialogue],
     progress: Callable[[int, int], None] | None,
+    until_done: ExitStack,
     dry_run: bool,
 ) -> Json:
     from fusechat.train.fit import LOG_FILE, fit
@@ -110,7 +124,9 @@ def _train(
         raise ConfigError("train.final: best needs held-out dialogues to choose by: give --held-out")
     directory = resolve_model(pivot)
     work = out.with_name(out.name + PARTIAL_SUFFIX)
-    request, done = first_does(lambda: _begin(directory, pivot_store, stores, out, work, config, seed, held_out))
+    request, done = first_does(
+        lambda: _begin(directory, pivot_store, stores, out, work, config, seed, held_out, until_done)
+    )
     if done is not None:
         return dict(done)
     store = open_topk(pivot_store)
@@ -194,8 +210,12 @@ def _begin(
     config: TrainConfig,
     seed: int,
     held_out: Sequence[Dialogue],
+    until_done: ExitStack,
 ) -> tuple[Json, Json | None]:
-    """Say what is asked for, and return it with the provenance of a target that is there already."""
+    """Say what is asked for, and return it with the provenance of a target that is there already.
+
+    Otherwise `work` is locked until `until_done` is closed; raises FusechatError when another process trains there.
+    """
     pivot_sha256 = checkpoint_sha256(directory)
     manifest = open_topk(pivot_store, verify=False).manifest
     # A served model's weights have no fingerprint here.
@@ -219,9 +239,10 @@ def _begin(
         found = read_json(out / PROVENANCE)
         _require_same(out, request, found["request"])
         return request, found
+    work.mkdir(parents=True, exist_ok=True)
+    until_done.enter_context(locked(work))
     if (work / REQUEST).exists():
         _require_same(work, request, read_json(work / REQUEST))
-    work.mkdir(parents=True, exist_ok=True)
     write_json(work / REQUEST, request)
     return request, None
 

@@ -59,6 +59,7 @@ def agreement(
 
 def _print(results: dict[str, Any]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from fusechat.commands.results import with_interval
@@ -67,7 +68,9 @@ def _print(results: dict[str, Any]) -> None:
     headings = {"top1": "top-1", "top1_prefix": "prefix", "topk": f"top-{results['top_k']}", "kl_bits": "KL, bits"}
     for source, content in results["sources"].items():
         overall = content["groups"]["overall"]
-        console.print(f"[bold]agreement with {source}[/bold], {overall['n_dialogues']} dialogues", highlight=False)
+        console.print(
+            f"[bold]agreement with {escape(source)}[/bold], {overall['n_dialogues']} dialogues", highlight=False
+        )
         table = Table(pad_edge=False, box=None, padding=(0, 0, 0, 1))
         table.add_column("", overflow="fold")
         for heading in ("rows shared", *headings.values()):
@@ -75,7 +78,7 @@ def _print(results: dict[str, Any]) -> None:
         for name, measures in overall["models"].items():
             cells = [with_interval(measures[key]["value"], measures[key]["p_holm"]) for key in headings]
             table.add_row(name, f"{content['shared_share'][name]:.1%}", *cells)
-        console.print(table)
+        console.print(table, markup=False)
     console.print(
         "±: half the bootstrap interval over dialogues; *: differs from the first model,\n"
         "p < 0.05, paired (Holm). Lower KL is nearer to the source. JSON: by category.",
