@@ -90,7 +90,7 @@ def test_int8_mask_is_read_and_changes_nothing(method: str) -> None:
 
 
 def test_one_slice_of_whole_models_is_a_merge_of_models() -> None:
-    """Catches mergekit's older form, which FuseAI's own SLERP and many others have, refused or read with less."""
+    """Catches mergekit's older form, in which many SLERP recipes are written, refused or read with less."""
     own = {"model": "b", "layer_range": [0, 8], "parameters": {"weight": 0.3}}
     one = {"sources": [SLICE["sources"][0], own], "parameters": {"density": [{"filter": "mlp", "value": 0.2}]}}
     shared = {"weight": 0.7, "density": 0.6}
