@@ -268,6 +268,17 @@ def lock_directory(directory: Path) -> int:
         os.close(fd)
 
 
+@contextlib.contextmanager
+def alone_in(directory: Path) -> Iterator[None]:
+    """Keep every other process that asks for it out of a directory; raises FusechatError when one is in it."""
+    lock = lock_directory(directory)
+    try:
+        yield
+    finally:
+        (directory / LOCK).unlink(missing_ok=True)
+        os.close(lock)
+
+
 def verify_shards(directory: Path, manifest: Json) -> None:
     """Check every shard's size and SHA-256 against the manifest; raises FormatError naming the shard."""
     for shard in manifest["shards"]:
@@ -317,17 +328,6 @@ def _was_cut_off(error: BaseException | None) -> bool:
     return False
 
 
-def require_free_bytes(directory: Path, needed_bytes: int) -> None:
-    """Raise FusechatError when the disk under `directory` has less than `needed_bytes` free."""
-    place = directory
-    while not place.exists():
-        place = place.parent
-    free_bytes = shutil.disk_usage(place).free
-    if free_bytes < needed_bytes:
-        raise FusechatError(
-            f"{directory} needs {needed_bytes / 1e6:,.1f} MB, {free_bytes / 1e6:,.1f} MB are free: "
-            "free space or choose another place"
-        )
 def require_writable(path: Path) -> None:
     """Raise FusechatError when a file or folder that is, or is to be, at `path` could not be written; makes nothing."""
     place = path.absolute()
@@ -339,3 +339,14 @@ def require_writable(path: Path) -> None:
         raise FusechatError(f"{path} cannot be written, for {place} may not be: choose another place")
 
 
+def require_free_bytes(directory: Path, needed_bytes: int) -> None:
+    """Raise FusechatError when the disk under `directory` has less than `needed_bytes` free."""
+    place = directory
+    while not place.exists():
+        place = place.parent
+    free_bytes = shutil.disk_usage(place).free
+    if free_bytes < needed_bytes:
+        raise FusechatError(
+            f"{directory} needs {needed_bytes / 1e6:,.1f} MB, {free_bytes / 1e6:,.1f} MB are free: "
+            "free space or choose another place"
+        )
