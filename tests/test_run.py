@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from fusechat.cli import app
 from fusechat.commands.results import print_results
 from fusechat.config import load_config
-from fusechat.errors import ConfigError, DataError, FusechatError, MismatchError, Stopped
+from fusechat.errors import ConfigError, DataError, FormatError, FusechatError, MismatchError, Stopped
 from fusechat.evaluate.bpb import NATS_PER_BIT, Scores, score_dialogues
 from fusechat.evaluate.run_scores import out_of_reach, scoring_of, scoring_options
 from fusechat.inspect import describe, sample_rows
@@ -444,6 +444,8 @@ def test_a_second_run_of_the_same_folder_waits_for_the_first(finished: Path, tin
 
 
 def test_stores_show_a_readable_sample(finished: Path) -> None:
+    with pytest.raises(FormatError, match=r"is the folder of a run: `fusechat report .*results\.json"):
+        describe(finished)
     for name, kind in (("extract/source", TOPK_FORMAT), ("align/source", ALIGNED_FORMAT)):
         assert describe(finished / name)[0] == kind
         rows = sample_rows(Store(finished / name, kind), limit=5)
