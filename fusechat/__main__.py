@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import sys
@@ -40,6 +41,13 @@ def main() -> None:
         if debug:
             raise
         print(f"fusechat: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        # A folder that may not be written, a full disk: no fault of the code. What has no file to name may be one.
+        if debug or (error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO)):
+            raise
+        place = "" if error.filename is None else f": {error.filename}"
+        print(f"fusechat: {error.strerror}{place} (--debug shows where)", file=sys.stderr)
         sys.exit(2)
     except Stopped as stop:
         if os.environ.get("RANK", "0") == "0":

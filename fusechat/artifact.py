@@ -270,7 +270,7 @@ def lock_directory(directory: Path) -> int:
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Keep every other process from writing to a directory; raises FusechatError when one does."""
+    """Keep every other process that asks for it out of a directory; raises FusechatError when one is in it."""
     lock = lock_directory(directory)
     try:
         yield
@@ -328,17 +328,6 @@ def _was_cut_off(error: BaseException | None) -> bool:
     return False
 
 
-def require_free_bytes(directory: Path, needed_bytes: int) -> None:
-    """Raise FusechatError when the disk under `directory` has less than `needed_bytes` free."""
-    place = directory
-    while not place.exists():
-        place = place.parent
-    free_bytes = shutil.disk_usage(place).free
-    if free_bytes < needed_bytes:
-        raise FusechatError(
-            f"{directory} needs {needed_bytes / 1e6:,.1f} MB, {free_bytes / 1e6:,.1f} MB are free: "
-            "free space or choose another place"
-        )
 def require_writable(path: Path) -> None:
     """Raise FusechatError when a file or folder that is, or is to be, at `path` could not be written; makes nothing."""
     place = path.absolute()
@@ -350,3 +339,14 @@ def require_writable(path: Path) -> None:
         raise FusechatError(f"{path} cannot be written, for {place} may not be: choose another place")
 
 
+def require_free_bytes(directory: Path, needed_bytes: int) -> None:
+    """Raise FusechatError when the disk under `directory` has less than `needed_bytes` free."""
+    place = directory
+    while not place.exists():
+        place = place.parent
+    free_bytes = shutil.disk_usage(place).free
+    if free_bytes < needed_bytes:
+        raise FusechatError(
+            f"{directory} needs {needed_bytes / 1e6:,.1f} MB, {free_bytes / 1e6:,.1f} MB are free: "
+            "free space or choose another place"
+        )

@@ -140,6 +140,7 @@ class MergeConfig(Section):
     weights: list[float] | None = Field(None, description="linear: one weight per source; equal when absent")
     sweep: list[dict[str, Any]] | None = Field(
         None,
+        min_length=1,
         description="merges to compare on validation dialogues, in place of the above: merge_method, parameters, each",
     )
 
@@ -168,7 +169,7 @@ class EvalConfig(Section):
     sources: bool = Field(
         True, description="score the sources too, by transformers; one that cannot be is named with the reason"
     )
-    bootstrap_samples: int = Field(2000, ge=100, description="resamples of dialogues behind every interval")
+    bootstrap_samples: int = Field(2000, ge=100, le=100_000, description="resamples of dialogues behind every interval")
     confidence: float = Field(0.95, gt=0, lt=1, description="of the intervals")
 
 
@@ -182,7 +183,9 @@ class RunConfig(Section):
     stores: str | None = Field(
         None, description="folder of extract/ and align/, which runs may share: the `out` of another; `out` when absent"
     )
-    seed: int = Field(0, description="of the split, the order of training, dropout and every random draw")
+    seed: int = Field(
+        0, ge=0, lt=2**32, description="of the split, the order of training, dropout and every random draw"
+    )
     extract: ExtractConfig = ExtractConfig()
     align: AlignConfig = AlignConfig()
     train: TrainConfig = TrainConfig()

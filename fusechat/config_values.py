@@ -18,9 +18,10 @@ _NOTHING = ("", "~", "null", "Null", "NULL")
 
 
 class Section(BaseModel):
-    """A part of the configuration: a key that is not known is refused, and nothing changes once read."""
+    """A part of the configuration: a key that is not known and a number that is none are refused, and nothing changes
+    once read."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
 class _Loader(yaml.SafeLoader):

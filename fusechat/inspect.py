@@ -12,6 +12,7 @@ from fusechat.artifact import MANIFEST, REQUEST, Json, read_json
 from fusechat.bytetable import ByteTable
 from fusechat.checkpoint import resolve_model
 from fusechat.errors import FormatError
+from fusechat.layout import Layout
 from fusechat.store import ALIGNED_FORMAT, TOPK_FORMAT, Store, row_positions
 from fusechat.tokenizer import load_tokenizer
 
@@ -40,8 +41,11 @@ def describe(path: Path) -> tuple[str, Json]:
         return "model", read_json(path / "config.json")
     if not path.exists():
         raise FormatError(f"{path} does not exist")
-    if (path / "stages.jsonl").exists():
-        raise FormatError(f"{path} is a run's folder: inspect a folder in it, or `fusechat report {path}`")
+    if Layout(out=path).config.exists():
+        raise FormatError(
+            f"{path} is the folder of a run: `fusechat report {path}` tells of it; inspect what lies in it, such as "
+            f"{path}/results.json"
+        )
     raise FormatError(f"{path} is not an artefact of fusechat: expected a store, a target, a merge, a model or results")
 
 

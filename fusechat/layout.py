@@ -66,6 +66,11 @@ class Layout:
         return self.out / "scored.json"
 
     @property
+    def not_scored(self) -> Path:
+        """Why sources have no scores, with tracebacks; absent when all have."""
+        return self.out / "not_scored.log"
+
+    @property
     def report(self) -> Path:
         """The report a person reads; its Markdown and JSON stand beside it."""
         return self.out / "report.html"

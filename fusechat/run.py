@@ -7,6 +7,7 @@ out/targets/NAME/    one target per source (`multi` when all teach at once), and
 out/merged/          the fused model
 out/results.json     held-out bits per byte of all of them
 out/scores.json      the same, dialogue by dialogue; scored.json while they are made
+out/not_scored.log   why a source has no score, where one has none
 out/categories.json  the category of every dialogue that was fused on
 out/stages.jsonl     what each stage took
 out/report.html      what came out, for people; report.md and report.json beside it
@@ -17,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fusechat.artifact import MANIFEST, Json, atomic_write, read_json, write_json
+from fusechat.artifact import MANIFEST, Json, atomic_write, locked, read_json, write_json
 from fusechat.callable_module import make_callable
 from fusechat.config import RunConfig, load_config, source_name
 from fusechat.config_values import yaml_text
@@ -25,7 +26,7 @@ from fusechat.dialogue import dataset_fingerprint
 from fusechat.errors import FormatError, MismatchError
 from fusechat.layout import Layout
 from fusechat.ledger import Ledger
-from fusechat.preflight import preflight
+from fusechat.preflight import make_folders, preflight
 from fusechat.processes import rank, wait_until
 from fusechat.records import Dialogue
 from fusechat.reporter import Reporter
@@ -64,28 +65,33 @@ def run(config: RunConfig | Path | str, overrides: Sequence[str] = (), *, report
 
         candidates(_merged_models(config, layout, targets), config.merge.sweep)  # a typo is told now, not after days
     split = _load_data(config, report)
-    if rank() == 0:
-        preflight(config, layout, split, [*targets, *[SFT] * config.train.sft_control])
-        layout.out.mkdir(parents=True, exist_ok=True)
+    if rank() != 0:
+        return _train_beside(config, layout, names, split, report)
+    preflight(config, layout, split, [*targets, *[SFT] * config.train.sft_control])
+    make_folders(layout)
+    with locked(layout.out):
         made = layout.store("pivot") if layout.stores is None else layout.target(targets[0]).parent
         if not layout.config.exists() or not made.exists():
             _write_config(config, layout)  # nothing is made yet that other settings would be of
         _extract_all(config, layout, split.train, report)
         _write_categories(split.train, layout)
         _align_all(config, layout, names, report)
-    else:
-        # Artefacts that are there from before may be refused by the first process: it then ends this one too.
-        stores = [layout.store(name) / MANIFEST for name in ("pivot", *names)]
-        wait_until(lambda: all(path.exists() for path in stores))
-        wait_until(lambda: all((path / MANIFEST).exists() for path in _taught_by(layout, names)))
-    _train_all(config, layout, names, split.validation or split.held_out, report)
-    if rank() != 0:
-        return {}
-    _merge(config, layout, targets, split.validation, report)
-    results = _evaluate(config, layout, targets, split.held_out, report)
-    _write_config(config, layout)  # every stage is of these settings: those that differ change no result
-    _report(layout, ledger)
+        _train_all(config, layout, names, split.validation or split.held_out, report)
+        _merge(config, layout, targets, split.validation, report)
+        results = _evaluate(config, layout, targets, split.held_out, report)
+        _write_config(config, layout)  # every stage is of these settings: those that differ change no result
+        _report(layout, ledger)
     return results
+
+
+def _train_beside(config: RunConfig, layout: Layout, names: list[str], split: Split, report: Reporter) -> Json:
+    """Train with the first process, once it has made what is taught."""
+    # Artefacts that are there from before may be refused by the first process: it then ends this one too.
+    stores = [layout.store(name) / MANIFEST for name in ("pivot", *names)]
+    wait_until(lambda: all(path.exists() for path in stores))
+    wait_until(lambda: all((path / MANIFEST).exists() for path in _taught_by(layout, names)))
+    _train_all(config, layout, names, split.validation or split.held_out, report)
+    return {}
 
 
 def _load_data(config: RunConfig, report: Reporter) -> Split:
@@ -273,7 +279,9 @@ def _evaluate(config: RunConfig, layout: Layout, names: list[str], held_out: lis
             layout.scored.unlink(missing_ok=True)  # left by a kill just after the results were written
             return dict(results)
         raise MismatchError(f"{layout.results} is of other models or dialogues: remove it or choose another `out`")
-    scores, failed = score_run(models, held_out, layout.scored, progress=report.stage("evaluate", "models"))
+    scores, failed = score_run(
+        models, held_out, layout.scored, log_file=layout.not_scored, progress=report.stage("evaluate", "models")
+    )
     not_scored |= failed
     bootstrap: Json = {
         "samples": config.eval.bootstrap_samples, "confidence": config.eval.confidence, "seed": config.seed,

@@ -79,7 +79,7 @@ class TrainConfig(Section):
     )
     learning_rate: float = Field(5e-6, gt=0, description="the highest, after warm-up")
     epochs: float = Field(3.0, gt=0, description="passes over the dialogues")
-    max_steps: int = Field(-1, description="stop after so many steps; −1: as many as `epochs` asks for")
+    max_steps: int = Field(-1, ge=-1, description="stop after so many steps; −1: as many as `epochs` asks for")
     batch_size: int = Field(128, ge=1, description="dialogues per optimiser step, over all devices")
     micro_batch_size: int = Field(4, ge=1, description="dialogues per forward pass and device (packed: on average)")
     packing: bool = Field(False, description="dialogues behind each other in one row instead of padding")
@@ -118,6 +118,8 @@ class TrainConfig(Section):
     def _fits_together(self) -> TrainConfig:
         if self.batch_size % self.micro_batch_size:
             raise ValueError("batch_size must be a multiple of micro_batch_size")
+        if self.max_steps == 0:
+            raise ValueError("max_steps is 0: give 1 or more, or -1 for as many as epochs asks for")
         if self.quantization is not None and self.lora is None:
             raise ValueError("quantization needs lora: quantised weights cannot be trained")
         if self.objective != "soft" and (self.select not in ("min_ce", "source") or self.select_unit != "sequence"):

@@ -381,9 +381,6 @@ def test_inspect_finds_the_pivot_of_a_run_that_was_moved(tmp_path: Path, stores:
     assert (shown.exit_code, "distribution of the next token" in shown.output) == (0, True)
 
 
-def test_inspect_says_what_a_path_is_instead(tmp_path: Path) -> None:
+def test_inspect_says_that_nothing_is_there(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"results\.json does not exist"):
         describe(tmp_path / "results.json")
-    (tmp_path / "stages.jsonl").touch()
-    with pytest.raises(FormatError, match="is a run's folder: inspect a folder in it, or `fusechat report"):
-        describe(tmp_path)

@@ -251,11 +251,12 @@ def test_what_would_be_missed_at_the_end_is_refused_before_anything_is_asked(ben
     for options, message in (
         (("--against", "sfft"), "--against sfft is none of the models: there are sft, fused"),
         (("--json", str(bench.files["questions"] / "x" / "out.json")), "is a file: choose another place"),
+        (("--json", str(bench.folder)), "is a folder: name a file in it"),
     ):
         done = CliRunner().invoke(app, _command(bench, judge.url("good", "never"), *options))
         assert isinstance(done.exception, FusechatError)
         assert message in str(done.exception)
-    assert not judge.counts("good", "never")
+    assert "requests" not in judge.counts("good", "never")
 
 
 @pytest.mark.parametrize(("mode", "label"), [("mute", "without a rating"), ("high", "off the scale")])

@@ -309,7 +309,7 @@ def test_a_server_of_another_model_under_the_right_name_is_detected(
 
 
 def test_a_run_needs_a_served_sources_config_and_tokenizer_alone(
-    directory: Path, model: Any, tiny_world: Any, tmp_path: Path
+    directory: Path, model: Any, tiny_world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches a run that dies in its last stage, or downloads 72B, to score a source that a server has."""
 
@@ -323,9 +323,10 @@ def test_a_run_needs_a_served_sources_config_and_tokenizer_alone(
     shutil.copytree(directory, remote, ignore=shutil.ignore_patterns("*.safetensors"))
     shape, _ = model_shape(str(directory))
     assert model_shape(str(remote)) == (replace(shape, name="remote", weight_bytes=None), "its config")
+    monkeypatch.setattr(server, "_BACKOFF_S", 0.01)
     with serving(Stub(model, "remote")) as stub:
         served = {"backend": "vllm-server", "servers": [stub.url], "dtype": "float32"}
-        values = {
+        values: dict[str, Any] = {
             "pivot": str(tiny_world.pivot),
             "sources": [{"model": str(tiny_world.source)}, {"model": str(remote), "extract": served}],
             "data": {"train": str(tiny_world.dialogues), "held_out_fraction": 0.25},
@@ -334,6 +335,15 @@ def test_a_run_needs_a_served_sources_config_and_tokenizer_alone(
             "train": {"max_steps": 1, "batch_size": 6, "micro_batch_size": 6},
             "eval": {"bootstrap_samples": 100},
         }
+        with serving(Stub(model, "another")) as wrong:
+            values["sources"][1]["extract"] = served | {"servers": ["http://127.0.0.1:9", wrong.url]}
+            with pytest.raises(DataError, match="serves another, not "):
+                run(parse_config(values, "here"))
+        values["sources"][1]["extract"] = served | {"servers": ["http://127.0.0.1:9"]}
+        with pytest.raises(FusechatError, match="does not answer"):
+            run(parse_config(values, "here"))
+        assert not (tmp_path / "run").exists(), "what is seen at once must not be told after the pivot's extraction"
+        values["sources"][1]["extract"] = served
         results = run(parse_config(values, "here"), reporter=Heard())
     models = results["groups"]["overall"]["models"]
     assert set(models) == {"pivot", "source source", "target source", "target remote", "sft", "merged"}

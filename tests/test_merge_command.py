@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import subprocess
@@ -108,3 +109,28 @@ def test_an_interrupt_promises_to_go_on_only_where_work_is_kept(
     with pytest.raises(SystemExit, match="130"):
         main()
     assert ("goes on where it stopped" in capsys.readouterr().err) == goes_on
+
+
+def test_a_place_that_cannot_be_written_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a traceback for a read-only folder, and one that is kept from whoever asks for it or needs it."""
+
+    def ended_with(error: OSError, *more: str) -> str:
+        def ends(*_: Any) -> None:
+            raise error
+
+        monkeypatch.setattr("fusechat.cli.app", ends)
+        monkeypatch.setattr(sys, "argv", ["fusechat", "run", "x.yaml", *more])
+        with pytest.raises(SystemExit, match="2"):
+            main()
+        return capsys.readouterr().err
+
+    denied = PermissionError(errno.EACCES, "Permission denied", "/out/merged")
+    assert ended_with(denied) == "fusechat: Permission denied: /out/merged (--debug shows where)\n"
+    full = OSError(errno.ENOSPC, "No space left on device")
+    assert ended_with(full) == "fusechat: No space left on device (--debug shows where)\n"
+    with pytest.raises(PermissionError):
+        ended_with(denied, "--debug")
+    with pytest.raises(OSError, match="no file's"):
+        ended_with(OSError("no file's: a mistake of the code"))

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 from fusechat.cli import app
 from fusechat.commands.results import print_results
 from fusechat.config import load_config
-from fusechat.errors import ConfigError, DataError, MismatchError, Stopped
+from fusechat.errors import ConfigError, DataError, FormatError, FusechatError, MismatchError, Stopped
 from fusechat.evaluate.bpb import NATS_PER_BIT, Scores, score_dialogues
 from fusechat.evaluate.run_scores import out_of_reach, scoring_of, scoring_options
 from fusechat.inspect import describe, sample_rows
@@ -239,6 +240,7 @@ def test_what_a_stage_would_refuse_is_refused_before_the_first(
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     monkeypatch.setitem(sys.modules, "vllm", None)
     monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
     config = _config(tiny_world, tmp_path / "x")
     for overrides, message in (
         (["align.tokens=dtw"], "set align.granularity: first"),
@@ -246,14 +248,52 @@ def test_what_a_stage_would_refuse_is_refused_before_the_first(
         (["train.divergence=jsd", "train.beta=1.5"], "jsd needs 0 < beta < 1"),
         (["train.lora.rank=4"], "needs the package peft"),
         (["train.attention=flex_attention"], "no backward pass on the CPU"),
+        (
+            ["train.optimizer=adamw_trch"],
+            "train.optimizer: transformers knows no 'adamw_trch': did you mean adamw_torch",
+        ),
+        (["train.optimizer=adamw_bnb_8bit"], "need to install `bitsandbytes`"),
+        (["train.lr_scheduler=cosin"], "train.lr_scheduler: transformers knows no 'cosin': did you mean cosine"),
+        (
+            ["train.lr_scheduler_args={num_cycle: 2}"],
+            "train.lr_scheduler_args: .* unexpected keyword argument 'num_cycle'",
+        ),
+        (["train.report_to=[tensorbord]"], "did you mean tensorboard"),
+        (["train.report_to=[wandb]"], "train.report_to: .*pip install wandb"),
+        (["train.dtype=float16"], "float16 needs a GPU"),
+        (["train.attention=flash_attention_2"], "FlashAttention2"),
+        (["train.router_weight=0.1"], "has no router loss"),
+        (["train.max_steps=0"], "max_steps is 0"),
+        (["train.learning_rate=.inf"], "should be a finite number"),
+        (["seed=-1"], "`seed`: Input should be greater than or equal to 0"),
+        (["merge.method=ties"], "should be 'sce' or 'linear'"),
+        (["merge.select_topk=10"], "less than or equal to 1"),
+        (["merge.method=linear", "merge.weights=[.nan]"], "should be a finite number"),
+        (["merge.sweep=[]"], "at least 1 item"),
+        (["eval.bootstrap_samples=1000000000"], "less than or equal to 100000"),
+        (["data.held_out_fraction=2"], "less than 1"),
+        (["extract.device_map=atuo"], "extract.device_map: atuo is none that torch knows: write auto"),
+        (["extract.device=gpu"], "extract.device: gpu is none that torch knows"),
+        ([f"sources=[{{model: {tiny_world.source}, extract: {{device: 'cuda:7'}}}}]"], "cuda:7 is not here"),
+        (["out=/proc/nothing/run"], "/proc/nothing/run .* choose another place"),
+        ([f"out={config}/run"], "is a file: choose another place"),
+        (["stores=/proc/nothing"], "cannot make /proc/nothing"),
         (["extract.template=./pivto.jinja"], r"pivto\.jinja does not exist"),
         (["extract.top_k=1000"], "top_k 1000 is more than"),
         ([f"sources=[{{model: {tiny_world.source}, extract: {{backend: vllm}}}}]"], "pip install 'fusechat\\[vllm\\]'"),
         ([f"sources=[{tiny_world.source}, {base}]"], "has no chat template"),
         ([f"sources=[{tiny_world.source}, {pickled}]"], "holds pickled weights"),
     ):
-        with pytest.raises((ConfigError, DataError), match=message):
+        with pytest.raises(FusechatError, match=message) as refused:
             run(config, overrides)
+        assert "\n" not in str(refused.value)
+    monkeypatch.delitem(sys.modules, "peft")
+    with pytest.raises(ConfigError, match=r"train\.lora: .*q_prj"):
+        run(config, ["train.lora.target_modules=[q_prj]"])
+    with monkeypatch.context() as full:
+        full.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=10**5))
+        with pytest.raises(FusechatError, match=r"needs 0\.\d MB, 0\.1 MB are free"):
+            run(config)
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(ConfigError, match="does not divide by micro_batch_size 3 × 4 processes"):
         run(config)
@@ -263,8 +303,12 @@ def test_what_a_stage_would_refuse_is_refused_before_the_first(
 def test_scores_are_kept_and_a_source_that_cannot_be_scored_is_named(
     finished: Path, tiny_world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a finished fusion that ends without a table because one source does not fit, and scores made twice."""
+    """Catches a finished fusion that ends without a table because one source does not fit, and scores made twice; and
+    a mistake in this code that is told as the source's."""
+    import torch
+
     out, asked, stop = tmp_path / "run", [], [True]
+    faults = [TypeError("a mistake of ours"), RuntimeError("size of tensor a must match"), KeyError("x")]
     shutil.copytree(finished, out)
     for name in ("results.json", "scores.json", "report.html"):
         (out / name).unlink()
@@ -273,7 +317,7 @@ def test_scores_are_kept_and_a_source_that_cannot_be_scored_is_named(
         asked.append(Path(model).name)
         assert options["device"] == "cpu"
         if model == str(tiny_world.source):
-            raise RuntimeError("CUDA out of memory\nand more")
+            raise faults.pop(0) if faults else torch.OutOfMemoryError("CUDA out of memory\nand more")
         if model == str(out / "merged") and stop:
             stop.clear()
             raise KeyboardInterrupt
@@ -281,11 +325,19 @@ def test_scores_are_kept_and_a_source_that_cannot_be_scored_is_named(
 
     monkeypatch.setattr("fusechat.evaluate.run_scores.score_dialogues", score)
     config = load_config(_config(tiny_world, out), ["extract.device=cpu"])
+    for fault in list(faults):
+        with pytest.raises(type(fault)):
+            run(config)
+    assert asked == ["pivot", "source", "source", "source"]
+    asked.clear()
     with pytest.raises(KeyboardInterrupt):
         run(config)
-    assert asked == ["pivot", "source", "source", "sft", "merged"]
+    assert asked == ["source", "source", "sft", "merged"]
     results = run(config)
-    assert asked[5:] == ["source", "merged"]
+    assert asked[4:] == ["source", "merged"]
+    whole_reason = (out / "not_scored.log").read_text()
+    assert whole_reason.startswith("source source is not scored\nTraceback")
+    assert "CUDA out of memory\nand more" in whole_reason
     assert results["not_scored"] == {"source source": "CUDA out of memory"}
     assert list(results["groups"]["overall"]["models"]) == ["pivot", "target source", "sft", "merged"]
     whole = json.loads((finished / "results.json").read_text())["groups"]["overall"]["models"]
@@ -293,7 +345,7 @@ def test_scores_are_kept_and_a_source_that_cannot_be_scored_is_named(
     assert "source source is not scored: CUDA out of memory." in (out / "report.md").read_text()
     assert not (out / "scored.json").exists()
     assert run(config) == results
-    assert len(asked) == 7
+    assert len(asked) == 6
     print_results(results)
 
 
@@ -372,7 +424,28 @@ def test_every_model_is_scored_in_the_template_it_was_fused_in(tiny_world: Any, 
         assert again[name]["bits_per_byte"][0] == found[named]
 
 
+def test_a_second_run_of_the_same_folder_waits_for_the_first(finished: Path, tiny_world: Any, tmp_path: Path) -> None:
+    """Catches two runs that train into one folder."""
+    out = shutil.copytree(finished, tmp_path / "run")
+    hold = (
+        "import sys; from fusechat.artifact import lock_directory as l; from pathlib import Path; l(Path(sys.argv[1]))"
+    )
+    first = subprocess.Popen(
+        [sys.executable, "-c", hold + "; print(flush=True); sys.stdin.read()", str(out)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert first.stdout is not None
+    first.stdout.readline()
+    with pytest.raises(FusechatError, match="is being written by another run: wait for it"):
+        run(_config(tiny_world, out))
+    first.communicate()
+    assert run(_config(tiny_world, out))
+    assert not (out / "writing.lock").exists()
+
+
 def test_stores_show_a_readable_sample(finished: Path) -> None:
+    with pytest.raises(FormatError, match=r"is the folder of a run: `fusechat report .*results\.json"):
+        describe(finished)
     for name, kind in (("extract/source", TOPK_FORMAT), ("align/source", ALIGNED_FORMAT)):
         assert describe(finished / name)[0] == kind
         rows = sample_rows(Store(finished / name, kind), limit=5)

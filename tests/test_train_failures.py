@@ -322,11 +322,11 @@ def test_a_folder_moved_while_training_still_knows_its_best_checkpoint(
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ("optimizer=nonsense", "nonsense is not a valid OptimizerNames"),
+        ("optimizer=nonsense", "transformers knows no 'nonsense': there are adamw_torch"),
         ("optimizer=lomo", "You need to install"),
-        ("lr_scheduler=nonsense", "nonsense is not a valid SchedulerType"),
+        ("lr_scheduler=nonsense", "transformers knows no 'nonsense': there are linear"),
         ("lr_scheduler=warmup_stable_decay", "num_decay_steps"),
-        ("report_to=[nonsense]", "nonsense is not supported"),
+        ("report_to=[nonsense]", "transformers knows no 'nonsense': there are"),
         ("attention=flex_attention", "flex_attention has no backward pass on the CPU"),
         ("lora.target_modules=[nonsense]", "Target modules .* not found"),
         ("final=best", "final: best needs held-out dialogues"),
@@ -395,7 +395,7 @@ def test_a_store_of_another_pivot_or_tokenizer_is_refused(tiny_world: Any, store
 def test_a_world_that_does_not_divide_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from fusechat.train.fit import training_arguments
 
-    monkeypatch.setattr("fusechat.train.fit.n_processes", lambda: 4)
+    monkeypatch.setattr("fusechat.train.refusals.n_processes", lambda: 4)
     with pytest.raises(
         ConfigError, match=r"batch_size 6 does not divide by micro_batch_size 3 × 4 processes: .* of 12"
     ):

@@ -13,9 +13,12 @@ STDOUT = Path("-")
 
 def _writable(path: Path | None) -> Path | None:
     from fusechat.artifact import require_writable
+    from fusechat.errors import ConfigError
 
-    if path not in (None, STDOUT):
-        require_writable(path)  # now, and not when hours of work are to be written
+    if path is not None and path != STDOUT:  # now, and not when hours of work are to be written
+        if path.is_dir():
+            raise ConfigError(f"--json {path} is a folder: name a file in it")
+        require_writable(path)
     return path
 
 

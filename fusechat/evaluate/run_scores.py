@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from fusechat.artifact import Json, read_json, write_json
 from fusechat.checkpoint import checkpoint_sha256, resolve_model
 from fusechat.config import RunConfig, SourceConfig, source_name
 from fusechat.dialogue import dataset_fingerprint
-from fusechat.errors import DataError
+from fusechat.errors import DataError, FusechatError
 from fusechat.evaluate.bpb import Scores, score_dialogues
 from fusechat.extract.settings import extract_settings
 from fusechat.layout import Layout
@@ -98,18 +99,21 @@ def score_run(
     held_out: Sequence[Dialogue],
     kept: Path,
     *,
+    log_file: Path,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[str, Scores], dict[str, str]]:
     """Score every model that has no scores in the file `kept`, which grows with each; return all scores, and by name
-    why a model that the run does not need has none.
+    why a model that the run does not need has none, the first line of what `log_file` has with its traceback.
 
     `progress(done_models, all_models)` is called after each. Raises what `score_dialogues` does of a model that the run
-    needs.
+    needs, and of any model what is neither its fault nor the machine's.
     """
     known: Json = read_json(kept).get("models", {}) if kept.exists() else {}
     fingerprint = dataset_fingerprint(held_out)
     scores: dict[str, Scores] = {}
     failed: dict[str, str] = {}
+    told: dict[str, str] = {}
+    log_file.unlink(missing_ok=True)  # of an earlier try
     for done, (name, one) in enumerate(models.items(), 1):
         request = {
             "model_sha256": one.sha256,
@@ -122,10 +126,12 @@ def score_run(
         else:
             try:
                 found = _scores(one, held_out)
-            except Exception as error:  # whatever a source's own code, size or device ends in, the run is made
-                if one.needed:
+            except Exception as error:
+                if one.needed or not _not_ours(error, one):
                     raise
                 failed[name] = (str(error).strip() or type(error).__name__).splitlines()[0]
+                told[name] = "".join(traceback.format_exception(error))
+                log_file.write_text("\n".join(f"{n} is not scored\n{why}" for n, why in told.items()), encoding="utf-8")
             else:
                 scores[name] = found
                 note = {"request": request, "nll": found.nll_json, "content_bytes": found.content_bytes.tolist()}
@@ -136,6 +142,18 @@ def score_run(
         if progress is not None:
             progress(done, len(models))
     return scores, failed
+
+
+def _not_ours(error: Exception, one: Scored) -> bool:
+    """Return whether a model, a file or too little memory is at fault, and not this code."""
+    from accelerate.utils.memory import should_reduce_batch_size
+    from torch import AcceleratorError, OutOfMemoryError
+
+    if one.scoring.get("trust_remote_code"):  # Python of the model's own may end in anything
+        return True
+    return isinstance(
+        error, (FusechatError, OSError, MemoryError, OutOfMemoryError, AcceleratorError)
+    ) or should_reduce_batch_size(error)
 
 
 def _scores(one: Scored, held_out: Sequence[Dialogue]) -> Scores:

@@ -11,7 +11,7 @@ import torch
 from fusechat.artifact import Json, atomic_write
 from fusechat.errors import FormatError
 from fusechat.model import load_model
-from fusechat.train.fit import with_adapters
+from fusechat.train.refusals import with_adapters
 from fusechat.train_config import TrainConfig
 
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.jinja")

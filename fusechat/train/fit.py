@@ -7,24 +7,20 @@ import math
 import os
 import re
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainingArguments, get_scheduler, set_seed
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.utils.logging import set_verbosity_error
 
 from fusechat.artifact import Json, read_json
-from fusechat.errors import ConfigError, FusechatError, Interrupted, Stopped
-from fusechat.loss import LossOptions
+from fusechat.errors import FusechatError, Interrupted, Stopped
 from fusechat.model import load_model, unwrapped
-from fusechat.processes import n_processes, rank
+from fusechat.processes import rank
 from fusechat.tokenizer import load_tokenizer
 from fusechat.train.batches import StepBatches
 from fusechat.train.callbacks import (
@@ -38,6 +34,7 @@ from fusechat.train.dataset import FusionDataset
 from fusechat.train.forward import LossSettings, install_loss, router_weight
 from fusechat.train.held_out import HeldOut
 from fusechat.train.meter import Meter
+from fusechat.train.refusals import accumulation_steps, check_settings, loss_options, prepared, refusals_are_one_line
 from fusechat.train.trainer import FusionTrainer, rewind_log
 from fusechat.train_config import TrainConfig
 
@@ -72,16 +69,15 @@ def fit(
     Raises Stopped after a SIGTERM and Interrupted after a SIGINT, with a checkpoint written; DataError when a loss is
     NaN; MismatchError when the last checkpoint was written under another way of sharding.
     """
-    check_settings(config)
+    check_settings(config, directory)
     set_verbosity_error()
     set_seed(seed)
     tokenizer = load_tokenizer(directory)
-    with _refusals_are_one_line():
+    with refusals_are_one_line("train"):
         arguments = training_arguments(
             work, config, seed, with_held_out=held_out is not None, checkpoints=checkpoints
         )  # fmt: skip
         model = prepare_model(directory, config)
-        _require_known(arguments, model)
     order = dataset.byte_order
     install_loss(model, loss_settings(model, config), None if order is None else torch.from_numpy(order))
     trainer = FusionTrainer(
@@ -144,32 +140,13 @@ def fit(
     )
 
 
-@contextmanager
-def _refusals_are_one_line() -> Iterator[None]:
-    """Raise as ConfigError what transformers and peft say of settings that they do not know or cannot serve here."""
-    try:
-        yield
-    except FusechatError:
-        raise
-    except (ImportError, ValueError, TypeError, RuntimeError) as error:
-        raise ConfigError(f"train: {' '.join(str(error).split())}") from error
-
-
 def prepare_model(directory: Path, config: TrainConfig) -> Any:
     """Load the pivot as it is trained: float32 master weights, or frozen weights under adapters."""
     if config.quantization is None:
         model = load_model(directory, device="cpu").train().float()  # half precision is the Trainer's autocast
     else:
         model = _quantized(directory, config.quantization, config.dtype)
-    if config.attention is not None:
-        model.set_attn_implementation(config.attention)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if config.lora is not None:
-        model = with_adapters(model, config)
-        if config.gradient_checkpointing:
-            model.enable_input_require_grads()
-    return model
+    return prepared(model, config)
 
 
 def _quantized(directory: Path, bits: str, dtype: str) -> Any:
@@ -190,62 +167,10 @@ def _quantized(directory: Path, bits: str, dtype: str) -> Any:
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
 
-def with_adapters(model: Any, config: TrainConfig) -> Any:
-    """Put peft's LoRA adapters on a model."""
-    from peft import LoraConfig, get_peft_model
-
-    assert config.lora is not None
-    lora = config.lora
-    return get_peft_model(
-        model,
-        LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=lora.target_modules,
-            task_type="CAUSAL_LM",
-        ),
-    )
-
-
-def check_settings(config: TrainConfig) -> None:
-    """Raise ConfigError for settings that do not go together or that this machine lacks a package, a device or
-    processes for; loads no model."""
-    accumulation_steps(config)
-    _loss_options(config)
-    if config.lora is not None and find_spec("peft") is None:
-        raise ConfigError("train.lora needs the package peft: pip install 'fusechat[peft]', or leave it out")
-    if config.quantization is not None and find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            f"train.quantization: {config.quantization} needs the package bitsandbytes: pip install bitsandbytes, or "
-            "leave it out (train.lora alone needs nothing)"
-        )
-    if config.attention == "flex_attention" and not torch.cuda.is_available():
-        raise ConfigError("train.attention: flex_attention has no backward pass on the CPU: leave it out, or use sdpa")
-
-
-def accumulation_steps(config: TrainConfig) -> int:
-    """Return the forward passes of every process in one step; raises ConfigError when the batch does not divide."""
-    per_forward = config.micro_batch_size * n_processes()
-    if config.batch_size % per_forward:
-        raise ConfigError(
-            f"train.batch_size {config.batch_size} does not divide by micro_batch_size {config.micro_batch_size} × "
-            f"{n_processes()} processes: set it to a multiple of {per_forward}"
-        )
-    return config.batch_size // per_forward
-
-
-def _loss_options(config: TrainConfig) -> dict[str, Any]:
-    names = ("divergence", "missing", "temperature", "student_temperature", "beta", "label_smoothing", "z_loss")
-    options = {name: getattr(config, name) for name in names}
-    LossOptions(**options)  # refuses what does not go together
-    return options
-
-
 def loss_settings(model: Any, config: TrainConfig) -> LossSettings:
     """Return what of the configuration the loss needs."""
     return LossSettings(
-        **_loss_options(config),
+        **loss_options(config),
         objective=config.objective,
         alm_temperature=config.alm_temperature,
         compat=config.compat,
@@ -333,14 +258,6 @@ def _tell_of_idle_gpus(n_visible: int) -> None:
         n_visible,
         n_visible,
     )
-
-
-def _require_known(arguments: TrainingArguments, model: Any) -> None:
-    """Ask for logger, optimizer and scheduler now: the Trainer would, once the first step is near."""
-    get_reporting_integration_callbacks(arguments.report_to)
-    Trainer.get_optimizer_cls_and_kwargs(arguments, model)
-    nothing = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    get_scheduler(arguments.lr_scheduler_type, nothing, 1, 2, arguments.lr_scheduler_kwargs)
 
 
 def _sharding(trainer: FusionTrainer) -> str:

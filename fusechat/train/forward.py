@@ -56,7 +56,9 @@ def install_loss(model: Any, settings: LossSettings, byte_order: Tensor | None) 
     Without `batch` the model answers as before. Raises ConfigError for a router loss that the model does not have.
     """
     inner = unwrapped(model)
-    inner.fusion = _Fusion(settings=settings, byte_order=byte_order, router_loss=_router_loss(inner, settings))
+    inner.fusion = _Fusion(
+        settings=settings, byte_order=byte_order, router_loss=router_loss(inner, settings.router_weight)
+    )
     inner.forward = MethodType(_with_loss(inner.forward.__func__), inner)
     layer = inner.get_output_embeddings()
     layer.forward = MethodType(_head_with_loss(layer.forward.__func__), layer)
@@ -214,8 +216,10 @@ def _alm(
     return {"loss": result.loss + (loss - result.loss).detach(), "hard": hard, "soft": first.sum()}
 
 
-def _router_loss(inner: Any, settings: LossSettings) -> Callable[..., Any] | None:
-    if settings.router_weight == 0.0:
+def router_loss(inner: Any, weight: float) -> Callable[..., Any] | None:
+    """Return the function of a mixture of experts' router loss, None without weight; raises ConfigError when a model
+    has none."""
+    if weight == 0.0:
         return None
     function = getattr(sys.modules[type(inner).__module__], "load_balancing_loss_func", None)
     if function is None:
