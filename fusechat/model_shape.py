@@ -112,13 +112,22 @@ def shape_from_config(name: str, config: Mapping[str, Any]) -> ModelShape:
     family = FAMILIES.get(family_name, Family())
 
     def size(*keys: str, default: int | None = None) -> int:
-        value = next((text[key] for key in keys if text.get(key) is not None), default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        key, value = next(((key, text[key]) for key in keys if text.get(key) is not None), (keys[0], default))
+        if value is None:
             raise DataError(f"the config of {name} has no {keys[0]}: it is not a decoder-only language model's")
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise DataError(f"the config of {name} says {key}: {value!r}, which must be a whole number above 0")
+        return value
+
+    def part(key: str, of: str, whole: int, *, default: int) -> int:
+        value = size(key, default=default)
+        if value > whole:
+            raise DataError(f"the config of {name} says {key}: {value}, of {whole} {of}")
         return value
 
     hidden = size("hidden_size", "n_embd", "d_model")
     heads = size("num_attention_heads", "n_head")
+    experts = size("num_local_experts", "num_experts", "n_routed_experts", default=1)
     quantisation = config.get("quantization_config")
     return ModelShape(
         name=name,
@@ -126,14 +135,14 @@ def shape_from_config(name: str, config: Mapping[str, Any]) -> ModelShape:
         hidden=hidden,
         layers=size("num_hidden_layers", "n_layer"),
         heads=heads,
-        kv_heads=size("num_key_value_heads", default=heads),
+        kv_heads=part("num_key_value_heads", "heads", heads, default=heads),
         head_width=size("head_dim", default=max(1, hidden // heads)),
         intermediate=size("moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim", default=4 * hidden),
         vocab=size("vocab_size"),
         tied=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", family.tied))),
         context_tokens=size("max_position_embeddings", "n_positions", default=2048),
-        experts=size("num_local_experts", "num_experts", "n_routed_experts", default=1),
-        experts_per_token=size("num_experts_per_tok", default=1),
+        experts=experts,
+        experts_per_token=part("num_experts_per_tok", "experts", experts, default=1),
         attention_bias=bool(text.get("attention_bias", False)) or family.bias,
         mlp_bias=bool(text.get("mlp_bias", False)) or family.bias,
         dtype=computed_dtype(config, {}),

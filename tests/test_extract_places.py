@@ -17,6 +17,7 @@ from fusechat.errors import ConfigError
 from fusechat.extract.backend import device_groups, engines_of
 from fusechat.extract.budget import MAX_BATCHED_TOKENS, max_batched_tokens, prompt_logprob_bytes
 from fusechat.extract.task import Task
+from fusechat.extract.tensor_parallel import splits
 from fusechat.extract.vllm import engine_arguments
 from fusechat.model_shape import shape_of_directory
 from fusechat.plan.extraction import plan_extraction
@@ -24,6 +25,11 @@ from fusechat.plan.hardware import load_hardware
 from fusechat.plan.workload import Lengths
 from fusechat.template import load_template
 from fusechat.tokenizer import load_tokenizer
+
+
+def test_gpus_without_number_are_no_endless_search(seven_billion: Task) -> None:
+    shape, _ = shape_of_directory(seven_billion.directory)
+    assert splits(shape, 10**12) == [1, 2, 4, 8, 16, 32]
 
 
 def test_devices_are_divided_into_engines() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+import fusechat
 import fusechat.plan as room
+from fusechat.align.stage import chosen_rules
 from fusechat.config import AlignConfig, EvalConfig, ExtractConfig, RunConfig, parse_config
 from fusechat.errors import ConfigError
 from fusechat.merge.estimate import engine_bytes, expected_engine_bytes
@@ -21,8 +25,10 @@ from fusechat.plan.merging import plan_merge
 from fusechat.plan.models import model_shape
 from fusechat.plan.projection import papers_config
 from fusechat.plan.stage import StagePlan
+from fusechat.plan.training import plan_training
 from fusechat.plan.workload import Lengths
 from fusechat.split import load_split
+from fusechat.train_config import TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +96,17 @@ def test_what_a_plan_advises_makes_it_fit(paper: RunConfig) -> None:
     assert stage(plan(parse_config(values, "advised"), tight), "train", "solar").fits
 
 
+@pytest.mark.parametrize("budget_bytes", [None, 1 << 20])
+def test_what_is_advised_for_a_large_vocabulary_is_no_refused_budget(budget_bytes: int | None) -> None:
+    """Catches a plan that ends at its own advice: the sum of the head's gradient has no room in the loss's budget."""
+    shape = replace(model_shape("openchat/openchat_3.5")[0], vocab=128_256)
+    found = Lengths(n_dialogues=1000, sample=np.full(10, 2048), row_share=1.0, distinct_ids=9)
+    config = TrainConfig(loss_budget_bytes=budget_bytes)
+    row, _ = plan_training("x", shape, found, config, load_hardware("rtx4090", gpus=1), 0)
+    assert not row.fits
+    assert row.changes
+
+
 def test_local_dialogues_are_counted_and_assumed_ones_said(tiny_world: Any, light: None, tmp_path: Path) -> None:
     values = {
         "pivot": str(tiny_world.pivot), "sources": [str(tiny_world.source)], "out": str(tmp_path / "run"),
@@ -145,6 +162,30 @@ def test_an_aligned_store_has_the_pivot_s_rows(paper: RunConfig, monkeypatch: py
     assert stage(after, "align", "qwen") == stage(before, "align", "qwen")
     rows = stage(after, "align", "qwen").disk_bytes / (10 * (2 + 2) + 5 + 0.1 * 12 * (4 + 8))
     assert rows == pytest.approx(94_050 * 600 * 0.75, rel=0.03)
+
+
+@pytest.mark.parametrize("granularity", ["cells", "chain"])
+def test_the_memory_of_aligning_is_the_stage_s(tiny_world: Any, tmp_path: Path, granularity: str) -> None:
+    """Catches a plan that forgets what the stage loads on its way: numba, for prefix cells, is two thirds of it."""
+    config = parse_config(
+        {
+            "pivot": str(tiny_world.pivot), "sources": [{"model": str(tiny_world.source)}], "out": str(tmp_path),
+            "data": {"train": str(tiny_world.dialogues)}, "align": {"granularity": granularity},
+        },
+        "here",
+    )  # fmt: skip
+    dialogues = load_split(config).train
+    for name in ("pivot", "source"):
+        fusechat.extract(str(getattr(tiny_world, name)), dialogues, tmp_path / name)
+    code = (
+        "import sys\nfrom fusechat.align import align\nalign(*sys.argv[1:4], granularity=sys.argv[4])\n"
+        "print([l for l in open('/proc/self/status') if l.startswith('VmHWM')][0].split()[1])"
+    )
+    arguments = [str(tmp_path / part) for part in ("pivot", "source", "aligned")]
+    command = [sys.executable, "-c", code, *arguments, granularity]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    planned = stage(plan(config, load_hardware("cpu")), "align", "source")
+    assert planned.host_bytes == pytest.approx(int(done.stdout) * 1024, rel=0.15)
 
 
 def test_max_steps_are_paid_for_whatever_the_epochs(paper: RunConfig) -> None:
@@ -264,7 +305,8 @@ def test_host_stages_go_by_the_kept_results(paper: RunConfig) -> None:
     found = Lengths(n_dialogues=100_000, sample=np.full(10, 500), row_share=0.75, distinct_ids=9)
 
     def align(**options: Any) -> float:
-        return plan_alignment("x", pivot, found, pivot, 10, AlignConfig(**options), load_hardware("h200"), 0).seconds
+        rules = chosen_rules(**AlignConfig(**options).model_dump())
+        return plan_alignment("x", pivot, found, pivot, 10, 512, rules, load_hardware("h200"), 0).seconds
 
     claims = kept("align")
     stage_claim = claims["align, bytes + ms, store to store"]

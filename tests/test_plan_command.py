@@ -35,8 +35,20 @@ def test_the_table_fits_80_columns(paper: RunConfig, name: str) -> None:
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= 80
     assert "…" not in text
+    assert not any(line.strip() == "\\" for line in text.splitlines()), "a command that ends too early"
     for word in ("internlm", "the disk is too small", "fits", "GB", "max_num_batched_tokens", "launched by"):
         assert word in text
+
+
+def test_a_name_with_brackets_is_printed_as_it_is(paper: RunConfig) -> None:
+    """Catches names taken for the terminal's markup, which `[/x]` even ends the command with."""
+    sources = [source.model_copy(update={"name": name}) for source, name in zip(paper.sources, ("[/x]", "[red]y"))]
+    tiny = load_hardware("a100-40", memory_bytes=1)
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    print_plan(plan(paper.model_copy(update={"sources": sources}), tiny), console)
+    rows = [line.split()[:2] for line in console.export_text().splitlines()]
+    assert ["extract", "[/x]"] in rows
+    assert ["train", "[red]y"] in rows
 
 
 def test_the_command_prints_json_offline() -> None:
@@ -153,9 +165,13 @@ def test_a_file_describes_hardware(tmp_path: Path) -> None:
     for broken, message in (
         ({"memry": "1GB"}, "did you mean `memory`"),
         ({"devices": None}, "devices is None"),
+        ({"devices": 0.5}, "devices is 0.5, expected a whole number"),
+        ({"device": "tpu"}, "device is 'tpu', expected cuda or cpu"),
+        ({"tflops": {"bfloat16": float("inf"), "float32": 1}}, "tflops.bfloat16 is inf"),
+        ({"efficiency": {"extract": 40, "train": 0.4}}, "efficiency.extract is 40, expected a share"),
         ({"tflops": {"bfloat16": 1}}, "tflops must be a mapping with bfloat16 and float32"),
     ):
-        path.write_text(json.dumps({**facts, **broken}))
+        path.write_text(json.dumps({**facts, **broken}).replace("Infinity", ".inf"))
         with pytest.raises(ConfigError, match=message):
             load_hardware(str(path))
     path.write_text("{")

@@ -245,9 +245,19 @@ def test_a_store_is_as_large_as_counted(tmp_path: Path, vocab: int, top_k: int, 
     assert store_bytes(found, vocab, top_k, gold_among_top) == pytest.approx(size, rel=0.01)
 
 
-def test_a_config_without_sizes_is_named() -> None:
-    with pytest.raises(DataError, match="the config of thing has no hidden_size"):
-        shape_from_config("thing", {"model_type": "clip"})
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"hidden_size": None}, "has no hidden_size"),
+        ({"num_attention_heads": 0}, "says num_attention_heads: 0, which must be a whole number above 0"),
+        ({"intermediate_size": [1, 2]}, r"says intermediate_size: \[1, 2\], which must"),
+        ({"num_key_value_heads": 64}, "says num_key_value_heads: 64, of 6 heads"),
+        ({"num_local_experts": 8, "num_experts_per_tok": 9}, "says num_experts_per_tok: 9, of 8 experts"),
+    ],
+)
+def test_a_config_that_is_no_language_model_s_is_named(changed: dict[str, Any], said: str) -> None:
+    with pytest.raises(DataError, match=f"the config of thing {said}"):
+        shape_from_config("thing", SIZES | {"model_type": "mixtral"} | changed)
 
 
 def test_local_models_are_read_by_their_headers(tiny_world: Any, tmp_path: Path) -> None:

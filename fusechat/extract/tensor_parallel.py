@@ -74,7 +74,7 @@ def splits(shape: ModelShape, gpus: int) -> list[int]:
     """Return the numbers of GPUs, up to `gpus`, that divide the model's heads and its MLP evenly."""
     return [
         n
-        for n in range(1, gpus + 1)
+        for n in range(1, min(gpus, shape.heads) + 1)
         if shape.heads % n == 0
         and shape.intermediate % n == 0
         and (shape.kv_heads % n == 0 or n % shape.kv_heads == 0)

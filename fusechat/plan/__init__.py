@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from fusechat.align.stage import chosen_rules
 from fusechat.artifact import Json
 from fusechat.callable_module import make_callable
 from fusechat.config import ExtractConfig, RunConfig, source_name
@@ -31,7 +32,10 @@ make_callable(__name__)
 SFT, MULTI = "sft", "multi"
 _TRUST = "extract.trust_remote_code: true, which runs it (read it first)"
 _GPU_HOST_THREADS = 16
-_GPU_HOST_BYTES = {"extract": GPU_PROCESS_BYTES, "train": GPU_PROCESS_BYTES, "align": 250_000_000, "merge": 40_000_000}
+_GPU_HOST_BYTES = {
+    "extract": GPU_PROCESS_BYTES, "train": GPU_PROCESS_BYTES,
+    "align": 60_000_000, "align cells": 180_000_000, "merge": 40_000_000,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,13 +100,15 @@ def plan(
     """Return what every stage of a run takes on the hardware.
 
     Raises DataError for a model of which nothing is known, FormatError for an unreadable header, ConfigError for a data
-    set of which nothing is known.
+    set of which nothing is known and for an alignment that is none.
     """
     workload = find_workload(config, dialogues, tokens_per_dialogue)
     models, found = _models(config, workload)
     assumptions = [*workload.assumptions, *found]
     names = [source_name(source) for source in config.sources]
-    stages = ("extract", "train", "align", "merge")
+    rules = chosen_rules(**config.align.model_dump())
+    aligning = "align cells" if rules["granularity"] == "cells" else "align"
+    stages = ("extract", "train", aligning, "merge")
     base = process_bytes(stages) if hardware.on_cpu else _GPU_HOST_BYTES
     pivot = models["pivot"]
     threads = len(os.sched_getaffinity(0)) if hardware.on_cpu else _GPU_HOST_THREADS
@@ -111,10 +117,12 @@ def plan(
         row = plan_extraction(name, model.shape, model.lengths, model.extract, hardware, base["extract"])
         rows.append(row if model.extract.trust_remote_code else _with_native_code(row, model.shape, _TRUST))
     for name in names:
-        source, top_k = models[name].shape, models[name].extract.top_k
+        source, top_k, n_shard = models[name].shape, models[name].extract.top_k, pivot.extract.shard_dialogues
         rows.append(
-            plan_alignment(name, pivot.shape, pivot.lengths, source, top_k, config.align, hardware, base["align"])
-        )
+            plan_alignment(
+                name, pivot.shape, pivot.lengths, source, top_k, n_shard, rules, hardware, base[aligning]
+            )
+        )  # fmt: skip
     strategies: dict[str, int] = {}
     targets = names if config.train.mode == "pairwise" else [MULTI]
     trained = targets + [SFT] * config.train.sft_control

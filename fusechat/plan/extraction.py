@@ -30,7 +30,7 @@ from fusechat.store import id_dtype
 HEAP_BLOCK_BYTES = 32 << 20
 HEAD_CHUNK_BYTES = 64 << 20  # fusechat.topk's own budget on a GPU
 HEAD_ROWS, HEAD_BLOCK_BYTES = 256, 8 << 20  # and on a CPU: so many rows, the vocabulary in blocks
-_TOKEN_BYTES = 4 + 1 + 4 + 4  # in memory: input_ids, loss_mask, turn, byte_end
+TOKEN_BYTES = 4 + 1 + 4 + 4  # in memory: input_ids, loss_mask, turn, byte_end
 GOLD_AMONG_TOP = 0.9  # rows whose gold token is one of their k, k = 10 (docs/extraction.md); assumed for every model
 _SERVER_TOKENS_PER_S = 7000.0  # one API process makes JSON of 750 bytes a token (docs/extraction.md)
 
@@ -144,7 +144,7 @@ def hf_parts(shape: ModelShape, lengths: Lengths, config: ExtractConfig, process
         "forward": forward + mask + int(rows) * shape.hidden * item,
         "logits": head,
         "kept by the heap": int(heap),
-        "results": int(n_held * lengths.tokens / lengths.n_dialogues * (_TOKEN_BYTES + lengths.row_share * row_bytes)),
+        "results": int(n_held * lengths.tokens / lengths.n_dialogues * (TOKEN_BYTES + lengths.row_share * row_bytes)),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import time
 from dataclasses import dataclass, replace
@@ -64,7 +65,7 @@ def load_hardware(name: str | None, *, gpus: int | None = None, memory_bytes: in
     else:
         names = [*known, "cpu"]
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}"
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}."
         raise ConfigError(f"unknown hardware {name!r}: {hint} A YAML or JSON file of its facts works too")
     if gpus is not None:
         if hardware.on_cpu:
@@ -153,7 +154,7 @@ def _parse(name: str, values: Json) -> Hardware:
         raise ConfigError(f"hardware {name} lacks {', '.join(missing)}")
 
     def number(value: Any, key: str) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise ConfigError(f"hardware {name}: {key} is {value!r}, expected a number above 0")
         return float(value)
 
@@ -163,13 +164,22 @@ def _parse(name: str, values: Json) -> Hardware:
             raise ConfigError(f"hardware {name}: {key} must be a mapping with {' and '.join(wanted)}")
         return {k: number(v, f"{key}.{k}") for k, v in table.items()}
 
+    if values["device"] not in ("cuda", "cpu"):
+        raise ConfigError(f"hardware {name}: device is {values['device']!r}, expected cuda or cpu")
+    devices = number(values["devices"], "devices")
+    if devices != int(devices):
+        raise ConfigError(f"hardware {name}: devices is {devices:g}, expected a whole number")
+    efficiency = numbers("efficiency", ("extract", "train"))
+    for stage, share in efficiency.items():
+        if share > 1:
+            raise ConfigError(f"hardware {name}: efficiency.{stage} is {share:g}, expected a share, at most 1")
     return Hardware(
         name=name,
-        device=str(values["device"]),
-        devices=int(number(values["devices"], "devices")),
+        device=values["device"],
+        devices=int(devices),
         memory_bytes=parse_size(str(values["memory"])),
         host_memory_bytes=parse_size(str(values["host_memory"])),
         flops={k: v * 1e12 for k, v in numbers("tflops", ("bfloat16", "float32")).items()},
         disk_rate_bytes=float(parse_size(str(values["disk_rate"]))),
-        efficiency=numbers("efficiency", ("extract", "train")),
+        efficiency=efficiency,
     )

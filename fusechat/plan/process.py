@@ -23,18 +23,30 @@ model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=64, hidden_size=
 mask = torch.ones(2, 8, dtype=torch.int64); mask[1, 4:] = 0
 out = model(input_ids=torch.ones(2, 8, dtype=torch.int64), attention_mask=mask, use_cache=False).logits
 """
+# Prefix cells are numba's, whose compiler weighs more than all else that alignment loads.
+_CELLS = """
+import numpy as np
+import fusechat.align.stage
+from fusechat.align.cells_kernel import fill
+def of(dtype, *shape): return np.zeros(shape, dtype)
+fill(of("i4", 1), of("f8", 1), of("i8", 1), of("i8", 1), of("u2", 1, 1), of("f8", 1, 1), of("i4", 1), of("f8", 1),
+    of("i4", 1, 1), of("i4", 1, 1), of("i4", 1, 1),
+    (of("u2", 1, 3), of("f8", 1, 3), of("i4", 1, 3), of("i4", 1, 3)))
+"""
 _CODE = {
     "extract": "import fusechat.extract" + _EMPTY_MODEL,
     "train": "import fusechat.train, fusechat.train.trainer, fusechat.loss" + _EMPTY_MODEL + "out.sum().backward()\n"
     "torch.optim.AdamW(model.parameters()).step()\n",
     "merge": "import fusechat.merge\n",
-    "align": "import fusechat.align, fusechat.bytetable\nfrom transformers import PreTrainedTokenizerFast\n",
+    "align": "import fusechat.align.stage\n",
+    "align cells": _CELLS,
 }
 _PEAK = "print([l for l in open('/proc/self/status') if l.startswith('VmHWM')][0].split()[1])"
 
 
 def process_bytes(stages: Sequence[str]) -> dict[str, int]:
-    """Return the peak resident memory of an empty process of each stage, in bytes, measured in children.
+    """Return the peak resident memory of an empty process of each stage, in bytes, measured in children;
+    `align cells` is alignment with `granularity: cells`.
 
     Raises FusechatError when a stage's libraries do not import.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fusechat.plan import Plan
@@ -16,7 +17,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     what = (
         f"this computer, {human_bytes(hardware.memory_bytes)}"
         if hardware.on_cpu
-        else f"{hardware.devices} × {hardware.name}, {human_bytes(hardware.memory_bytes)} each"
+        else f"{hardware.devices} × {escape(hardware.name)}, {human_bytes(hardware.memory_bytes)} each"
     )
     console.print(f"[bold]plan[/bold] on {what}", highlight=False)
     console.print(_stages(plan))
@@ -36,7 +37,10 @@ def print_plan(plan: Plan, console: Console) -> None:
         console.print(f"\ntraining, a GPU: {', '.join(cells)}", highlight=False)
         train = next(stage for stage in plan.stages if stage.stage == "train").settings
         console.print(f"planned with {train['strategy']}, launched by", highlight=False)
-        console.print("  " + str(train["launch"]).replace(".yaml ", ".yaml \\\n    ") + " CONFIG", highlight=False)
+        launch = (
+            str(train["launch"]).replace(" --config_file", " \\\n    --config_file").replace(".yaml ", ".yaml \\\n    ")
+        )
+        console.print(f"  {launch} CONFIG", highlight=False)
     alike: dict[tuple[str, str], list[str]] = {}
     for stage in plan.stages:
         if not stage.fits:
@@ -46,8 +50,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     if not plan.disk_fits:
         changes.append(f"the disk is too small by {human_bytes(plan.disk_bytes - (plan.disk_limit_bytes or 0))}")
     for change in changes:
-        console.print(f"\n[red]![/red] {change}", highlight=False)
-    console.print("\nassumed: " + "; ".join(plan.assumptions), style="dim", highlight=False)
+        console.print(f"\n[red]![/red] {escape(change)}", highlight=False)
+    console.print("\nassumed: " + escape("; ".join(plan.assumptions)), style="dim", highlight=False)
 
 
 def _too_much(stage: StagePlan) -> str:
@@ -65,7 +69,7 @@ def _engines(plan: Plan) -> Table:
     for stage in plan.stages:
         if stage.stage == "extract":
             values = (str(stage.settings.get(key, "–")) for key in keys)
-            table.add_row(stage.name, str(stage.settings["backend"]), *values)
+            table.add_row(escape(stage.name), str(stage.settings["backend"]), *values)
     return table
 
 
@@ -78,7 +82,7 @@ def _stages(plan: Plan) -> Table:
     for stage in plan.stages:
         table.add_row(
             stage.stage,
-            stage.name,
+            escape(stage.name),
             prefixed(stage.parameters, giga="B"),
             str(stage.devices or "–"),
             human_bytes(stage.device_bytes) if stage.devices else "–",

@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fusechat.model_shape import ModelShape, count_parameters, stored_bytes, training_flops
+from fusechat.errors import ConfigError
+from fusechat.loss_chunks import accumulator_bytes
+from fusechat.model_shape import ITEM_BYTES, ModelShape, count_parameters, stored_bytes, training_flops
 from fusechat.plan.hardware import Hardware
 from fusechat.plan.stage import StagePlan
 from fusechat.plan.training_memory import (
@@ -20,6 +22,8 @@ from fusechat.plan.training_memory import (
 )
 from fusechat.plan.workload import Lengths
 from fusechat.train_config import LoraConfig, TrainConfig
+
+_LOSS_BUDGET_BYTES = 128 << 20  # of logits, where the loss's own budget is advised to be small
 
 
 def plan_training(
@@ -77,7 +81,7 @@ def plan_training(
         seconds=done / (max(gpus, 1) * hardware.rate("train", config.dtype)),
         settings=facts
         | ({"strategy": need.strategy, "launch": launch_words(need.strategy, gpus, config.dtype)} if gpus else {}),
-        changes=() if need.fits(hardware) else _changes(config, hardware, needs),
+        changes=() if need.fits(hardware) else _changes(shape, config, hardware, needs),
     )
     return plan, need.strategies
 
@@ -132,13 +136,19 @@ def _needs(shape: ModelShape, lengths: Lengths, config: TrainConfig, hardware: H
     return Needs(device_parts=table[chosen.name], host_parts=host, strategy=chosen.name, strategies=sizes)
 
 
-def _changes(config: TrainConfig, hardware: Hardware, needs: Callable[[TrainConfig], Needs]) -> tuple[str, ...]:
+def _changes(
+    shape: ModelShape, config: TrainConfig, hardware: Hardware, needs: Callable[[TrainConfig], Needs]
+) -> tuple[str, ...]:
     """Name the settings that make it fit, the first of them the least to give up, or what is left to do."""
+    item = int(ITEM_BYTES[config.dtype]) if hardware.on_cpu else 2
+    budget = _LOSS_BUDGET_BYTES + accumulator_bytes(shape.vocab, shape.hidden, weight_bytes=item, weight_grad=True)
+    if config.loss_budget_bytes is not None:
+        budget = min(budget, config.loss_budget_bytes)
     candidates: list[tuple[str, dict[str, object]]] = [
         ("train.gradient_checkpointing: true", {"gradient_checkpointing": True}),
         ("train.micro_batch_size: 1", {"micro_batch_size": 1}),
         ("train.dtype: bfloat16", {"dtype": "bfloat16"}),
-        ("train.loss_budget_bytes: 134217728", {"loss_budget_bytes": 134_217_728}),
+        (f"train.loss_budget_bytes: {budget}", {"loss_budget_bytes": budget}),
         ("train.optimizer: adamw_8bit", {"optimizer": "adamw_8bit"}),
         ("train.lora: {rank: 16}", {"lora": LoraConfig()}),
     ]
@@ -148,8 +158,11 @@ def _changes(config: TrainConfig, hardware: Hardware, needs: Callable[[TrainConf
             continue  # autocast's copies cost the CPU more than its activations save
         if all(getattr(config, key) == value for key, value in update.items()):
             continue
+        fits = _fits_with(config, taken | {text: update}, hardware, needs)
+        if fits is None:
+            continue
         taken[text] = update
-        if _fits_with(config, taken, hardware, needs):
+        if fits:
             break
     else:
         return (f"{' and '.join(taken)}, which is not enough: more GPUs, or more host memory",)
@@ -165,7 +178,11 @@ def _fits_with(
     updates: Mapping[str, Mapping[str, object]],
     hardware: Hardware,
     needs: Callable[[TrainConfig], Needs],
-) -> bool:
+) -> bool | None:
+    """Return whether it fits with the updates; None where the loss's budget is too small for them."""
     for update in updates.values():
         config = config.model_copy(update=update)
-    return needs(config).fits(hardware)
+    try:
+        return needs(config).fits(hardware)
+    except ConfigError:
+        return None
