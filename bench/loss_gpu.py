@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from fusechat.bench.baselines import gather_loss
 from fusechat.bench.claims import Claim, absent, at_most
 from fusechat.bench.loss_peers import LINEAR, LOGITS, peer_claims
-from fusechat.bench.report import parser, report
+from fusechat.bench.report import parser, report, result_of, write_json
 from fusechat.loss import linear_sparse_soft_ce, sparse_soft_ce
 
 K, HARD_WEIGHT = 10, 0.9
@@ -113,6 +113,7 @@ def copy_bytes_per_ms(bench: Bench) -> float:
 
 def logits_claims(bench: Bench, vocabulary: int, ceiling: float) -> list[Claim]:
     """Compare the kernel on bf16 logits with one read and one write at the copy's speed, and with torch's losses."""
+    check_equal(bench, vocabulary)
     rows = make_rows(bench, vocabulary)
     logits = torch.randn(bench.n_rows, vocabulary, device=bench.device, dtype=torch.bfloat16)
     buffer = logits.clone()
@@ -234,15 +235,34 @@ def main() -> int:
     bench = read_sizes(chosen)
     ceiling = copy_bytes_per_ms(bench)
     print(f"copy: {ceiling / 1e6:.0f} GB/s")
-    claims = []
+    parts: dict[str, Callable[[], list[Claim]]] = {}
     for vocabulary in bench.vocabularies:
-        check_equal(bench, vocabulary)
-        claims += logits_claims(bench, vocabulary, ceiling)
+        parts[f"logits kernel, V={vocabulary}"] = lambda v=vocabulary: logits_claims(bench, v, ceiling)
         for masked in (0.0, 0.3, 0.6):
-            claims += linear_claims(bench, vocabulary, masked)
+            parts[f"linear form, V={vocabulary}, {masked:.0%} masked"] = lambda v=vocabulary, m=masked: linear_claims(
+                bench, v, m
+            )
     # The largest vocabulary is where a peer's way of saving memory shows.
-    claims += contenders(bench, max(bench.vocabularies), chosen.against)
-    return report("loss", claims, chosen)
+    parts["peers"] = lambda: contenders(bench, max(bench.vocabularies), chosen.against)
+    claims, failed = measured_parts(parts, chosen)
+    return max(report("loss", claims, chosen), failed)
+
+
+def measured_parts(parts: dict[str, Callable[[], list[Claim]]], chosen: argparse.Namespace) -> tuple[list[Claim], int]:
+    """Return the claims of all parts and whether one failed; what there is so far is in the JSON after each of them."""
+    claims: list[Claim] = []
+    failed = 0
+    for name, part in parts.items():
+        try:
+            claims += part()
+        except Exception as error:  # one part's mistake must not lose the others' figures on a machine lent for minutes
+            failed = 1
+            why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+            print(f"{name} failed: {why}", file=sys.stderr)
+            claims.append(absent(name, "", "", why))
+        if chosen.json:
+            write_json(result_of("loss", claims, chosen.device), chosen.json)
+    return claims, failed
 
 
 if __name__ == "__main__":

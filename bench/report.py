@@ -80,15 +80,27 @@ def report(benchmark: str, claims: list[Claim], options: argparse.Namespace, *, 
     `disk` adds what a file costs to write and to read.
     """
     measured = any(claim.value is not None for claim in claims)
-    result = {
-        "environment": environment(options.device),
-        "ceilings": (ceilings(options.device) | (disk_ceilings() if disk else {})) if measured else {},
-        "claims": [{"benchmark": benchmark, **asdict(claim), "verdict": claim.verdict} for claim in claims],
-    }
+    result = result_of(benchmark, claims, options.device)
+    if measured:
+        result["ceilings"] = ceilings(options.device) | (disk_ceilings() if disk else {})
     print_table(result, Console())
     if options.json:
-        options.json.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        write_json(result, options.json)
     return int(options.check and any(claim.holds is False for claim in claims))
+
+
+def result_of(benchmark: str, claims: Sequence[Claim], device: str) -> dict[str, Any]:
+    """Return claims as the JSON has them, with the machine, its ceilings not measured."""
+    return {
+        "environment": environment(device),
+        "ceilings": {},
+        "claims": [{"benchmark": benchmark, **asdict(claim), "verdict": claim.verdict} for claim in claims],
+    }
+
+
+def write_json(result: Mapping[str, Any], path: Path) -> None:
+    """Write what a benchmark found."""
+    path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
 
 
 def print_table(result: Mapping[str, Any], console: Console) -> None:

@@ -6,6 +6,8 @@ import torch
 import triton
 
 _TWO_ROWS_BYTES = 96 << 10
+# Elements of a large block that a thread holds.
+PER_LANE = 16
 
 
 def block_and_warps(vocabulary: int, element_bytes: int, *, wants_registers: bool) -> tuple[int, int]:
@@ -19,7 +21,7 @@ def block_and_warps(vocabulary: int, element_bytes: int, *, wants_registers: boo
     row_bytes = vocabulary * element_bytes
     if row_bytes > _TWO_ROWS_BYTES and element_bytes == 2 and not wants_registers:
         return 16384, 32
-    block = min(triton.next_power_of_2(max(vocabulary, 1)), 16384 // element_bytes)
+    block = min(max(triton.next_power_of_2(vocabulary), PER_LANE), 16384 // element_bytes)
     return block, 16 if block == 8192 else 8 if block >= 1024 else 4
 
 

@@ -45,11 +45,11 @@ def _at(values, k, c):
 
 @triton.jit
 def gather_ranges(
-    z_row, SAVED, ORDER, LOW, HIGH, K, k, k_low, k_high, is_cell, wide, z_k, total_k, n_k, z_label, inv_tau, cap,
+    z_row, SAVED, ORDER, LOW, HIGH, K, k, k_low, k_high, is_cell, wide, z_k, total_k, n_k, finite_k, base, inv_tau, cap,
     TAU: tl.constexpr, CAP: tl.constexpr, SUMS: tl.constexpr, KB: tl.constexpr,
 ):  # fmt: skip
     """Keep the ranges' logits, put −∞ in their place, and return each cell's maximum, its Σ exp((z − maximum) / τ),
-    the same at τ = 1, Σ (z − z_label) and its number of tokens."""
+    the same at τ = 1, Σ (z − base) over what is not −∞, its number of tokens and the number of those."""
     sum_k = tl.full([KB], 1.0, tl.float32)
     hard_k = sum_k
     for c in range(0, K):
@@ -59,6 +59,7 @@ def gather_ranges(
         hard = 0.0
         total_z = 0.0
         count = 0
+        finite = 0
         for first in range(low, high, RANKS):
             ranks = first + tl.arange(0, RANKS)
             mine = _owned(ranks, low, high, k_low, k_high, is_cell)
@@ -73,7 +74,9 @@ def gather_ranges(
             if TAU:
                 hard = hard * tl.exp(top - new_top) + tl.sum(tl.exp(z - new_top), 0)
             if SUMS:
-                total_z += tl.sum(tl.where(z == MINUS_INFINITY, 0.0, z - z_label), 0)
+                counts = z != MINUS_INFINITY
+                total_z += tl.sum(tl.where(counts, z - base, 0.0), 0)
+                finite += tl.sum(counts.to(tl.int32), 0)
             top = new_top
             count += tl.sum(mine.to(tl.int32), 0)
         here = (k == c) & wide
@@ -82,7 +85,8 @@ def gather_ranges(
         hard_k = tl.where(here, hard if TAU else total, hard_k)
         total_k = tl.where(here, total_z, total_k)
         n_k = tl.where(here, count, n_k)
-    return z_k, sum_k, hard_k, total_k, n_k
+        finite_k = tl.where(here, finite, finite_k)
+    return z_k, sum_k, hard_k, total_k, n_k, finite_k
 
 
 @triton.jit
@@ -105,14 +109,16 @@ def scatter_ranges(
     """Write the gradient of the ranges' tokens: a_k exp((z − z_k) / τ) + per_hard exp(z − top) + flat."""
     for c in range(0, K):
         low, high = _bounds(LOW, HIGH, c, k, is_cell, wide)
-        a, z_top = _at(a_k, k, c), _at(z_k, k, c)
+        # A finite maximum also where every token is ruled out: −∞ − (−∞) would be NaN.
+        a, z_top = _at(a_k, k, c), tl.maximum(_at(z_k, k, c), LOWEST)
         for first in range(low, high, RANKS):
             ranks = first + tl.arange(0, RANKS)
             mine = _owned(ranks, low, high, k_low, k_high, is_cell)
             token = tl.load(ORDER + ranks, mask=ranks < high, other=0)
             u = tl.load(SAVED + ranks, mask=mine, other=MINUS_INFINITY).to(tl.float32)
             z, slope = capped(u, cap, CAP)
-            value = a * tl.exp((z - z_top) * inv_tau) + per_hard * tl.exp(z - top) + flat
+            value = a * tl.exp((z - z_top) * inv_tau) + per_hard * tl.exp(z - top)
+            value += tl.where(u == MINUS_INFINITY, 0.0, flat)
             value = (value + tl.where(token == label, at_label, 0.0)) * slope
             tl.store(g_row + token, value.to(g_row.dtype.element_ty), mask=mine)
 

@@ -145,7 +145,6 @@ def sparse_soft_ce_chunk(
     high > low is the cell of tokens order[low:high] that lie in no smaller cell. softcap 0 means none.
     Returns loss, hard, soft, lse float32[C] and correct bool[C], 0 and False where the label is −100.
     """
-    vocabulary = logits.shape[1]
     tau = student_temperature
     z = logits.float()
     if softcap:
@@ -162,9 +161,11 @@ def sparse_soft_ce_chunk(
     correct = valid & (z_label >= 0.0)
     hard = lse_z - z_label
     if label_smoothing:
-        # A token that the model rules out, −∞, adds nothing to the sum: the loss stays a number.
-        finite = torch.where(z == float("-inf"), 0.0, z - top)
-        hard = hard + label_smoothing * (z_label - finite.mean(1))
+        # What the model rules out, −∞, is no token of the vocabulary: the rest shares the label's part.
+        counts = z != float("-inf")
+        n_counting = counts.sum(1).clamp(min=1)
+        mean = torch.where(counts, z - top, 0.0).sum(1) / n_counting
+        hard = lse_z - (1.0 - label_smoothing) * z_label - label_smoothing * mean
     soft = torch.zeros_like(hard)
     soft_weight = torch.zeros_like(hard)
     soft_grad = None
@@ -183,7 +184,7 @@ def sparse_soft_ce_chunk(
     if grad is not None:
         g_z = torch.exp(z - top).mul_(((hard_weight + 2.0 * z_loss * lse) / sum_z).unsqueeze(1))
         if label_smoothing:
-            g_z -= (hard_weight * label_smoothing / vocabulary).unsqueeze(1)
+            g_z -= torch.where(counts, (hard_weight * label_smoothing / n_counting).unsqueeze(1), 0.0)
         if soft_grad is not None:
             g_z += soft_grad.mul_((soft_weight * tau).unsqueeze(1))
         g_z.scatter_add_(1, label, (-(1.0 - label_smoothing) * hard_weight).unsqueeze(1))
@@ -293,11 +294,11 @@ def _soft_term(
         active, n_rest = is_cell.any(1, keepdim=True), n_tokens[:, -1]
         rest = torch.where(cell == n_entries, x, float("-inf"))
     log_sums = torch.where(sums > 0, shift - top + sums.log(), float("-inf"))
-    sum_rest = (
-        torch.where(rest == float("-inf"), 0.0, rest - top).sum(1)
-        if missing == "uniform"
-        else torch.zeros_like(p[:, 0])
-    )
+    sum_rest = torch.zeros_like(p[:, 0])
+    flat = rest != float("-inf")
+    if missing == "uniform":
+        sum_rest = torch.where(flat, rest - top, 0.0).sum(1)
+        n_rest = torch.where(partition, n_rest, flat.sum(1))
     soft, alpha, spread = soft_from_cells(
         log_sums, p, is_cell, partition, n_rest, sum_rest,
         divergence=divergence, missing=missing, temperature=temperature, beta=beta,
@@ -307,8 +308,8 @@ def _soft_term(
 
     per_e = alpha / sums.clamp(min=torch.finfo(torch.float32).tiny)
     if order is None:
-        grad = torch.exp(rest - shift[:, -1:]).mul_(per_e[:, -1:]).sub_(spread.unsqueeze(1))
+        grad = torch.exp(rest - shift[:, -1:]).mul_(per_e[:, -1:]).sub_(torch.where(flat, spread.unsqueeze(1), 0.0))
         grad.scatter_(1, slot, torch.where(active, alpha[:, :-1].gather(1, owner), 0.0))
     else:
-        grad = e.mul_(per_e.gather(1, cell)).sub_(torch.where(cell == n_entries, spread.unsqueeze(1), 0.0))
+        grad = e.mul_(per_e.gather(1, cell)).sub_(torch.where(flat, spread.unsqueeze(1), 0.0))
     return soft, active.squeeze(1), grad

@@ -12,7 +12,7 @@ WARPS = 4
 _PROGRAMS_PER_PROCESSOR = 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _scale(G, FACTOR, stride, n_rows, n_columns, BLOCK: tl.constexpr):
     factor = tl.load(FACTOR).to(tl.float32)
     if factor != 1.0:
@@ -42,6 +42,7 @@ def scale_rows_(gradient: Tensor, factor: Tensor) -> None:
     if gradient.device.type == "cuda":
         processors = torch.cuda.get_device_properties(gradient.device).multi_processor_count
         programs = processors * _PROGRAMS_PER_PROCESSOR
-    _scale[(min(n_rows, programs),)](
-        gradient, factor, gradient.stride(0), n_rows, n_columns, BLOCK=BLOCK, num_warps=WARPS
-    )
+    with torch.cuda.device_of(gradient):
+        _scale[(min(n_rows, programs),)](
+            gradient, factor, gradient.stride(0), n_rows, n_columns, BLOCK=BLOCK, num_warps=WARPS
+        )

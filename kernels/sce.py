@@ -61,8 +61,12 @@ def _keys(base, TARGETS, stride, at, fine, J: tl.constexpr):
     return tl.where(fine & (key > 0), key, 0.0)
 
 
-@triton.jit
-def _tally(BASE, TARGETS, HISTOGRAM, COUNTS, stride, n, low, high, shift, J: tl.constexpr, BLOCK: tl.constexpr):
+# Numbers that differ from pass to pass have one type, and no code of their own for 1 and multiples of 16.
+@triton.jit(do_not_specialize=["low", "high", "shift"])
+def _tally(
+    BASE, TARGETS, HISTOGRAM, COUNTS, stride, n, low: tl.int64, high: tl.int64, shift, J: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """COUNTS [programs, 4]: not finite, key > 0, bits >= high, and bits in [low, high), which are also binned."""
     pid = tl.program_id(0)
     at = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -84,10 +88,10 @@ def _selected(base, TARGETS, stride, at, begin, fine, threshold, tie_stop, J: tl
     return fine & ((bits > threshold) | ((bits == threshold) & (begin + at < tie_stop)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["begin", "threshold", "tie_stop"])
 def _energies(
-    BASE, TARGETS, SUMS, stride, n, begin, threshold, tie_stop, J: tl.constexpr, SELECT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BASE, TARGETS, SUMS, stride, n, begin: tl.int64, threshold: tl.int64, tie_stop: tl.int64, J: tl.constexpr,
+    SELECT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """SUMS [programs, J]: Σ δ² over what was selected."""
     pid = tl.program_id(0)
@@ -101,10 +105,10 @@ def _energies(
         tl.store(SUMS + pid * J + j, tl.sum(tl.where(chosen, delta * delta, 0.0), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["begin", "threshold", "tie_stop"])
 def _combine(
-    BASE, TARGETS, WEIGHTS, OUT, SUMS, stride, n, begin, threshold, tie_stop, least_share, J: tl.constexpr,
-    SELECT: tl.constexpr, DIVIDE: tl.constexpr, BLOCK: tl.constexpr,
+    BASE, TARGETS, WEIGHTS, OUT, SUMS, stride, n, begin: tl.int64, threshold: tl.int64, tie_stop: tl.int64, least_share,
+    J: tl.constexpr, SELECT: tl.constexpr, DIVIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """OUT [n]: the merged values in fp32. SUMS [programs, 3 + 2J]: Σ update², elements moved, elements where a target
     was dropped for its sign, then per target Σ δ² and Σ δ² over what reached the sum."""
@@ -192,10 +196,11 @@ def _count(tensor: Blocks, low: int, high: int, shift: int) -> tuple[Tensor, Ten
         if begin == 0:
             histogram = torch.zeros(1 << BIN_BITS, dtype=torch.int64, device=base.device)
         here = torch.empty(_programs(n), 4, dtype=torch.int32, device=base.device)
-        _tally[(_programs(n),)](
-            base, targets, histogram, here, targets.stride(0), n, low, high, shift, J=tensor.n_targets, BLOCK=BLOCK,
-            num_warps=WARPS, enable_fp_fusion=False,
-        )  # fmt: skip
+        with torch.cuda.device_of(base):
+            _tally[(_programs(n),)](
+                base, targets, histogram, here, targets.stride(0), n, low, high, shift, J=tensor.n_targets, BLOCK=BLOCK,
+                num_warps=WARPS, enable_fp_fusion=False,
+            )  # fmt: skip
         counts.append(here.cpu())
     return histogram.cpu(), torch.cat(counts).to(torch.int64)
 
@@ -249,11 +254,12 @@ def energies(tensor: Blocks, threshold: Threshold | None) -> Tensor:
     sums = []
     for begin, n, base, targets in tensor.blocks():
         here = torch.empty(_programs(n), tensor.n_targets, dtype=torch.float64, device=base.device)
-        _energies[(_programs(n),)](
-            base, targets, here, targets.stride(0), n, begin, threshold.bits if threshold else 0,
-            threshold.tie_stop if threshold else 0, J=tensor.n_targets, SELECT=threshold is not None, BLOCK=BLOCK,
-            num_warps=WARPS, enable_fp_fusion=False,
-        )  # fmt: skip
+        with torch.cuda.device_of(base):
+            _energies[(_programs(n),)](
+                base, targets, here, targets.stride(0), n, begin, threshold.bits if threshold else 0,
+                threshold.tie_stop if threshold else 0, J=tensor.n_targets, SELECT=threshold is not None, BLOCK=BLOCK,
+                num_warps=WARPS, enable_fp_fusion=False,
+            )  # fmt: skip
         sums.append(here.sum(0).cpu())
     return torch.stack(sums).sum(0)
 
@@ -276,12 +282,13 @@ def combine(
     for begin, n, base, targets in tensor.blocks():
         merged = torch.empty(n, dtype=torch.float32, device=base.device)
         here = torch.empty(_programs(n), 3 + 2 * tensor.n_targets, dtype=torch.float64, device=base.device)
-        _combine[(_programs(n),)](
-            base, targets, weights.to(base.device), merged, here, targets.stride(0), n, begin,
-            threshold.bits if threshold else 0, threshold.tie_stop if threshold else 0, least_share,
-            J=tensor.n_targets, SELECT=threshold is not None, DIVIDE=divide, BLOCK=BLOCK, num_warps=WARPS,
-            enable_fp_fusion=False,
-        )  # fmt: skip
+        with torch.cuda.device_of(base):
+            _combine[(_programs(n),)](
+                base, targets, weights.to(base.device), merged, here, targets.stride(0), n, begin,
+                threshold.bits if threshold else 0, threshold.tie_stop if threshold else 0, least_share,
+                J=tensor.n_targets, SELECT=threshold is not None, DIVIDE=divide, BLOCK=BLOCK, num_warps=WARPS,
+                enable_fp_fusion=False,
+            )  # fmt: skip
         sums.append(here.sum(0).cpu())
         write(begin, merged, base)
     return torch.stack(sums).sum(0)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fusechat.kernels.divergence import divergence_terms
 from fusechat.kernels.launch import block_and_warps, range_programs
+from fusechat.kernels.passes import LOG2E, scan_row, write_row, write_zeros
 from fusechat.kernels.range_cells import gather_ranges, prepare_ranges, restore_ranges, scatter_ranges
 from fusechat.kernels.softcap import capped
 
@@ -23,39 +24,6 @@ LOWEST = tl.constexpr(-3.0e38)
 TINY = tl.constexpr(1.1754944e-38)
 IGNORE_LABEL = tl.constexpr(-100)
 MINUS_INFINITY = tl.constexpr(float("-inf"))
-
-
-@triton.jit
-def _scan_block(
-    u, top, total, total_hard, total_z, base, inv_tau, cap, TAU: tl.constexpr, CAP: tl.constexpr, SUMS: tl.constexpr
-):
-    """Add a block to the running maximum, Σ exp((z − top) / τ), Σ exp(z − top) and Σ (z − base)."""
-    u = u.to(tl.float32)
-    z, _ = capped(u, cap, CAP)
-    if CAP:
-        z = tl.where(u == MINUS_INFINITY, u, z)  # tanh would bring the cells' −∞ back
-    new_top = tl.maximum(top, tl.max(z, 0))
-    if TAU:
-        total = total * tl.exp((top - new_top) * inv_tau) + tl.sum(tl.exp((z - new_top) * inv_tau), 0)
-        total_hard = total_hard * tl.exp(top - new_top) + tl.sum(tl.exp(z - new_top), 0)
-    else:
-        total = total * tl.exp(top - new_top) + tl.sum(tl.exp(z - new_top), 0)
-    if SUMS:
-        total_z += tl.sum(tl.where(z == MINUS_INFINITY, 0.0, z - base), 0)
-    return new_top, total, total_hard, total_z
-
-
-@triton.jit
-def _gradient_block(u, top, a, a_hard, offset, inv_tau, cap, TAU: tl.constexpr, CAP: tl.constexpr):
-    u = u.to(tl.float32)
-    z, slope = capped(u, cap, CAP)
-    if TAU:
-        g = a * tl.exp((z - top) * inv_tau) + a_hard * tl.exp(z - top) + offset
-    else:
-        g = a * tl.exp(z - top) + offset
-    if CAP:
-        g *= slope
-    return g
 
 
 @triton.jit
@@ -70,16 +38,9 @@ def _row(
     z_row = Z + row * z_stride
     g_row = G + row * g_stride
     label = tl.load(LABELS + row)
-    # The main loop has no mask: with V not a multiple of 16 a masked one would lose its 128-bit loads.
-    n_whole = V // BLOCK
-    columns = tl.arange(0, BLOCK)
-    last = n_whole * BLOCK + columns
     if label == IGNORE_LABEL:
         if GRAD:
-            zero = tl.zeros([BLOCK], Z.dtype.element_ty)
-            for block in range(0, n_whole):
-                tl.store(g_row + block * BLOCK + columns, zero)
-            tl.store(g_row + last, zero, mask=last < V)
+            write_zeros(g_row, V, BLOCK)
         tl.store(LOSS + row, 0.0)
         tl.store(HARD + row, 0.0)
         tl.store(SOFT + row, 0.0)
@@ -92,6 +53,7 @@ def _row(
         label = tl.where(broken, 0, label)
         u_label = tl.load(z_row + label).to(tl.float32)
         z_label, slope_label = capped(u_label, cap, CAP)
+        base = tl.where(z_label == MINUS_INFINITY, 0.0, z_label)
         if KB > 0:
             k = tl.arange(0, KB)
             ids = tl.load(IDS + row * K + k, mask=k < K, other=-1)
@@ -121,29 +83,19 @@ def _row(
             n_k = is_cell.to(tl.int32)
             sum_k = tl.full([KB], 1.0, tl.float32)
             hard_k = sum_k
-            total_k = z_k - z_label
+            counts_k = z_k != MINUS_INFINITY
+            total_k = tl.where(counts_k, z_k - base, 0.0)
+            finite_k = counts_k.to(tl.int32)
             if RANGES:
-                z_k, sum_k, hard_k, total_k, n_k = gather_ranges(
+                z_k, sum_k, hard_k, total_k, n_k, finite_k = gather_ranges(
                     z_row, SAVED, ORDER, LOW + row * K, HIGH + row * K, K, k, low, high, is_cell, wide,
-                    z_k, total_k, n_k, z_label, inv_tau, cap, TAU, CAP, SUMS, KB,
+                    z_k, total_k, n_k, finite_k, base, inv_tau, cap, TAU, CAP, SUMS, KB,
                 )  # fmt: skip
                 is_cell &= n_k > 0  # a range none of whose tokens is left counts as missing mass
             tl.debug_barrier()
 
-        top = LOWEST
-        total = 0.0
-        total_hard = 0.0
-        total_z = 0.0
-        for block in range(0, n_whole):
-            u = tl.load(z_row + block * BLOCK + columns)
-            top, total, total_hard, total_z = _scan_block(
-                u, top, total, total_hard, total_z, z_label, inv_tau, cap, TAU, CAP, SUMS
-            )
-        if n_whole * BLOCK < V:
-            u = tl.load(z_row + last, mask=last < V, other=MINUS_INFINITY)
-            top, total, total_hard, total_z = _scan_block(
-                u, top, total, total_hard, total_z, z_label, inv_tau, cap, TAU, CAP, SUMS
-            )
+        rate = inv_tau * LOG2E
+        top, total, total_hard, total_z, n_z = scan_row(z_row, V, base, rate, cap, TAU, CAP, SUMS, BLOCK)
 
         # `tail` is the tail's own maximum, `top` from here on the row's.
         tail = top
@@ -159,16 +111,21 @@ def _row(
                 tl.debug_barrier()
         hard_in_tail = total_hard if TAU else total
         sum_hard = hard_in_tail * tl.exp(tail - top)
-        sum_z = total_z
         if KB > 0:
             sum_hard += tl.sum(tl.where(is_cell, hard_k * tl.exp(z_k - top), 0.0), 0)
-            if SUMS:
-                sum_z += tl.sum(tl.where(is_cell, total_k, 0.0), 0)
         log_hard = tl.log(sum_hard)
         lse = top + log_hard
         hard = log_hard - (z_label - top)
+        n_finite = 1.0
         if SUMS:
-            hard -= smoothing * (sum_z / V)  # the mean is relative to the label's logit
+            sum_z = total_z
+            count = n_z
+            if KB > 0:
+                sum_z += tl.sum(tl.where(is_cell, total_k, 0.0), 0)
+                count += tl.sum(tl.where(is_cell, finite_k, 0), 0)
+            n_finite = tl.maximum(count, 1).to(tl.float32)
+            mean = sum_z / n_finite + (base - top)
+            hard = log_hard - (1.0 - smoothing) * (z_label - top) - smoothing * mean
 
         soft = 0.0
         soft_weight = 0.0
@@ -176,9 +133,12 @@ def _row(
         spread = 0.0
         if KB > 0:
             partition = tl.load(PARTITION + row) != 0
-            has_cells = n_rest < V
+            has_cells = tl.max(is_cell.to(tl.int32), 0) > 0
             soft_weight = tl.where(has_cells, 1.0 - hard_weight, 0.0)
             p = tl.where(is_cell, p, 0.0)
+            if MISSING == "uniform":
+                # The teacher's mass is spread over the tokens that the model does not rule out.
+                n_rest = tl.where(partition, n_rest, n_z)
             tail_counts = n_rest > 0
             if MISSING == "renormalise":
                 tail_counts &= partition
@@ -209,7 +169,7 @@ def _row(
                 # The tail's gradient is flat instead of following the student inside the tail.
                 rest = tl.maximum(n_rest, 1).to(tl.float32)
                 flat = tl.where(partition | (n_rest == 0), 0.0, p_tail)
-                mean_rest = ((total_z / rest) + (z_label - top)) * inv_tau
+                mean_rest = ((total_z / rest) + (base - top)) * inv_tau
                 f_flat = flat * (log_sum - mean_rest)
                 if DIVERGENCE == "kl":
                     f_flat += tl.where(flat > 0, flat * tl.log(tl.maximum(flat, TINY) / rest), 0.0)
@@ -240,7 +200,7 @@ def _row(
             scale = tl.load(ROW_SCALE + row)
             per_hard = scale * (hard_weight + 2.0 * z_weight * lse) / sum_hard
             per_soft = scale * soft_weight * tau
-            flat_hard = -scale * hard_weight * smoothing / V
+            flat_hard = -scale * hard_weight * smoothing / n_finite
             at_label = -scale * hard_weight * (1.0 - smoothing)
             to_top = tl.exp(tail - top)
             a = per_soft * alpha_tail / tl.maximum(total, TINY)
@@ -248,18 +208,10 @@ def _row(
             offset = flat_hard - per_soft * spread
             if not TAU:
                 a += a_hard
-            if n_whole * BLOCK < V:
-                u = tl.load(z_row + last, mask=last < V, other=MINUS_INFINITY)
-                value = _gradient_block(u, tail, a, a_hard, offset, inv_tau, cap, TAU, CAP)
-                tl.store(g_row + last, value.to(Z.dtype.element_ty), mask=last < V)
-            for step in range(0, n_whole):
-                block = n_whole - 1 - step
-                u = tl.load(z_row + block * BLOCK + columns)
-                value = _gradient_block(u, tail, a, a_hard, offset, inv_tau, cap, TAU, CAP)
-                tl.store(g_row + block * BLOCK + columns, value.to(Z.dtype.element_ty))
+            write_row(z_row, g_row, V, tail, a, a_hard, offset, rate, cap, TAU, CAP, SUMS, BLOCK)
             tl.debug_barrier()
             # The label first: where it is a cell, the cell's own store below replaces this one.
-            value = a * tl.exp((z_label - tail) * inv_tau) + offset
+            value = a * tl.exp((z_label - tail) * inv_tau) + tl.where(z_label == MINUS_INFINITY, 0.0, offset)
             if TAU:
                 value += a_hard * tl.exp(z_label - tail)
             is_label_cell = False
@@ -274,12 +226,13 @@ def _row(
                         g_row, SAVED, ORDER, LOW + row * K, HIGH + row * K, K, k, low, high, is_cell, wide,
                         per_soft * alpha / sum_k, z_k, per_hard, top, flat_hard, label, at_label, inv_tau, cap, CAP,
                     )  # fmt: skip
-                value = per_soft * alpha + per_hard * tl.exp(z_k - top) + flat_hard
+                value = per_soft * alpha + per_hard * tl.exp(z_k - top) + tl.where(counts_k, flat_hard, 0.0)
                 value = (value + tl.where(ids == label, at_label, 0.0)) * slope_k
                 tl.store(g_row + tl.where(present, ids, 0), value.to(Z.dtype.element_ty), mask=is_cell & present)
 
 
-@triton.jit
+# The rows of a chunk and the entries of a row change from step to step: no code of their own for 1 and multiples of 16.
+@triton.jit(do_not_specialize=["N", "K"])
 def _sparse_soft_ce(
     Z, G, LABELS, IDS, LOGPROBS, HARD_WEIGHT, ROW_SCALE, PARTITION, LOSS, HARD, SOFT, LSE, CORRECT,
     ORDER, LOW, HIGH, SAVED, HAS_RANGES,
@@ -362,39 +315,40 @@ def sparse_soft_ce_rows(
         block, warps = block_and_warps(
             vocabulary, logits.element_size(), wants_registers=n_entries > 64 or tau or cap or sums or ranges or amd
         )
-        _sparse_soft_ce[(programs if ranges else n_rows,)](
-            logits,
-            target,
-            *(labels, ids.contiguous(), logprobs.contiguous(), hard_weight, row_scale, partition),
-            *outputs,
-            correct,
-            *((order, low, high) if select else (ids, ids, ids)),
-            saved,
-            has_ranges,
-            logits.stride(0),
-            target.stride(0),
-            n_rows,
-            vocabulary,
-            n_entries,
-            1.0 / temperature,
-            student_temperature,
-            1.0 / student_temperature,
-            beta,
-            label_smoothing,
-            z_loss,
-            softcap or 1.0,
-            DIVERGENCE=divergence,
-            MISSING=missing,
-            TEMPERED=temperature != 1.0,
-            TAU=tau,
-            CAP=cap,
-            SUMS=sums,
-            GRAD=grad is not None,
-            INPLACE=grad is not None and grad.data_ptr() == logits.data_ptr(),
-            SELECT=select,
-            RANGES=ranges,
-            KB=triton.next_power_of_2(n_entries) if n_entries else 0,
-            BLOCK=block,
-            num_warps=warps,
-        )
+        with torch.cuda.device_of(logits):
+            _sparse_soft_ce[(programs if ranges else n_rows,)](
+                logits,
+                target,
+                *(labels, ids.contiguous(), logprobs.contiguous(), hard_weight, row_scale, partition),
+                *outputs,
+                correct,
+                *((order, low, high) if select else (ids, ids, ids)),
+                saved,
+                has_ranges,
+                logits.stride(0),
+                target.stride(0),
+                n_rows,
+                vocabulary,
+                n_entries,
+                1.0 / temperature,
+                student_temperature,
+                1.0 / student_temperature,
+                beta,
+                label_smoothing,
+                z_loss,
+                softcap or 1.0,
+                DIVERGENCE=divergence,
+                MISSING=missing,
+                TEMPERED=temperature != 1.0,
+                TAU=tau,
+                CAP=cap,
+                SUMS=sums,
+                GRAD=grad is not None,
+                INPLACE=grad is not None and grad.data_ptr() == logits.data_ptr(),
+                SELECT=select,
+                RANGES=ranges,
+                KB=triton.next_power_of_2(n_entries) if n_entries else 0,
+                BLOCK=block,
+                num_warps=warps,
+            )
     return (*outputs, correct)

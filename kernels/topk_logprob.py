@@ -105,8 +105,9 @@ def topk_logprob_rows(logits: Tensor, k: int, labels: Tensor, softcap: float) ->
         return ids, logprobs, lse, label_logprob
     n_groups = triton.cdiv(vocabulary, GROUP.value)
     maxima = torch.empty(n_rows, n_groups, dtype=torch.float32, device=logits.device)
-    _topk_logprob[(n_rows,)](
-        logits, labels, maxima, ids, logprobs, lse, label_logprob, logits.stride(0), vocabulary, n_groups, k,
-        softcap or 1.0, CAP=softcap != 0.0, BLOCK=BLOCK, GROUPS=triton.next_power_of_2(n_groups), num_warps=WARPS,
-    )  # fmt: skip
+    with torch.cuda.device_of(logits):
+        _topk_logprob[(n_rows,)](
+            logits, labels, maxima, ids, logprobs, lse, label_logprob, logits.stride(0), vocabulary, n_groups, k,
+            softcap or 1.0, CAP=softcap != 0.0, BLOCK=BLOCK, GROUPS=triton.next_power_of_2(n_groups), num_warps=WARPS,
+        )  # fmt: skip
     return ids, logprobs, lse, label_logprob

@@ -8,14 +8,16 @@ from dense_loss import dense_loss, make_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_device import DEVICE, run_there, there
-from test_loss import FORMS, assert_elementwise, rising_rows
+from test_loss import FORMS, RULED_OUT_FORMS, assert_elementwise, assert_like_a_smaller_vocabulary, rising_rows
 from test_loss_cells import make_cells
 
-from fusechat.kernels import reference
+from fusechat import kernels
+from fusechat.errors import ConfigError
+from fusechat.kernels import reference, sce
 from fusechat.kernels.scale import BLOCK, scale_rows_
 from fusechat.kernels.sparse_soft_ce import sparse_soft_ce_rows
 from fusechat.kernels.topk_logprob import topk_logprob_rows
-from fusechat.loss import Cells, linear_sparse_soft_ce
+from fusechat.loss import Cells, linear_sparse_soft_ce, sparse_soft_ce
 from fusechat.loss.options import LossOptions
 from fusechat.loss.rows import check_rows
 
@@ -85,6 +87,30 @@ def test_an_index_outside_the_vocabulary_makes_the_loss_nan():
     logits, *rows = there(logits, *check_rows(labels, ids, logprobs, 0.4, None, None, None, shape=(4, 50)))
     loss = sparse_soft_ce_rows(logits, *rows, **LossOptions().scalars(), grad=None)[0]
     assert loss.isnan().tolist() == [True, True, True, False]
+
+
+@pytest.mark.parametrize("form", RULED_OUT_FORMS, ids=str)
+def test_tokens_that_are_ruled_out_are_none_of_the_vocabulary(form):
+    """Catches a share of a smoothed label, or of the teacher's missing mass, for tokens whose logit is −∞."""
+    assert_like_a_smaller_vocabulary(run_there, form)
+
+
+def test_ranges_whose_tokens_are_ruled_out():
+    """Catches −∞ − (−∞) in a cell that the model rules out as a whole, and a share of the smoothed label for it."""
+    logits, labels, ids, logprobs = make_rows(9, 3, 90, 3)
+    order, logits[:, 10:20] = torch.arange(90).int(), -float("inf")
+    low, high = torch.tensor([[10, 15, 40]] * 3).int(), torch.tensor([[20, 25, 60]] * 3).int()
+    logprobs[:, 0], labels[:] = -float("inf"), 30
+    rows = check_rows(labels, ids, logprobs, 0.4, torch.ones(3), None, Cells(order, low, high), shape=(3, 90))
+    gradient = torch.full_like(logits, float("nan"))
+    scalars = LossOptions(missing="tail", label_smoothing=0.1).scalars()
+    exact = reference.sparse_soft_ce_chunk(logits, *rows, **scalars, grad=gradient)
+    logits, *rows = there(logits, *rows)
+    ours = torch.full_like(logits, float("nan"))
+    values = sparse_soft_ce_rows(logits, *rows, **scalars, grad=ours)
+    torch.testing.assert_close(ours.cpu(), gradient, rtol=1e-5, atol=1e-8)
+    for value, expected in zip(values, exact):
+        torch.testing.assert_close(value.cpu(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_ignored_rows_are_zero_and_no_row_is_no_launch():
@@ -171,6 +197,45 @@ def test_the_most_probable_tokens_come_in_order(vocabulary, k, softcap):
     torch.testing.assert_close(logprobs.double(), order.values[:, :k] - z.logsumexp(1, True), rtol=1e-5, atol=1e-5)
     expected = torch.stack([z[0, -1] - lse[0], torch.tensor(float("nan")), z[2, 0] - lse[2]])
     torch.testing.assert_close(label_logprob.double(), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_rows_in_the_same_memory_are_refused():
+    """Catches programs that put −∞ in place of each other's cells."""
+    logits, *rows = there(*make_rows(10, 4, 50, 3))
+    with pytest.raises(ConfigError, match="rows that do not overlap"):
+        sparse_soft_ce(logits[:1].expand(4, 50), *rows, hard_weight=0.5, inplace=False)
+
+
+def test_kernels_start_on_the_device_of_their_tensors(monkeypatch):
+    """Catches a start on the current device, where an address of another's means nothing."""
+    entered, started = [], []
+
+    class Guard:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+        def __enter__(self):
+            entered.append(self.tensor)
+
+        def __exit__(self, *_):
+            entered.pop()
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **_: started.append(entered[-1] is arguments[0])
+
+    monkeypatch.setattr(torch.cuda, "device_of", Guard)
+    for module in (kernels.sparse_soft_ce, kernels.topk_logprob, kernels.scale):
+        monkeypatch.setattr(module, f"_{module.__name__.rsplit('.', 1)[1]}", Kernel())
+    monkeypatch.setattr(sce, "_energies", Kernel())
+    logits, labels, ids, logprobs = there(*make_rows(11, 2, 50, 3))
+    rows = check_rows(labels, ids, logprobs, 0.5, None, None, None, shape=(2, 50))
+    sparse_soft_ce_rows(logits, *rows, **LossOptions().scalars(), grad=None)
+    topk_logprob_rows(logits, 3, labels, 0.0)
+    scale_rows_(logits, torch.ones((), device=DEVICE))
+    tensor = sce.Blocks(n=100, n_targets=2, fetch=lambda *_: (logits[0], logits), block_items=1024)
+    sce.energies(tensor, None)
+    assert started == [True] * 4
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -12,12 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from extract_world import check_store
 
 import fusechat
-from fusechat.dialogue import load_dialogues
-from fusechat.train import train
-from fusechat.train_config import TrainConfig
 
 TESTS = Path(__file__).parent
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -37,6 +33,11 @@ def test_the_kernels_keep_their_definitions(checks: str) -> None:
 @pytest.mark.parametrize("side", ["pivot", "source"])
 def test_extraction_gives_the_models_own_softmax(tiny_world: Any, tmp_path: Path, side: str) -> None:
     """Catches the top-k kernel in its place, behind a body and a head on the GPU."""
+    pytest.importorskip("pydantic", reason="a stage reads its settings by it")
+    from extract_world import check_store
+
+    from fusechat.dialogue import load_dialogues
+
     directory = getattr(tiny_world, side)
     dialogues = load_dialogues(tiny_world.dialogues)
     fusechat.extract(str(directory), dialogues, tmp_path / "s", top_k=7, dtype="float32", device="cuda")
@@ -45,6 +46,11 @@ def test_extraction_gives_the_models_own_softmax(tiny_world: Any, tmp_path: Path
 
 def test_training_follows_the_loss_in_torch(tiny_world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches the loss kernel in its place: the same run with torch's own form has the same log."""
+    pytest.importorskip("pydantic", reason="a stage reads its settings by it")
+    from fusechat.dialogue import load_dialogues
+    from fusechat.train import train
+    from fusechat.train_config import TrainConfig
+
     dialogues = load_dialogues(tiny_world.dialogues)
     for side in ("pivot", "source"):
         fusechat.extract(str(getattr(tiny_world, side)), dialogues, tmp_path / side, top_k=7, dtype="float32")

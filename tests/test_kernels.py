@@ -39,9 +39,12 @@ def check(gate, variant, target) -> None:
     assert found.wide_loads >= 1, f"{variant.name} has no 128-bit load on {target}"
     if isinstance(target, int):
         assert gate.occupancy(found, warps, target) > 0, f"{variant.name}: {found.registers} registers"
+        per_thread = block // (32 * warps)
+        assert found.loop_barriers == 0 or variant.ranges, f"{variant.name} waits for other warps in a pass"
         if not variant.extras:
+            # A pass: conversion, maximum, difference, product, exponential, sum, and a little for the loop.
+            assert 5 * per_thread < found.loop_instructions <= 10 * per_thread
             # One exponential an element and pass; a few more for the K cells and the running maximum.
-            per_thread = block // (32 * warps)
             assert found.exponentials <= 4 * per_thread + 8 * max(1, variant.n_entries // 16) + 40
 
 
@@ -67,6 +70,20 @@ def test_an_odd_vocabulary_keeps_wide_loads(gate):
     assert gate.compile_variant(variant, 90).wide_loads >= 1
     # The gate can fail: rows at odd addresses have no wide load.
     assert gate.compile_variant(variant, 90, aligned=False).wide_loads == 0
+
+
+def test_numbers_that_change_from_step_to_step_have_no_code_of_their_own():
+    """Catches a compilation, of seconds, in the middle of training: for a chunk of 1 row, or of a multiple of 16."""
+    from fusechat.kernels import scale, sce, sparse_soft_ce
+
+    changing = {
+        sparse_soft_ce._sparse_soft_ce: {"N", "K"}, scale._scale: {"n_rows"}, sce._tally: {"low", "high", "shift"},
+        sce._energies: {"begin", "threshold", "tie_stop"}, sce._combine: {"begin", "threshold", "tie_stop"},
+    }  # fmt: skip
+    for kernel, names in changing.items():
+        assert names == {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+        wide = {parameter.name for parameter in kernel.params if parameter.annotation_type == "i64"}
+        assert wide >= names & {"low", "high", "begin", "threshold", "tie_stop"}
 
 
 @pytest.mark.parametrize("target", [80, 90, 100, "gfx942"])

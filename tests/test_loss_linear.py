@@ -110,6 +110,21 @@ def test_rows_of_a_chunk_begin_at_aligned_addresses(monkeypatch):
     torch.testing.assert_close(weight.grad, exact.grad, rtol=1e-5, atol=1e-7)
 
 
+def test_autocast_changes_no_product():
+    """Catches a product that autocast makes bfloat16 beside one whose buffer it leaves in float32."""
+    _, labels, ids, logprobs = make_rows(9, 6, 31, 4)
+    found = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        leaves = [torch.randn(6, 5).requires_grad_(True), torch.randn(31, 5).requires_grad_(True)]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            out = linear_sparse_soft_ce(*leaves, labels, ids, logprobs, hard_weight=0.5)
+        out.loss.backward()
+        found.append((out.loss, *(leaf.grad for leaf in leaves)))
+    for plain, cast in zip(*found):
+        torch.testing.assert_close(cast, plain, rtol=0, atol=0)
+
+
 def test_wrong_inputs_are_refused():
     """Catches a product of two dtypes and shapes that broadcast."""
     hidden, weight, bias, labels, ids, logprobs = make_linear(4, 8, 40, 6, 3)

@@ -82,7 +82,9 @@ def alone(monkeypatch):
     monkeypatch.setattr(tensor_parallel, "_reduce", lambda values, *_: values)
 
 
-@pytest.mark.parametrize("form", [{"missing": "tail"}, {"missing": "uniform"}, {"softcap": 5.0}], ids=str)
+@pytest.mark.parametrize(
+    "form", [{"missing": "tail", "label_smoothing": 0.1}, {"missing": "uniform"}, {"softcap": 5.0}], ids=str
+)
 def test_a_token_that_is_impossible_leaves_numbers(alone, form):
     """Catches 0 · −∞: a model that masks tokens gives their logits as −∞."""
     logits, labels, ids, logprobs = make_rows(3, N, V, K)

@@ -57,16 +57,18 @@ FUSECHAT_INLINE float max_block(const float *z, std::int64_t n) {
     return max_lanes(top);
 }
 
-// Σ (z − shift) over what is finite.
+// Σ (z − shift) over what is not −∞, and how many that are.
 template <int kLanes>
-FUSECHAT_INLINE double sum_block(const float *z, std::int64_t n, float shift) {
+FUSECHAT_INLINE double sum_block(const float *z, std::int64_t n, float shift, std::int64_t &n_finite) {
     using Floats = typename Vectors<kLanes>::Floats;
-    Floats sum = {}, v;
+    Floats sum = {}, count = {}, v;
     for (std::int64_t i = 0; i < n; i += kLanes) {
         if (i + kLanes <= n) load(v, z + i);
         else load_rest(v, z + i, n - i);
         sum += v == kMinusInfinity ? Floats{} : v - shift;
+        count += v == kMinusInfinity ? Floats{} : Floats{} + 1.0F;
     }
+    n_finite = static_cast<std::int64_t>(add_lanes(count));
     return add_lanes(sum);
 }
 

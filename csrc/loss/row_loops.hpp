@@ -42,7 +42,9 @@ struct RowScratch {
     float top = 0;                     // that maximum
     double sum = 0;                    // Σ e_j over the tail
     double sum_hard = 0;               // the same at τ = 1, if wanted
-    double sum_z = 0;                  // Σ (z_j − shift) over the tokens that are no holes, if wanted
+    double sum_z = 0;                  // Σ (z_j − shift) over the tokens that are neither holes nor ruled out, if wanted
+    std::int64_t n_finite = 0;         // how many those are, if wanted
+    std::vector<std::int64_t> ruled_out;  // the tokens that are no holes and have a logit of −∞, if sums are wanted
 
     bool is_hole(std::int64_t token) const { return holes[token / 64] >> (token % 64) & 1U; }
     void set_hole(std::int64_t token) { holes[token / 64] |= std::uint64_t{1} << (token % 64); }

@@ -45,6 +45,14 @@ FUSECHAT_INLINE float punch_holes(const RowScratch &row, std::int64_t begin, std
     return highest;
 }
 
+// Of a block with n_finite logits; kept only where there are any, which is rare.
+template <bool kCells>
+FUSECHAT_INLINE void list_ruled_out(std::int64_t begin, std::int64_t n, const float *z, std::int64_t n_finite, RowScratch &row) {
+    for (std::int64_t i = 0; i < n && n_finite < n; ++i) {
+        if (z[i] == kMinusInfinity && (kCells || !row.is_hole(begin + i))) row.ruled_out.push_back(begin + i);
+    }
+}
+
 FUSECHAT_INLINE void rescale(float *e, std::int64_t n, float factor) {
     for (std::int64_t i = 0; i < n; ++i) {
         const float v = e[i] * factor;
@@ -59,6 +67,8 @@ FUSECHAT_INLINE void scan(const T *logits, std::int64_t n, const ScanOptions &op
     double sum = 0, sum_hard = 0, sum_z = 0;
     // Of logits: their exponents are formed at τ and, for the hard term, at 1.
     const float slack = kSlack / std::max(1.0F, options.inverse_tau);
+    row.n_finite = 0;
+    row.ruled_out.clear();
     float base = 0;  // what logits are summed relative to, so that large ones keep their digits
     float top = read_block<kLanes, kCopy>(logits, std::min(kBlock, n), row.e);
     for (std::int64_t begin = 0; begin < n; begin += kBlock) {
@@ -88,7 +98,12 @@ FUSECHAT_INLINE void scan(const T *logits, std::int64_t n, const ScanOptions &op
         }
         // Where there is nothing but −∞ so far, a finite shift keeps the exponents from being −∞ + ∞.
         const float finite_shift = shift == kMinusInfinity ? 0.0F : shift;
-        if (options.wants_sums) sum_z += sum_block<kLanes>(z, count, base);
+        if (options.wants_sums) {
+            std::int64_t n_finite = 0;
+            sum_z += sum_block<kLanes>(z, count, base, n_finite);
+            row.n_finite += n_finite;
+            list_ruled_out<kCells>(begin, count, z, n_finite, row);
+        }
         const std::uint8_t *cells = kCells ? cell_of + begin : nullptr;
         if (options.wants_hard) sum_hard += exp_block<kLanes, kCells>(z, count, finite_shift, 1.0F, cells, &row.e_hard[begin]);
         const T *next = logits + begin + count;
@@ -105,13 +120,7 @@ FUSECHAT_INLINE void scan(const T *logits, std::int64_t n, const ScanOptions &op
     row.sum = sum;
     row.sum_hard = sum_hard;
     row.sum_z = sum_z;
-    if (options.wants_sums && shift != kMinusInfinity) {
-        std::int64_t n_summed = n;
-        if constexpr (!kCells) {
-            for (const std::uint64_t word : row.holes) n_summed -= std::popcount(word);
-        }
-        row.sum_z += (static_cast<double>(base) - shift) * static_cast<double>(n_summed);
-    }
+    if (row.n_finite > 0) row.sum_z += (static_cast<double>(base) - shift) * static_cast<double>(row.n_finite);
 }
 
 struct ScanRow {

@@ -70,10 +70,17 @@ private:
         scratch_.e = e_.data();
         scan_row(logits, n_, scan_, range_cells_.cell_of(), scratch_);
         top_ = scratch_.top;
-        sum_z_ = scratch_.sum_z + (static_cast<double>(scratch_.shift) - top_) * static_cast<double>(n_);
+        sum_finite();
         by_map_ = range_cells_.sum(rows_, scratch_, top_, options_.student_temperature, cells_);
         if (!by_map_) cells_.cells.clear();
         return by_map_;
+    }
+
+    // Tokens that the model rules out, with a logit of −∞, are none of the vocabulary's: neither summed nor counted.
+    void sum_finite() {
+        n_finite_ = scratch_.n_finite;
+        sum_z_ = scratch_.sum_z;
+        if (n_finite_ > 0) sum_z_ += (static_cast<double>(scratch_.shift) - top_) * static_cast<double>(n_finite_);
     }
 
     // Cells' tokens one by one, each cell and the tail relative to its own maximum.
@@ -93,11 +100,15 @@ private:
         top_ = cells_.max_logit(scratch_.top);
         cells_.summarise(top_, options_.student_temperature);
         if (!scan_.wants_sums) return;
-        const bool any = scratch_.shift != kMinusInfinity;
-        sum_z_ = scratch_.sum_z + (any ? (static_cast<double>(scratch_.shift) - top_) * static_cast<double>(cells_.n_rest) : 0.0);
+        sum_finite();
+        if (options_.missing == Missing::uniform && !rows_.partition[row_]) cells_.n_rest = n_finite_;
         mean_rest_ = sum_z_ / options_.student_temperature / static_cast<double>(std::max<std::int64_t>(cells_.n_rest, 1));
         for (const Cell &cell : cells_.cells) {
-            for (std::int64_t i = cell.begin; i < cell.begin + cell.n_tokens; ++i) sum_z_ += static_cast<double>(cells_.z[i]) - top_;
+            for (std::int64_t i = cell.begin; i < cell.begin + cell.n_tokens; ++i) {
+                if (cells_.z[i] == kMinusInfinity) continue;
+                sum_z_ += static_cast<double>(cells_.z[i]) - top_;
+                ++n_finite_;
+            }
         }
     }
 
@@ -112,7 +123,7 @@ private:
         lse_ = top_ + std::log(sum_hard_);
         const double smoothing = options_.label_smoothing;
         hard_ = std::log(sum_hard_) - (1.0 - smoothing) * z_label_;
-        if (smoothing != 0.0) hard_ -= smoothing * sum_z_ / static_cast<double>(n_);
+        if (smoothing != 0.0) hard_ -= smoothing * sum_z_ / static_cast<double>(n_finite_);
     }
 
     double hard_exp(std::int64_t member) const { return std::exp(static_cast<double>(cells_.z[member]) - top_); }
@@ -162,7 +173,7 @@ private:
         const double tau = options_.student_temperature, smoothing = options_.label_smoothing;
         const double per_hard = scale * (hard_weight + 2.0 * options_.z_loss * lse_) / sum_hard_;
         const double per_soft = scale * soft_weight_ * tau;
-        const double flat = -scale * hard_weight * smoothing / static_cast<double>(n_);
+        const double flat = smoothing == 0.0 ? 0.0 : -scale * hard_weight * smoothing / static_cast<double>(n_finite_);
         const double at_label = -scale * hard_weight * (1.0 - smoothing);
         DenseGradient dense;
         dense.hard = static_cast<float>(per_hard * shift_to_top_);
@@ -179,9 +190,11 @@ private:
         }
         const std::uint8_t *cell_of = by_map_ ? range_cells_.cell_of() : nullptr;
         // Before the row is written: the exponentials may stand in the same memory.
-        double label_value = scratch_.e[label_] * dense.soft[by_map_ ? cell_of[label_] : 0] + dense.offset;
+        double label_value = scratch_.e[label_] * dense.soft[by_map_ ? cell_of[label_] : 0];
+        if (z_label_ != kMinusInfinity) label_value += dense.offset;
         if (tau != 1.0) label_value += scratch_.e_hard[label_] * dense.hard;
         write_row(scratch_, dense, cell_of, n_, gradient);
+        for (const std::int64_t token : scratch_.ruled_out) narrow_one(gradient[token], 0.0F);
         if (!by_map_) write_cells(per_soft, per_hard, flat, gradient, label_value);
         label_value += at_label;
         narrow_one(gradient[label_],
@@ -199,7 +212,7 @@ private:
             const std::int32_t *tokens = &cells_.tokens[cell.begin];
             float *e = &cells_.e[cell.begin];
             for (std::int64_t i = 0; i < cell.n_tokens; ++i) {
-                e[i] = a * e[i] + offset;
+                e[i] = a * e[i] + (cells_.z[cell.begin + i] == kMinusInfinity ? 0.0F : offset);
                 if (tau != 1.0) e[i] += static_cast<float>(per_hard * hard_exp(cell.begin + i));
             }
             if (scratch_.is_hole(label_)) {
@@ -221,7 +234,7 @@ private:
     Cells cells_;
     RangeCells range_cells_;
     bool by_map_ = false;
-    std::int64_t row_ = 0, label_ = 0;
+    std::int64_t row_ = 0, label_ = 0, n_finite_ = 0;
     float top_ = 0;
     double z_label_ = 0, sum_z_ = 0, mean_rest_ = 0, shift_to_top_ = 0, sum_hard_ = 0, log_tail_ = 0, lse_ = 0;
     double hard_ = 0, soft_ = 0, soft_weight_ = 0, spread_ = 0, alpha_tail_ = 0;

@@ -63,11 +63,12 @@ def forward_rows(logits: Tensor, rows: Rows, options: LossOptions, grad: Tensor 
     and torch's own form stops at a device-side assertion.
     """
     backend = backend_for(logits.device)
-    if not (logits.dtype in NATIVE_FORMATS and logits.stride(1) == 1):
+    apart = len(logits) < 2 or logits.stride(0) >= logits.shape[1]
+    if not (logits.dtype in NATIVE_FORMATS and logits.stride(1) == 1 and apart):
         if os.environ.get("FUSECHAT_LOSS") == backend != "torch":
             raise ConfigError(
-                f"FUSECHAT_LOSS is {backend}, which takes float32, bfloat16 or float16 contiguous along rows; "
-                f"these logits are {logits.dtype} with strides {logits.stride()}: convert them, or unset it"
+                f"FUSECHAT_LOSS is {backend}, which takes float32, bfloat16 or float16 contiguous along rows that do "
+                f"not overlap; these are {logits.dtype} with strides {logits.stride()}: convert them, or unset it"
             )
         backend = "torch"
     if backend == "native":

@@ -84,26 +84,28 @@ def linear_loss(
     row_loss, hard, soft, lse = (hidden.new_zeros(n_rows, dtype=torch.float32) for _ in range(4))
     correct = torch.zeros(n_rows, dtype=torch.bool, device=hidden.device)
 
-    for start in range(0, n_kept, chunk_rows):
-        index = kept[start : start + chunk_rows]
-        h = hidden.index_select(0, index)
-        logits = torch.mm(h, weight.t(), out=buffer[: index.numel()])
-        if bias is not None:
-            logits += bias
-        values = forward_rows(logits, rows.take(index), options, logits if any(wanted) else None)
-        for column, value in zip((row_loss, hard, soft, lse, correct), values):
-            column.index_copy_(0, index, value)
-        # From here on the buffer holds the gradient of the logits.
-        if want_hidden:
-            d_hidden.index_copy_(0, index, logits @ weight)
-        if want_weight and several:
-            _add_product(d_weight, logits.t(), h)
-        elif want_weight:
-            torch.mm(logits.t(), h, out=d_weight)
-        if want_bias:
-            d_bias += logits.sum(0, dtype=torch.float32)
+    # Autocast would change the type of some of the products: not of those that are written to a buffer.
+    with torch.autocast(hidden.device.type, enabled=False):
+        for start in range(0, n_kept, chunk_rows):
+            index = kept[start : start + chunk_rows]
+            h = hidden.index_select(0, index)
+            logits = torch.mm(h, weight.t(), out=buffer[: index.numel()])
+            if bias is not None:
+                logits += bias
+            values = forward_rows(logits, rows.take(index), options, logits if any(wanted) else None)
+            for column, value in zip((row_loss, hard, soft, lse, correct), values):
+                column.index_copy_(0, index, value)
+            # From here on the buffer holds the gradient of the logits.
+            if want_hidden:
+                d_hidden.index_copy_(0, index, logits @ weight)
+            if want_weight and several:
+                _add_product(d_weight, logits.t(), h)
+            elif want_weight:
+                torch.mm(logits.t(), h, out=d_weight)
+            if want_bias:
+                d_bias += logits.sum(0, dtype=torch.float32)
 
-    d_bias = d_bias if bias is None else d_bias.to(bias.dtype)
+    d_bias = d_bias.to(bias.dtype) if want_bias and bias is not None else d_bias
     return (row_loss * rows.row_scale).sum(), hard, soft, lse, correct, d_hidden, d_weight.to(weight.dtype), d_bias
 
 

@@ -62,26 +62,32 @@ def shard_loss(
     # What one rank owns is zero on the others, so that a sum gathers it.
     own_label = torch.where(label >= 0, z.gather(1, label.clamp(min=0)) - top, 0.0)
     e_rest = torch.exp((rest - tail_top) / tau)
-    finite = torch.where(z == float("-inf"), 0.0, z - top)
+    counts = z != float("-inf")
+    finite = torch.where(counts, z - top, 0.0)
     sums = [
         torch.exp(z - top).sum(1, keepdim=True),
         e_rest.sum(1, keepdim=True),
         own_label,
         finite.sum(1, keepdim=True),
         torch.where(holes, 0.0, finite).sum(1, keepdim=True),
+        counts.sum(1, keepdim=True).float(),
+        (counts & ~holes).sum(1, keepdim=True).float(),
         torch.where(mine, z.gather(1, slot) - top, 0.0),
     ]
-    sum_z, sum_rest, z_label, total_z, total_rest, z_k = torch.split(
-        _reduce(torch.cat(sums, 1), total, group), [1, 1, 1, 1, 1, n_entries], 1
+    sum_z, sum_rest, z_label, total_z, total_rest, n_z, n_flat, z_k = torch.split(
+        _reduce(torch.cat(sums, 1), total, group), [1, 1, 1, 1, 1, 1, 1, n_entries], 1
     )
+    n_z = n_z.clamp(min=1).squeeze(1)
     lse_z = sum_z.log().squeeze(1)
     lse = top.squeeze(1) + lse_z
     smoothing = options.label_smoothing
-    hard = lse_z - (1.0 - smoothing) * z_label.squeeze(1) - smoothing * total_z.squeeze(1) / vocabulary
+    hard = lse_z - (1.0 - smoothing) * z_label.squeeze(1) - smoothing * total_z.squeeze(1) / n_z
     soft, soft_weight = torch.zeros_like(hard), torch.zeros_like(hard)
 
     if n_entries:
         n_rest = vocabulary - is_cell.sum(1)
+        if options.missing == "uniform":
+            n_rest = torch.where(partition, n_rest, n_flat.squeeze(1).long())
         log_sums = torch.cat([z_k / tau, (tail_top - top) / tau + sum_rest.log()], 1)
         soft, alpha, spread = reference.soft_from_cells(
             log_sums, p, is_cell, partition, n_rest, total_rest.squeeze(1) / tau,
@@ -96,11 +102,11 @@ def shard_loss(
 
     if grad is not None:
         g = torch.exp(z - top).mul_(((hard_weight + 2.0 * options.z_loss * lse) / sum_z.squeeze(1)).unsqueeze(1))
-        g -= (hard_weight * smoothing / vocabulary).unsqueeze(1)
+        g -= torch.where(counts, (hard_weight * smoothing / n_z).unsqueeze(1), 0.0)
         if n_entries:
             tiny = torch.finfo(torch.float32).tiny
             part = e_rest.mul_(alpha[:, -1:] / sum_rest.clamp(min=tiny)).sub_(
-                torch.where(holes, 0.0, spread.unsqueeze(1))
+                torch.where(counts & ~holes, spread.unsqueeze(1), 0.0)
             )
             part.scatter_add_(1, slot, torch.where(mine, alpha[:, :-1], 0.0))
             g += part.mul_((soft_weight * tau).unsqueeze(1))
@@ -128,6 +134,8 @@ class _ShardedSparseSoftCE(torch.autograd.Function):
         if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
             grad = logits.detach() if inplace else torch.empty_like(logits)
         row_loss, *outputs = shard_loss(logits.detach(), rows, options, *shard, group, grad)
+        if grad is not None and inplace:
+            torch.autograd.graph.increment_version(logits)
         ctx.grad = grad  # type: ignore[attr-defined]
         ctx.mark_non_differentiable(*outputs)
         return (row_loss * rows.row_scale).sum(), *outputs

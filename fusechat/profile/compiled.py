@@ -38,6 +38,11 @@ class Resources:
     wide_loads: int
     """128-bit loads in the code."""
     exponentials: int
+    loop_barriers: int = 0
+    """Barriers in loops with 128-bit loads."""
+
+    loop_instructions: int = 0
+    """Of the longest of these loops; the loops and what is in them are not read for AMD."""
 
 
 def compile_kernel(
@@ -105,13 +110,30 @@ def _nvidia(cubin: bytes, shared_bytes: int) -> Resources:
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout)
     assert found is not None, usage.stdout
     registers, stack = map(int, found.groups())
+    loops = [body for body in _loops(code) if any(re.search(r"\bLDG\S*\.128", line) for line in body)]
     return Resources(
         registers=registers,
         spills=stack + len(re.findall(r"\b(?:LDL|STL)", code)),
         shared_bytes=shared_bytes,
         wide_loads=len(re.findall(r"\bLDG\S*\.128", code)),
         exponentials=len(re.findall(r"\bMUFU\.EX2", code)),
+        loop_barriers=sum(line.count("BAR.") for body in loops for line in body),
+        loop_instructions=max(map(len, loops), default=0),
     )
+
+
+def _loops(code: str) -> list[list[str]]:
+    """Return the instructions from each label to a branch back to it."""
+    label, found, lines = {}, [], []
+    for line in code.splitlines():
+        if name := re.match(r"\s*(\.L_x_\d+):", line):
+            label[name[1]] = len(lines)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            lines.append(instruction[1])
+            back = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", instruction[1])
+            if back and back[1] in label:
+                found.append(lines[label[back[1]] :])
+    return found
 
 
 def _amd(assembly: str, shared_bytes: int) -> Resources:
