@@ -55,6 +55,17 @@ _BACKENDS_OF = {
 }
 """Keys of `extract` that not every backend takes, by those that do."""
 
+_KEY_OF_ARGUMENT = {
+    "model": "model",
+    "dtype": "dtype",
+    "quantization": "quantization",
+    "tensor_parallel_size": "tensor_parallel_size",
+    "trust_remote_code": "trust_remote_code",
+    "max_model_len": "max_length_tokens",
+    "max_logprobs": "top_k",
+}
+"""vLLM's arguments that are keys here: what is shared out, stored and planned goes by the keys."""
+
 
 class ExtractConfig(Section):
     """Top-k log-probabilities of every model (design: one row per position that predicts an assistant token)."""
@@ -107,6 +118,8 @@ class ExtractConfig(Section):
             field = ExtractConfig.model_fields[key]
             if self.backend not in backends and getattr(self, key) != field.get_default(call_default_factory=True):
                 raise ValueError(f"{key} is for backend: {' or '.join(backends)}, not {self.backend}: remove it")
+        for argument in self.engine_args.keys() & _KEY_OF_ARGUMENT:
+            raise ValueError(f"engine_args.{argument} is said by {_KEY_OF_ARGUMENT[argument]}: set that instead")
         return self
 
 

@@ -9,7 +9,7 @@ import triton.language as tl
 @triton.jit
 def capped(u, cap, CAP: tl.constexpr):
     """cap · tanh(u / cap), and its derivative."""
-    slope = u * 0.0 + 1.0
+    slope = tl.where(u > 0, 1.0, 1.0)  # of u's shape, and 1 where u is −∞, too
     z = u
     if CAP:
         e = tl.exp(tl.minimum(2.0 * tl.abs(u) / cap, 80.0))

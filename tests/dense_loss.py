@@ -19,7 +19,7 @@ def make_rows(seed: int, n_rows: int, vocabulary: int, n_entries: int, *, scale:
     ids = torch.randint(0, vocabulary, (n_rows, n_entries), generator=rng)
     mass = torch.rand(n_rows, n_entries, generator=rng) + 1e-3
     share = 0.2 + 0.9 * torch.rand(n_rows, 1, generator=rng)
-    logprobs = (mass / mass.sum(1, keepdim=True).clamp(min=1e-9) * share).log()
+    logprobs = (mass / mass.sum(1, keepdim=True).clamp(min=1e-9) * share).clamp(max=1).log()
     ids[torch.rand(n_rows, n_entries, generator=rng) < 0.15] = -1
     if n_entries:
         ids[torch.rand(n_rows, generator=rng) < 0.1] = -1

@@ -254,6 +254,12 @@ def test_keys_of_another_backend_are_refused(backend: str, key: str, value: obje
     assert parse_extract(values | {key: default}).backend == backend  # as the command line, which states all keys
 
 
+def test_an_engine_argument_that_is_a_key_is_refused() -> None:
+    """Catches a tensor-parallel size that overrides the one by which GPUs are shared out."""
+    with pytest.raises(ConfigError, match=r"engine_args\.max_logprobs is said by top_k: set that instead"):
+        parse_extract({"backend": "vllm", "engine_args": {"seed": 1, "max_logprobs": 20}})
+
+
 def test_batch_tokens_of_an_extraction_alone_are_those_of_transformers(tmp_path: Path) -> None:
     """Catches a setting of `fusechat extract` that does nothing; in a run, scoring goes by it whatever extracts."""
     assert parse_extract({"backend": "hf"}, ["batch_tokens=4096"]).batch_tokens == 4096

@@ -322,7 +322,7 @@ def test_a_run_needs_a_served_sources_config_and_tokenizer_alone(
     remote = tmp_path / "remote"
     shutil.copytree(directory, remote, ignore=shutil.ignore_patterns("*.safetensors"))
     shape, _ = model_shape(str(directory))
-    assert model_shape(str(remote)) == (replace(shape, name="remote", weight_bytes=None), "its config")
+    assert model_shape(str(remote)) == (replace(shape, name="remote", stored_dtype="", weight_bytes=None), "its config")
     monkeypatch.setattr(server, "_BACKOFF_S", 0.01)
     with serving(Stub(model, "remote")) as stub:
         served = {"backend": "vllm-server", "servers": [stub.url], "dtype": "float32"}

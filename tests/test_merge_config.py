@@ -113,6 +113,7 @@ def test_out_dtype_wins_over_dtype() -> None:
     [
         ({"merge_metod": "sce"}, "unknown key: `merge_metod`, did you mean `merge_method`"),
         ({"merge_method": "scee"}, "'scee' is not known, did you mean `sce`"),
+        ({"merge_method": None}, "merge_method is missing: say one of sce"),
         ({"merge_method": "nuslerp"}, "nuslerp of mergekit is not offered here; there are sce, varm"),
         ({"parameters": {"select_top_k": 0.1}}, "unknown parameter in parameters: `select_top_k`, did you mean"),
         ({"parameters": {"density": 0.1}}, "unknown parameter in parameters: `density`"),

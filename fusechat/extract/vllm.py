@@ -60,7 +60,7 @@ def require_vllm() -> None:
 
 
 def engine_arguments(task: Task, *, on_cpu: bool, memory_bytes: int) -> Json:
-    """Return the arguments of vLLM's LLM class; `extract.engine_args` overrides any of them."""
+    """Return the arguments of vLLM's LLM class; `extract.engine_args` overrides those that are no keys."""
     config = task.config
     arguments: Json = {
         "model": str(task.directory),

@@ -127,7 +127,9 @@ def _parse(raw: Any) -> MergeConfig:
         if key in raw:
             raise ConfigError(f"`{key}`: {reason}")
     _refuse_unknown(raw, _TOP_KEYS, "key")
-    name = str(raw.get("merge_method"))
+    if raw.get("merge_method") is None:
+        raise ConfigError(f"merge_method is missing: say one of {', '.join(METHODS)}")
+    name = str(raw["merge_method"])
     if name in _NOT_OFFERED:
         raise ConfigError(f"merge_method {name} of mergekit is not offered here; there are {', '.join(METHODS)}")
     if name not in METHODS:
