@@ -124,7 +124,9 @@ def _nvidia(cubin: bytes, shared_bytes: int) -> Resources:
 
 def _loops(code: str) -> list[list[str]]:
     """Return the instructions from each label to a branch back to it."""
-    label, found, lines = {}, [], []
+    label: dict[str, int] = {}
+    found: list[list[str]] = []
+    lines: list[str] = []
     for line in code.splitlines():
         if name := re.match(r"\s*(\.L_x_\d+):", line):
             label[name[1]] = len(lines)
