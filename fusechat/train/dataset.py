@@ -141,6 +141,7 @@ class FusionDataset:
         """Mix candidates that are distributions over tokens; those that partition the vocabulary get their own rows.
 
         The cross-entropy with a mixture is the mixture of the cross-entropies, so that nothing changes by the split.
+        Those that are mixed share one tail: with `missing: tail`, mass outside one's tokens may lie on another's.
         """
         present = np.stack([t.present() for t in candidates])
         weights = weights * present
