@@ -328,11 +328,15 @@ def _was_cut_off(error: BaseException | None) -> bool:
     return False
 
 
+def _there(path: Path) -> Path:
+    """Return the nearest of a path and the folders around it that is there."""
+    path = path.absolute()
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
 def require_writable(path: Path) -> None:
     """Raise FusechatError when a file or folder that is, or is to be, at `path` could not be written; makes nothing."""
-    place = path.absolute()
-    while not place.exists() and place != place.parent:
-        place = place.parent
+    place = _there(path)
     if place != path.absolute() and not place.is_dir():
         raise FusechatError(f"{path} cannot be made, for {place} is a file: choose another place")
     if not os.access(place, os.W_OK):
@@ -341,10 +345,7 @@ def require_writable(path: Path) -> None:
 
 def require_free_bytes(directory: Path, needed_bytes: int) -> None:
     """Raise FusechatError when the disk under `directory` has less than `needed_bytes` free."""
-    place = directory
-    while not place.exists():
-        place = place.parent
-    free_bytes = shutil.disk_usage(place).free
+    free_bytes = shutil.disk_usage(_there(directory)).free
     if free_bytes < needed_bytes:
         raise FusechatError(
             f"{directory} needs {needed_bytes / 1e6:,.1f} MB, {free_bytes / 1e6:,.1f} MB are free: "

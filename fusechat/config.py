@@ -118,8 +118,9 @@ class ExtractConfig(Section):
             field = ExtractConfig.model_fields[key]
             if self.backend not in backends and getattr(self, key) != field.get_default(call_default_factory=True):
                 raise ValueError(f"{key} is for backend: {' or '.join(backends)}, not {self.backend}: remove it")
-        for argument in self.engine_args.keys() & _KEY_OF_ARGUMENT:
-            raise ValueError(f"engine_args.{argument} is said by {_KEY_OF_ARGUMENT[argument]}: set that instead")
+        for argument, key in _KEY_OF_ARGUMENT.items():
+            if argument in self.engine_args:
+                raise ValueError(f"engine_args.{argument} is said by {key}: set that instead")
         return self
 
 

@@ -112,7 +112,6 @@ def score_run(
     fingerprint = dataset_fingerprint(held_out)
     scores: dict[str, Scores] = {}
     failed: dict[str, str] = {}
-    told: dict[str, str] = {}
     log_file.unlink(missing_ok=True)  # of an earlier try
     for done, (name, one) in enumerate(models.items(), 1):
         request = {
@@ -130,8 +129,8 @@ def score_run(
                 if one.needed or not _not_ours(error, one):
                     raise
                 failed[name] = (str(error).strip() or type(error).__name__).splitlines()[0]
-                told[name] = "".join(traceback.format_exception(error))
-                log_file.write_text("\n".join(f"{n} is not scored\n{why}" for n, why in told.items()), encoding="utf-8")
+                with log_file.open("a", encoding="utf-8") as log:
+                    log.write(f"{name} is not scored\n{''.join(traceback.format_exception(error))}\n")
             else:
                 scores[name] = found
                 note = {"request": request, "nll": found.nll_json, "content_bytes": found.content_bytes.tolist()}

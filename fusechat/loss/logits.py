@@ -21,9 +21,8 @@ class _SparseSoftCE(torch.autograd.Function):
             grad = logits.detach() if inplace else torch.empty_like(logits)
         outputs = logits_loss(logits.detach(), rows, options, grad)
         if grad is not None and inplace:
-            torch.autograd.graph.increment_version(
-                logits
-            )  # who kept the logits for a backward of its own must hear of it
+            # Who kept the logits for a backward of its own must hear of it.
+            torch.autograd.graph.increment_version(logits)
         ctx.grad = grad  # type: ignore[attr-defined]
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs

@@ -45,11 +45,12 @@ def tokens_that_differ(base: Model, others: Iterable[tuple[str, Path]]) -> str |
     ours = base.checkpoint.directory / TOKENIZER
     if not ours.exists():
         return None
+    content, known = ours.read_bytes(), None
     for name, directory in others:
         theirs = directory / TOKENIZER
-        if not theirs.exists() or theirs.read_bytes() == ours.read_bytes():
+        if not theirs.exists() or theirs.read_bytes() == content:
             continue
-        known = _tokens(ours)
+        known = known or _tokens(ours)
         for at, token in _tokens(theirs).items():
             if known.get(at, token) != token:
                 return f"token {at} is {token!r} in {name} and {known[at]!r} in the base {base.ref}"
