@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -144,19 +145,28 @@ def thread_claim(rounds: int) -> Claim:
         # The wall clock of two threads says nothing where others take the second core.
         return absent("sparse_soft_ce, two threads", "one thread", "≥ 1.7", f"{cores} cores at load {load:.1f}")
     columns = check_rows(*make_rows(N, V, K), HARD_WEIGHT, None, None, None, shape=(N, V))
-    buffer = torch.randn(N, V)
+    buffer, square = torch.randn(N, V), torch.ones(512, 512)
+    # Behind a product, as behind lm_head; what a second thread is worth to the others is what this machine gives.
+    calls: dict[str, Callable[[], object]] = {
+        "in place": buffer.view(torch.int32).neg_,
+        "product": lambda: square @ square,
+        "ours": lambda: forward_rows(buffer, columns, LossOptions(), buffer),
+    }
 
-    def on(threads: int) -> object:
-        def call() -> None:
+    def on(threads: int, call: Callable[[], object]) -> Callable[[], object]:
+        def limited() -> None:
             torch.set_num_threads(threads)
-            forward_rows(buffer, columns, LossOptions(), buffer)
+            call()
 
-        return call
+        return limited
 
-    seconds = interleave({"one": on(1), "two": on(2)}, rounds)  # type: ignore[dict-item]
-    return at_least(
-        "sparse_soft_ce, two threads", "one thread", ratio(seconds, "one", "two", "wall"), 1.7, note="wall clock"
+    seconds = interleave({f"{n} {name}": on(n, call) for n in (1, 2) for name, call in calls.items()}, rounds)
+    gains = {name: ratio(seconds, f"1 {name}", f"2 {name}", "wall") for name in calls}
+    note = (
+        f"wall clock, behind a product on as many; here a second thread makes products in cache "
+        f"{gains['product'].median:.2f} × as fast, reading and writing in place {gains['in place'].median:.2f} ×"
     )
+    return at_least("sparse_soft_ce, two threads", "one thread", gains["ours"], 1.7, note=note)
 
 
 def range_claims(rounds: int) -> list[Claim]:
