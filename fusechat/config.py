@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, model_validator
 
 from fusechat.checkpoint import hub_id
-from fusechat.config_values import Section, merged, overridden, read_yaml, resolve_paths, validated
+from fusechat.config_values import Section, merged, overridden, resolve_paths, validated
 from fusechat.errors import ConfigError
 from fusechat.recipe import is_recipe, recipe_path
 from fusechat.train_config import TrainConfig
+from fusechat.yaml_file import read_yaml
 
 
 class DataConfig(Section):
@@ -278,12 +278,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     """
     folder = Path.cwd() if is_recipe(path) else Path(path).resolve().parent
     path = recipe_path(str(path))
-    try:
-        values = read_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError) as error:  # among these a text that is not UTF-8
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping with the keys {', '.join(RunConfig.model_fields)}")
     resolve_paths(values, folder)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,7 +9,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from fusechat.errors import ConfigError
+from fusechat.errors import ConfigError, nearest
+from fusechat.yaml_file import parse_yaml
 
 _ModelT = TypeVar("_ModelT", bound=BaseModel)
 _NOTHING = ("", "~", "null", "Null", "NULL")
@@ -22,43 +21,6 @@ class Section(BaseModel):
     once read."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as PyYAML reads it, and 1e-6 as the number it is in YAML 1.2; 1.1 wants 1.0e-6 and takes the other for text.
-
-    It matters where no type is declared, as in `train.lr_scheduler_args` and `extract.engine_args`. Quoted, it is text.
-    A key that is given twice, the second of which PyYAML would let win, is refused.
-    """
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """Build a mapping, checking its keys."""
-        merge_tag = "tag:yaml.org,2002:merge"
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merge_tag]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} appears twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes the text 1e-6."""
-
-
-for _reader_or_writer in (_Loader, _Dumper):
-    _reader_or_writer.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-    )
-
-
-def read_yaml(text: str) -> Any:
-    """Return what a YAML text says; raises yaml.YAMLError, and ValueError for a date that is none (2024-13-45)."""
-    return yaml.load(text, _Loader)
-
-
-def yaml_text(values: Any) -> str:
-    """Return a YAML text that `read_yaml` takes for the same values."""
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
 
 
 def validated(model: type[_ModelT], values: Any, where: str) -> _ModelT:
@@ -73,9 +35,7 @@ def _explain(model: type[BaseModel], error: Any) -> str:
     place = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         known = _known_keys(model, error["loc"][:-1])
-        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
-        hint = f", did you mean `{near[0]}`?" if near else f"; known here: {', '.join(known)}"
-        return f"unknown key `{place}`{hint}"
+        return f"unknown key `{place}`{nearest(str(error['loc'][-1]), known)}"
     if error["type"] == "missing":
         return f"`{place}` is required"
     message = error["msg"].removeprefix("Value error, ")
@@ -101,7 +61,7 @@ def overridden(overrides: Sequence[str]) -> dict[str, Any]:
         if not equals or not key:
             raise ConfigError(f"override `{override}` is not of the form key.subkey=value")
         try:
-            value = read_yaml(text)
+            value = parse_yaml(text)
         except (yaml.YAMLError, ValueError) as error:
             raise ConfigError(f"override `{override}`: the value is not valid YAML") from error
         if value is None and text.strip() not in _NOTHING:

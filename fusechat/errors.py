@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class FusechatError(Exception):
     """Base of all errors a user can mend; the message says what, where, and the mend, in one line."""
@@ -37,3 +39,12 @@ class Interrupted(Stopped):
     """The same by Ctrl-C: what a shell would do next is not meant to follow."""
 
     exit_code = 130
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return the end of an error line about a name that is not known: the known one it resembles, or all of them."""
+    import difflib  # a millisecond, where something is wrong anyway
+
+    names = list(known)
+    near = difflib.get_close_matches(word, names, n=1)
+    return f", did you mean `{near[0]}`?" if near else f": there are {', '.join(names)}"

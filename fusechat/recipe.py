@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 from pathlib import Path
 
-from fusechat.errors import ConfigError
+from fusechat.errors import ConfigError, nearest
 
 PREFIX = "recipe:"
 FOLDER = Path(__file__).parent / "recipes"
@@ -44,7 +43,5 @@ def recipe_path(config: Path | str, *, merge: bool = False) -> Path:
 def find_recipe(name: str, known: dict[str, Path]) -> Path:
     """Return one of the known recipes by its name; raises ConfigError with the nearest name when it is none of them."""
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-        raise ConfigError(f"no recipe {name!r}: {hint}")
+        raise ConfigError(f"no recipe {name!r}{nearest(name, known)}")
     return known[name]

@@ -21,7 +21,6 @@ from pathlib import Path
 from fusechat.artifact import MANIFEST, Json, atomic_write, locked, read_json, write_json
 from fusechat.callable_module import make_callable
 from fusechat.config import RunConfig, load_config, source_name
-from fusechat.config_values import yaml_text
 from fusechat.dialogue import dataset_fingerprint
 from fusechat.errors import FormatError, MismatchError
 from fusechat.layout import Layout
@@ -34,6 +33,7 @@ from fusechat.split import Split, load_split
 from fusechat.store import TOPK_FORMAT, same_vocabulary, store_manifest
 from fusechat.template import OWN
 from fusechat.train_config import TrainConfig
+from fusechat.yaml_file import yaml_text
 
 __all__ = ["run"]
 make_callable(__name__)

@@ -11,9 +11,10 @@ from typer.testing import CliRunner
 from fusechat.cli import app
 from fusechat.commands.evaluate.names import key_values
 from fusechat.config import ExtractConfig, load_config, parse_config, parse_extract, short_name, source_name
-from fusechat.config_values import overridden, yaml_text
+from fusechat.config_values import overridden
 from fusechat.errors import ConfigError
 from fusechat.train_config import TrainConfig, parse_train
+from fusechat.yaml_file import yaml_text
 
 MINIMAL = "pivot: ./p\nsources: [./a, {model: org/b, name: bee}]\ndata: {train: ./x.jsonl}\nout: runs/one\n"
 

@@ -53,6 +53,20 @@ def test_dry_run_merge_report_verify(config: Path, tmp_path: Path) -> None:
     assert "config.json has" in bad.stderr
 
 
+def test_a_merge_loads_no_large_library(config: Path, tmp_path: Path) -> None:
+    """Catches an import that takes longer, and more memory, than a small merge: pydantic came in with YAML."""
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['fusechat', 'merge', {str(config)!r}, {str(tmp_path / 'out')!r}]\n"
+        "try: runpy.run_module('fusechat', run_name='__main__')\n"
+        "except SystemExit as end: assert not end.code\n"
+        "print(*{name.partition('.')[0] for name in sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
+    assert (tmp_path / "out").exists()
+    assert not {"torch", "transformers", "pydantic", "typer", "rich", "pyarrow", "numba"} & set(done.stdout.split())
+
+
 def test_errors_are_one_line_and_exit_2(config: Path, tmp_path: Path) -> None:
     """Catches tracebacks."""
     broken = tmp_path / "broken.yml"
@@ -73,7 +87,7 @@ def test_errors_are_one_line_and_exit_2(config: Path, tmp_path: Path) -> None:
         ((config, tmp_path / "out", "--format", "text"), "--format is of a --sweep"),
         ((config, tmp_path / "out", "--template", "plain"), "--template is of a --sweep"),
         ((config, tmp_path / "out", "--keep-all"), "--keep-all is of a --sweep"),
-        (("recipe:merge-sec", tmp_path / "out"), "did you mean merge-sce?"),
+        (("recipe:merge-sec", tmp_path / "out"), "did you mean `merge-sce`?"),
         (("recipe:stories", tmp_path / "out"), "no recipe 'stories'"),
         ((config, tmp_path / "out", "--separator", "x"), "--separator is of a --sweep"),
         ((config, tmp_path / "out", "--max-bytes", "9"), "--max-bytes is of a --sweep"),

@@ -216,13 +216,17 @@ def test_on_real_models_small_tau_loses_and_the_choice_beats_sft(shared_data: Pa
     over SFT on text that neither training nor the choice has seen."""
     stories = Path(sweep_module.__file__).parents[1] / "recipes" / "stories.yaml"
     models = shared_data / "models"
-    config = load_config(stories, [
+    said = yaml.safe_load(stories.read_text())
+    said["merge"] = {"sweep": [
+        {"merge_method": "linear", "parameters": {"weight": 1.0}},
+        {"merge_method": "sce", "parameters": {"variant": "paper"}, "each": {"select_topk": [0.1, 1.0]}},
+    ]}  # fmt: skip
+    (tmp_path / "stories.yaml").write_text(yaml.safe_dump(said))
+    config = load_config(tmp_path / "stories.yaml", [
         f"pivot={models / 'aidreams231K'}",
         f"sources=[{models / 'stories260K'}, {models / 'babyllama-tok105'}]",
         f"data.train={shared_data / 'derived' / 'tinystories_dev.txt'}",
         f"out={tmp_path / 'run'}", "data.held_out_fraction=0.8", "data.limit=2000", "train.epochs=20",
-        "merge.sweep=[{merge_method: linear, parameters: {weight: 1.0}},"
-        " {merge_method: sce, parameters: {variant: paper}, each: {select_topk: [0.1, 1.0]}}]",
     ])  # fmt: skip
     results = run(config)
     table = yaml.safe_load((tmp_path / "run" / "merged" / "sweep.json").read_text())

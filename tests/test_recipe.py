@@ -23,7 +23,7 @@ def test_a_run_by_name_stands_in_the_current_folder(tmp_path: Path, monkeypatch:
     config = load_config("recipe:stories", ["seed=3"])
     assert (config.out, config.seed) == (str(tmp_path / "runs" / "stories"), 3)
     assert config.data.train == str(tmp_path / "derived" / "tinystories_dev.txt")
-    with pytest.raises(ConfigError, match="did you mean stories"):
+    with pytest.raises(ConfigError, match="did you mean `stories`"):
         run("recipe:storys")
     with pytest.raises(ConfigError, match="no recipe 'merge-sce'"):
         run("recipe:merge-sce")

@@ -58,15 +58,15 @@ def test_what_a_stage_would_refuse_is_refused_before_the_first(
         (["train.attention=flex_attention"], "no backward pass on the CPU"),
         (
             ["train.optimizer=adamw_trch"],
-            "train.optimizer: transformers knows no 'adamw_trch': did you mean adamw_torch",
+            "train.optimizer: transformers knows no 'adamw_trch', did you mean `adamw_torch`",
         ),
         (["train.optimizer=adamw_bnb_8bit"], "need to install `bitsandbytes`"),
-        (["train.lr_scheduler=cosin"], "train.lr_scheduler: transformers knows no 'cosin': did you mean cosine"),
+        (["train.lr_scheduler=cosin"], "train.lr_scheduler: transformers knows no 'cosin', did you mean `cosine`"),
         (
             ["train.lr_scheduler_args={num_cycle: 2}"],
             "train.lr_scheduler_args: .* unexpected keyword argument 'num_cycle'",
         ),
-        (["train.report_to=[tensorbord]"], "did you mean tensorboard"),
+        (["train.report_to=[tensorbord]"], "did you mean `tensorboard`"),
         (["train.report_to=[wandb]"], "train.report_to: .*pip install wandb"),
         (["train.dtype=float16"], "float16 needs a GPU"),
         (["train.attention=flash_attention_2"], "FlashAttention2"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,10 @@ from typing import Any, Literal
 
 import yaml
 
-from fusechat import config_values
-from fusechat.errors import ConfigError
+from fusechat.errors import ConfigError, nearest
 from fusechat.merge.methods import METHODS, REQUIRED, Method, Parameter, TensorValues
 from fusechat.merge.settings import Setting, depth_of, parse_setting
+from fusechat.yaml_file import read_yaml
 
 Vocab = Literal["error", "base", "pad"]
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -100,16 +99,6 @@ def load_merge_config(config: Mapping[str, Any] | Path | str) -> tuple[MergeConf
         return parse_merge_config(config, "merge configuration"), text
     path = Path(config)
     return parse_merge_config(read_yaml(path), str(path)), path.read_text(encoding="utf-8")
-
-
-def read_yaml(path: Path) -> Any:
-    """Read a YAML file in which no key is given twice; raises ConfigError."""
-    try:
-        return config_values.read_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError) as error:  # among these a text that is not UTF-8
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def parse_merge_config(raw: Any, where: str) -> MergeConfig:
@@ -332,13 +321,6 @@ def _refuse_unknown(raw: Mapping[Any, Any], known: Iterable[str], what: str) -> 
     for key in raw:
         if key not in (known := list(known)):
             raise ConfigError(f"unknown {what}: `{key}`{nearest(str(key), known)}")
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Return the end of an error line: the known name that resembles `word`, or all of them."""
-    names = list(known)
-    near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
-    return f", did you mean `{near[0]}`?" if near else f"; known here: {', '.join(names)}"
 
 
 def _plain(value: Any) -> Any:

@@ -28,7 +28,7 @@ from fusechat.store import id_dtype
 # glibc keeps a freed block below its largest mmap threshold in its heap, and cannot give it to the next aligned request
 # of the same size: such buffers take their room twice (measured, docs/plan.md).
 HEAP_BLOCK_BYTES = 32 << 20
-HEAD_CHUNK_BYTES = 64 << 20  # fusechat.topk's own budget on a GPU
+HEAD_CHUNK_BYTES, GROUP_TOKENS = 512 << 20, 128  # on a GPU: fusechat.topk's budget; a maximum for so many logits
 HEAD_ROWS, HEAD_BLOCK_BYTES = 256, 8 << 20  # and on a CPU: so many rows, the vocabulary in blocks
 TOKEN_BYTES = 4 + 1 + 4 + 4  # in memory: input_ids, loss_mask, turn, byte_end
 GOLD_AMONG_TOP = 0.9  # rows whose gold token is one of their k, k = 10 (docs/extraction.md); assumed for every model
@@ -105,8 +105,8 @@ def on_device(parts: Mapping[str, int], shape: ModelShape, config: ExtractConfig
     """Return what of the transformers backend's parts lies on a GPU, and its own chunk of logits; its allocator reuses
     what a heap would keep."""
     item = int(ITEM_BYTES[computed_in(shape, config)])
-    rows = HEAD_CHUNK_BYTES // (shape.vocab * (item + 4))
-    logits = rows * shape.vocab * (8 + (item if item < 4 else 0))
+    rows = HEAD_CHUNK_BYTES // (shape.vocab * item)
+    logits = rows * (shape.vocab * item + 4 * -(-shape.vocab // GROUP_TOKENS))
     return {key: parts[key] for key in ("weights", "forward")} | {"logits": logits, "cuda": CUDA_BYTES}
 
 

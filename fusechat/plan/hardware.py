@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import time
@@ -10,13 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fusechat.artifact import Json
 from fusechat.devices import cuda_devices
-from fusechat.errors import ConfigError
+from fusechat.errors import ConfigError, nearest
 from fusechat.plan.models import shipped
 from fusechat.quantity import parse_size
+from fusechat.yaml_file import read_yaml
 
 _KEYS = ("device", "memory", "host_memory", "devices", "tflops", "disk_rate", "efficiency")
 
@@ -64,9 +62,7 @@ def load_hardware(name: str | None, *, gpus: int | None = None, memory_bytes: in
         hardware = _parse(Path(name).stem, _read(Path(name)))
     else:
         names = [*known, "cpu"]
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}."
-        raise ConfigError(f"unknown hardware {name!r}: {hint} A YAML or JSON file of its facts works too")
+        raise ConfigError(f"no hardware {name!r}, nor a file of its facts (YAML or JSON){nearest(name, names)}")
     if gpus is not None:
         if hardware.on_cpu:
             raise ConfigError("--gpus has no meaning with --hardware cpu: leave it out, or name a GPU")
@@ -135,10 +131,7 @@ def this_computer() -> Hardware:
 
 
 def _read(path: Path) -> Json:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read as YAML or JSON: {str(error).splitlines()[0]}") from error
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping with the keys {', '.join(_KEYS)}")
     return values
@@ -147,8 +140,7 @@ def _read(path: Path) -> Json:
 def _parse(name: str, values: Json) -> Hardware:
     for key in values:
         if key not in _KEYS:
-            near = difflib.get_close_matches(str(key), _KEYS, n=1)
-            raise ConfigError(f"hardware {name}: unknown key `{key}`, did you mean `{near[0] if near else _KEYS[0]}`?")
+            raise ConfigError(f"hardware {name}: unknown key `{key}`{nearest(str(key), _KEYS)}")
     missing = [key for key in _KEYS if key not in values]
     if missing:
         raise ConfigError(f"hardware {name} lacks {', '.join(missing)}")

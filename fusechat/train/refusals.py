@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -18,7 +17,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from fusechat.errors import ConfigError, FusechatError
+from fusechat.errors import ConfigError, FusechatError, nearest
 from fusechat.loss import LossOptions
 from fusechat.processes import n_processes
 from fusechat.train.forward import router_loss, router_weight
@@ -80,9 +79,7 @@ def check_settings(config: TrainConfig, directory: Path) -> None:
 
 def _require_known(key: str, name: str, known: Iterable[str]) -> None:
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-        raise ConfigError(f"{key}: transformers knows no {name!r}: {hint}")
+        raise ConfigError(f"{key}: transformers knows no {name!r}{nearest(name, known)}")
 
 
 def _without_weights(directory: Path, config: TrainConfig) -> Any:

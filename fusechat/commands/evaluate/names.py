@@ -52,7 +52,7 @@ def key_values(words: Sequence[str]) -> dict[str, Any]:
 
     import yaml
 
-    from fusechat.config_values import read_yaml
+    from fusechat.yaml_file import parse_yaml
 
     values = {}
     for word in words:
@@ -60,7 +60,7 @@ def key_values(words: Sequence[str]) -> dict[str, Any]:
         if not equals or not key:
             raise ConfigError(f"{word} should have the form key=value")
         try:
-            values[key] = read_yaml(text)
+            values[key] = parse_yaml(text)
             json.dumps(values[key], allow_nan=False)
         except yaml.YAMLError as error:
             raise ConfigError(f"{word}: the value is not valid YAML") from error
