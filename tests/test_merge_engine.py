@@ -316,7 +316,8 @@ int main() {
 def test_where_no_memory_is_left_for_a_thread_the_others_do_the_work(tmp_path: Path) -> None:
     """Catches a process that is ended because threads were still running when the next could not be made."""
     (tmp_path / "main.cpp").write_text(NO_MEMORY_FOR_A_THREAD)
-    build = ["c++", "-std=c++20", f"-I{ROOT / 'csrc'}", "main.cpp", "-o", "main", "-pthread"]
+    sources, libraries = ["main.cpp", ROOT / "csrc/parallel.cpp"], ["-pthread", "-ldl"]
+    build = ["c++", "-std=c++20", f"-I{ROOT / 'csrc'}", *sources, "-o", "main", *libraries]
     subprocess.run(build, cwd=tmp_path, check=True)
     done = subprocess.run([tmp_path / "main"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "4950"), done.stderr[-2000:]
