@@ -236,7 +236,7 @@ def dense_claims() -> list[Claim]:
     """Compare time and memory with the research code's dense loss, collator included."""
     global DENSE  # noqa: PLW0603
     DENSE = dense_batch()
-    seconds = interleave({"dense": run_dense, "ours": run_sparse}, 2)
+    seconds = interleave({"dense": run_dense, "ours": run_sparse}, 5)
     saved = extra_mib("dense") - extra_mib("sparse")
     name = f"collate and loss, B={BATCH} S={LENGTH}"
     return [

@@ -45,6 +45,7 @@ def open_vllm(task: Task) -> Iterator[Scorer]:
     to_arrays = tensor_arrays if task.config.fast_driver else flat_arrays
     # A context as long as the model's own still needs max_model_len one longer; no token is computed at that place.
     os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
+    vllm.envs.disable_envs_cache()  # an engine that this process had before has frozen what the environment says
     with kept_tensors() if task.config.fast_driver else extended_lists():
         engine = _engine(vllm, task)
         yield Scorer(

@@ -146,7 +146,7 @@ def _forest(rows: list[Json], against: str) -> Any:
 
 def differences_axis() -> Any:
     """Return an axis of signed differences."""
-    return alt.Axis(tickCount=5, labelExpr="datum.value == 0 ? '0' : format(datum.value, '+.3~f')")
+    return alt.Axis(tickCount=5, labelExpr="datum.value == 0 ? '0' : format(datum.value, '+.3~g')")
 
 
 def _sources(s: Json) -> dict[str, Any]:
