@@ -28,6 +28,7 @@ def main() -> None:
             from fusechat.commands.merge import merge
 
             merge(sys.argv[2:])  # without what the other commands need
+            sys.stdout.flush()
         else:
             from fusechat.cli import app
 
@@ -42,6 +43,10 @@ def main() -> None:
             raise
         print(f"fusechat: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:
+        # Who reads the output has ended, `| head` say: nothing is wrong, and nobody is told anything more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
     except OSError as error:
         # A folder that may not be written, a full disk: no fault of the code. What has no file to name may be one.
         if debug or (error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO)):

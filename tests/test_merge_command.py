@@ -67,6 +67,19 @@ def test_a_merge_loads_no_large_library(config: Path, tmp_path: Path) -> None:
     assert not {"torch", "transformers", "pydantic", "typer", "rich", "pyarrow", "numba"} & set(done.stdout.split())
 
 
+def test_a_reader_that_ends_early_leaves_no_traceback(config: Path, tmp_path: Path) -> None:
+    """Catches a broken pipe that is told as a fault of the merge, as with `--report | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "fusechat", "merge", str(config), str(tmp_path / "out"), "--report"],
+        stdout=writer, stderr=subprocess.PIPE, text=True, check=False, cwd=ROOT,
+    )  # fmt: skip
+    os.close(writer)
+    assert (tmp_path / "out").exists()
+    assert re.fullmatch(r"\d+ tensors in .*\n(warning: .*\n)*", done.stderr)
+
+
 def test_errors_are_one_line_and_exit_2(config: Path, tmp_path: Path) -> None:
     """Catches tracebacks."""
     broken = tmp_path / "broken.yml"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fusechat.config import RunConfig, load_config
@@ -11,6 +12,7 @@ from fusechat.plan import Plan, plan
 from fusechat.plan.hardware import load_hardware
 from fusechat.plan.projection import papers_config
 from fusechat.plan.stage import StagePlan
+from fusechat.plan.workload import Lengths
 from fusechat.recipe import recipe_path
 
 
@@ -55,6 +57,19 @@ def test_transformers_extract_on_every_gpu(paper: RunConfig, gpus: int, options:
     assert found.seconds == pytest.approx(one.seconds / engines)
     assert found.host_bytes == engines * one.host_bytes
     assert found.device_parts == one.device_parts
+
+
+def test_a_gpu_holds_the_whole_embedding(paper: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a plan that leaves out, on a GPU, too, the rows that a CPU never reads from the file."""
+    few = Lengths(n_dialogues=9, sample=np.full(9, 500), row_share=0.75, distinct_ids=9)
+    monkeypatch.setattr("fusechat.plan.lengths", lambda *_: (few, ""))
+    monkeypatch.setattr("fusechat.plan.process_bytes", lambda stages: dict.fromkeys(stages, 0))
+    asked = paper.model_copy(update={"extract": paper.extract.model_copy(update={"backend": "hf"})})
+    weights = {
+        name: stage(plan(asked, load_hardware(name)), "extract", "pivot") for name in ("h200", "cpu")
+    }  # fmt: skip
+    assert weights["h200"].device_parts["weights"] == 2 * 7_241_748_480
+    assert weights["cpu"].host_parts["weights"] == 2 * (7_241_748_480 - (32_002 - 9) * 4096)
 
 
 @pytest.mark.parametrize("options", [{"device": "cpu"}, {"device_map": "cpu"}])

@@ -262,14 +262,19 @@ def test_a_source_is_scored_as_it_was_extracted(tiny_world: Any, tmp_path: Path)
         "sources=[{model: a, extract: {dtype: bfloat16, batch_tokens: 77, device: 'cuda:1', max_length_tokens: 9}},"
         "{model: b, extract: {backend: vllm, tensor_parallel_size: 2}},"
         "{model: c, extract: {backend: vllm, quantization: fp8}},"
-        "{model: d, extract: {backend: vllm-server, servers: ['http://h:1']}}]",
+        "{model: d, extract: {backend: vllm-server, servers: ['http://h:1']}},"
+        "{model: e, extract: {backend: vllm}}]",
     ])  # fmt: skip
-    a, b, c, d = config.sources
+    a, b, c, d, e = config.sources
     common = {"template": "own", "max_length_tokens": 200, "device_map": None}
     on_cpu = common | {"dtype": "auto", "device": "cpu", "batch_tokens": 8192}
     assert scoring_options(config) == on_cpu
     assert scoring_options(config, a) == common | {"dtype": "bfloat16", "device": "cuda:1", "batch_tokens": 77}
     assert scoring_options(config, b) == on_cpu | {"device": "auto", "device_map": "auto"}
+    assert scoring_options(config, e)["device_map"] is None
+    (store := tmp_path / "x" / "extract" / "e").mkdir(parents=True)
+    (store / "manifest.json").write_text('{"engines": [{"name": "vllm", "tensor_parallel_size": 4}]}')
+    assert scoring_options(config, e)["device_map"] == "auto"  # as many as hold it, which the GPUs decided
     assert [out_of_reach(config, source) for source in (a, b)] == [None, None]
     assert out_of_reach(config, c) == "only vLLM quantises it to fp8"
     assert out_of_reach(config, d) == "a server has it"

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fusechat.artifact import Json, read_json, write_json
+from fusechat.artifact import MANIFEST, Json, read_json, write_json
 from fusechat.checkpoint import checkpoint_sha256, resolve_model
-from fusechat.config import RunConfig, SourceConfig, source_name
+from fusechat.config import ExtractConfig, RunConfig, SourceConfig, source_name
 from fusechat.dialogue import dataset_fingerprint
 from fusechat.errors import DataError, FusechatError
 from fusechat.evaluate.bpb import Scores, score_dialogues
@@ -46,10 +46,21 @@ def scoring_options(config: RunConfig, source: SourceConfig | None = None) -> Js
         "max_length_tokens": config.extract.max_length_tokens,
         "dtype": own.dtype,
         "device": own.device,
-        "device_map": "auto" if (own.tensor_parallel_size or 1) > 1 else own.device_map,
+        "device_map": "auto" if _spread(config, source, own) else own.device_map,
         "batch_tokens": own.batch_tokens,
         **({"trust_remote_code": True} if source is not None and own.trust_remote_code else {}),
     }
+
+
+def _spread(config: RunConfig, source: SourceConfig | None, own: ExtractConfig) -> bool:
+    """Return whether vLLM spread a model over several GPUs: by its settings or, where they leave that to the GPUs, by
+    what its store says of the engines that made it."""
+    if own.backend != "vllm" or own.tensor_parallel_size is not None:
+        return (own.tensor_parallel_size or 1) > 1
+    layout = Layout(out=Path(config.out), stores=None if config.stores is None else Path(config.stores))
+    manifest = layout.store("pivot" if source is None else source_name(source)) / MANIFEST
+    engines = read_json(manifest).get("engines", []) if manifest.exists() else []
+    return any(engine.get("tensor_parallel_size", 1) > 1 for engine in engines)
 
 
 def scoring_of(config: RunConfig, model: str) -> Json:

@@ -74,7 +74,7 @@ def linear_sparse_soft_ce(
     """Return `sparse_soft_ce(hidden @ weight.T + bias, …)` without logits of more than a chunk of rows.
 
     The gradients of hidden, weight and bias are computed together with the loss, each only if it is needed: a
-        frozen lm_head costs no dW. Rows whose label is −100 are dropped before the products.
+    frozen lm_head costs no dW. Rows whose label is −100 are dropped before the products.
 
     Args:
         hidden: float[N, D]. weight: float[V, D] of the same dtype. bias: float[V].

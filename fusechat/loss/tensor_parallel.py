@@ -1,6 +1,6 @@
 """The fusion loss on logits whose vocabulary is split over the ranks of a process group.
 
-Two small transfers, maxima [N, 2] and sums with the label's and the K cells' logits [N, K + 5]: then every
+Two small transfers, maxima [N, 2] and sums with the label's and the K cells' logits [N, K + 7]: then every
 rank holds the same loss, and writes the gradient of its own columns.
 """
 

@@ -94,7 +94,7 @@ def _parse_rule(raw: Any, where: str) -> Rule:
 
 def _parse_scalar(raw: Any, where: str) -> Scalar:
     if isinstance(raw, str):
-        # YAML 1.1 reads 1e-3 (no dot) as text.
+        # In a mapping that PyYAML has read, 1e-3 (no dot) is text.
         try:
             return float(raw)
         except ValueError:

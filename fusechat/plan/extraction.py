@@ -102,12 +102,21 @@ def _engines(config: ExtractConfig, hardware: Hardware, group: int) -> int:
 
 
 def on_device(parts: Mapping[str, int], shape: ModelShape, config: ExtractConfig) -> dict[str, int]:
-    """Return what of the transformers backend's parts lies on a GPU, and its own chunk of logits; its allocator reuses
-    what a heap would keep."""
+    """Return what of the transformers backend's parts lies on a GPU, where weights are whole, and its own chunk of
+    logits; its allocator reuses what a heap would keep."""
     item = int(ITEM_BYTES[computed_in(shape, config)])
     rows = HEAD_CHUNK_BYTES // (shape.vocab * item)
     logits = rows * (shape.vocab * item + 4 * -(-shape.vocab // GROUP_TOKENS))
-    return {key: parts[key] for key in ("weights", "forward")} | {"logits": logits, "cuda": CUDA_BYTES}
+    weights = _weight_bytes(shape, config)
+    return {"weights": weights, "forward": parts["forward"], "logits": logits, "cuda": CUDA_BYTES}
+
+
+def _weight_bytes(shape: ModelShape, config: ExtractConfig) -> int:
+    return stored_bytes(shape, None if _as_in_file(shape, config) else computed_in(shape, config))
+
+
+def _as_in_file(shape: ModelShape, config: ExtractConfig) -> bool:
+    return computed_in(shape, config) == shape.in_file or shape.quantisation is not None
 
 
 def hf_parts(shape: ModelShape, lengths: Lengths, config: ExtractConfig, process_bytes: int) -> dict[str, int]:
@@ -119,9 +128,8 @@ def hf_parts(shape: ModelShape, lengths: Lengths, config: ExtractConfig, process
     """
     dtype = computed_in(shape, config)
     item = int(ITEM_BYTES[dtype])
-    in_file = dtype == shape.in_file or shape.quantisation is not None
-    weights = stored_bytes(shape, None if in_file else dtype)
-    unread = 0 if shape.tied or not in_file else (shape.vocab - min(shape.vocab, lengths.distinct_ids)) * shape.hidden
+    mapped = _as_in_file(shape, config) and not shape.tied
+    unread = (shape.vocab - min(shape.vocab, lengths.distinct_ids)) * shape.hidden if mapped else 0
     n_held = min(config.shard_dialogues, lengths.n_dialogues)
     sample = lengths.sample[:n_held].tolist()
     count, longest = 1, max(sample)
@@ -140,7 +148,7 @@ def hf_parts(shape: ModelShape, lengths: Lengths, config: ExtractConfig, process
     mask = count * longest**2 * (1 + item) if count > 1 else 0
     return {
         "process": process_bytes,
-        "weights": weights - unread * item,
+        "weights": _weight_bytes(shape, config) - unread * item,
         "forward": forward + mask + int(rows) * shape.hidden * item,
         "logits": head,
         "kept by the heap": int(heap),
