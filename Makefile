@@ -1,5 +1,5 @@
-# make setup | demo | test | test-slow | setup-vllm | test-vllm | lint | wheel | bench | bench-check | bench-baseline | docs | readme-table
-# | clean
+# make setup | demo | test | test-slow | setup-vllm | test-vllm | lint | wheel | bench | bench-check | bench-baseline | gpu-wheels | docs
+# | readme-table | clean
 ROOT := $(dir $(abspath $(lastword $(MAKEFILE_LIST))))
 PYTHON ?= python3
 VENV := $(ROOT).venv
@@ -11,7 +11,7 @@ PIP := PIP_CONSTRAINT=$(ROOT)constraints.txt $(RUN) -m pip --disable-pip-version
 BUILD_NEEDS := scikit-build-core pybind11 cmake ninja
 SOURCES := $(shell find $(ROOT)csrc -name '*.?pp') $(ROOT)CMakeLists.txt $(ROOT)pyproject.toml $(ROOT)constraints.txt
 
-.PHONY: setup demo test test-slow setup-vllm test-vllm lint wheel bench bench-check bench-baseline docs readme-table clean
+.PHONY: setup demo test test-slow setup-vllm test-vllm lint wheel bench bench-check bench-baseline gpu-wheels docs readme-table clean
 
 setup: $(STAMP)
 
@@ -77,6 +77,17 @@ bench-check: setup
 bench-baseline: setup
 	cd $(ROOT) && OMP_NUM_THREADS=1 $(RUN) -m fusechat bench loss linear-loss --size small \
 	--json bench/results/baseline/$$($(RUN) -c 'from fusechat.bench.machine import instruction_set; print(instruction_set())').json
+
+# What bench/gpu.sh installs on a GPU machine that lacks it and has no network: pydantic, for the tests of whole stages, and
+# the losses that ours is compared with. GPU_PYTHON is that machine's.
+GPU_PYTHON ?= 3.12
+FOR_GPU := $(PYTHON) -m pip --disable-pip-version-check download --quiet --dest $(ROOT)bench/wheels --only-binary=:all: \
+--python-version $(GPU_PYTHON) --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64
+
+gpu-wheels:
+	rm -rf $(ROOT)bench/wheels
+	$(FOR_GPU) pydantic
+	$(FOR_GPU) --no-deps liger-kernel==0.8.5 cut-cross-entropy==25.1.1
 
 # The site of docs/ in build/site; a broken link is an error.
 docs: setup

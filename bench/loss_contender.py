@@ -2,8 +2,9 @@
 
     PYTHON loss_contender.py CASE FOLDER DEVICE
 
-Reads FOLDER/inputs.pt, writes loss and gradients to FOLDER/CASE.pt, answers each line of its input with the seconds of
-one more call as JSON. Imports nothing but torch and the package that the case is of.
+Reads FOLDER/inputs.pt, writes loss and gradients to FOLDER/CASE.pt (of large ones every row's length and some rows),
+answers each line of its input with the seconds of one more call as JSON. Imports nothing but torch and the package that
+the case is of.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+# Of a gradient with more elements every n-th row is kept: gigabytes take longer to write and to read than all else.
+KEPT_ELEMENTS = 1 << 27
 Inputs = dict[str, Tensor]
 Loss = Callable[[], Tensor]
 
@@ -99,6 +102,13 @@ CASES: dict[str, Callable[[Inputs], Loss]] = {
 }
 
 
+def kept_of(gradient: Tensor) -> Inputs:
+    """Return every row's length and as many rows as are kept: all, or each n-th, n odd so that no tile is left out."""
+    step = -(-gradient.numel() // KEPT_ELEMENTS) | 1
+    lengths = torch.linalg.vector_norm(gradient, dim=1, dtype=torch.float32)
+    return {"": gradient[::step].cpu(), " by rows": lengths.cpu()}
+
+
 def extra_mib(call: Callable[[], Tensor], device: str) -> float:
     """Return what a call adds to this process's memory at its peak, gradients included."""
     if device == "cuda":
@@ -135,7 +145,9 @@ def main() -> None:
         return value.detach()
 
     found = {"loss": call().float().cpu()}
-    found |= {str(i): tensor.grad.float().cpu() for i, tensor in enumerate(learned) if tensor.grad is not None}
+    for i, tensor in enumerate(learned):
+        if tensor.grad is not None:
+            found |= {f"{i}{part}": value for part, value in kept_of(tensor.grad).items()}
     torch.save(found, folder / f"{case}.pt")
     del found
     print(json.dumps({"extra_mib": extra_mib(call, device)}), flush=True)

@@ -10,16 +10,19 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from fusechat.bench.baselines import gather_loss
 from fusechat.bench.claims import Claim, absent, at_most
-from fusechat.bench.loss_peers import LINEAR, LOGITS, peer_claims
+from fusechat.bench.loss_peers import LINEAR, LOGITS, Pair, Peers
 from fusechat.bench.report import parser, report, result_of, write_json
 from fusechat.loss import linear_sparse_soft_ce, sparse_soft_ce
 
@@ -27,6 +30,7 @@ K, HARD_WEIGHT = 10, 0.9
 L2_BYTES_DEFAULT = 32 << 20
 EXTRA_BYTES_LIMIT = 2 << 30
 Rows = tuple[torch.Tensor, ...]
+Part = Callable[[], list[Claim]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,7 +133,8 @@ def logits_claims(bench: Bench, vocabulary: int, ceiling: float) -> list[Claim]:
 
     calls: dict[str, Callable[[], object]] = {"ours": ours, "F.cross_entropy": backward_of(cross_entropy)}
     if bench.device != "cpu":
-        calls["torch.compile of F.cross_entropy"] = backward_of(torch.compile(cross_entropy))
+        # One code a size: the next one's would else be compiled for any, which is slower.
+        calls["torch.compile of F.cross_entropy"] = backward_of(torch.compile(cross_entropy, dynamic=False))
     found = bench.measure(calls)
     floor_ms = 2 * logits.nbytes / ceiling
     limit = 1.15 if in_flight_bytes(vocabulary) < l2_bytes() / 2 else 1.6
@@ -158,18 +163,33 @@ def l2_bytes() -> int:
     return int(getattr(torch.cuda.get_device_properties(0), "L2_cache_size", L2_BYTES_DEFAULT))
 
 
-def contenders(bench: Bench, vocabulary: int, against: Sequence[str]) -> list[Claim]:
-    """Compare with other packages on one vocabulary's inputs, every package in a process of its own."""
-    labels, ids, logprobs = (tensor.cpu() for tensor in make_rows(bench, vocabulary))
-    rows = {"labels": labels, "ids": ids, "logprobs": logprobs}
-    hidden = torch.randn(bench.n_rows, bench.width).bfloat16()
-    weight = (torch.randn(vocabulary, bench.width) / bench.width**0.5).bfloat16()
-    logits = torch.randn(bench.n_rows, vocabulary).bfloat16()
-    torch.cuda.empty_cache()  # theirs have to fit beside this process
-    return [
-        *peer_claims(LINEAR, rows | {"hidden": hidden, "weight": weight}, against, bench.device, bench.rounds),
-        *peer_claims(LOGITS, rows | {"logits": logits}, against, bench.device, bench.rounds),
-    ]
+def peer_parts(bench: Bench, vocabulary: int, against: Sequence[str], folder: Path) -> dict[str, Part]:
+    """Compare with other packages on one vocabulary's inputs, every package in a process of its own: a part a pair."""
+
+    def random(*shape: int, over: float = 1.0) -> torch.Tensor:
+        return (torch.randn(*shape, device=bench.device) / over).bfloat16()
+
+    def claim(pair: Pair, kind: str, inputs: Callable[[], dict[str, torch.Tensor]]) -> list[Claim]:
+        if kind not in written:
+            (folder / kind).mkdir()
+            rows = dict(zip(("labels", "ids", "logprobs"), make_rows(bench, vocabulary)))
+            written[kind] = Peers.of(rows | inputs(), folder / kind, against, bench.device, bench.rounds)
+            torch.cuda.empty_cache()  # theirs have to fit beside this process
+        return [written[kind].claim(pair)]
+
+    def states() -> dict[str, torch.Tensor]:
+        weight = random(vocabulary, bench.width, over=bench.width**0.5)
+        return {"hidden": random(bench.n_rows, bench.width), "weight": weight}
+
+    def logits() -> dict[str, torch.Tensor]:
+        return {"logits": random(bench.n_rows, vocabulary)}
+
+    written: dict[str, Peers] = {}
+    parts: dict[str, Part] = {}
+    for kind, pairs, inputs in (("linear", LINEAR, states), ("logits", LOGITS, logits)):
+        for pair in pairs:
+            parts[f"{pair.name}, against {pair.against}"] = partial(claim, pair, kind, inputs)
+    return parts
 
 
 def linear_claims(bench: Bench, vocabulary: int, masked: float) -> list[Claim]:
@@ -233,26 +253,30 @@ def main() -> int:
         missing = absent("loss kernels", "copy, GEMM and peers", "≤ 1.15", "no CUDA device here")
         return report("loss", [missing], chosen)
     bench = read_sizes(chosen)
+    torch.manual_seed(0)
     ceiling = copy_bytes_per_ms(bench)
     print(f"copy: {ceiling / 1e6:.0f} GB/s")
-    parts: dict[str, Callable[[], list[Claim]]] = {}
+    parts: dict[str, Part] = {}
     for vocabulary in bench.vocabularies:
         parts[f"logits kernel, V={vocabulary}"] = lambda v=vocabulary: logits_claims(bench, v, ceiling)
         for masked in (0.0, 0.3, 0.6):
             parts[f"linear form, V={vocabulary}, {masked:.0%} masked"] = lambda v=vocabulary, m=masked: linear_claims(
                 bench, v, m
             )
-    # The largest vocabulary is where a peer's way of saving memory shows.
-    parts["peers"] = lambda: contenders(bench, max(bench.vocabularies), chosen.against)
-    claims, failed = measured_parts(parts, chosen)
+    with tempfile.TemporaryDirectory() as folder:
+        # The largest vocabulary is where a peer's way of saving memory shows.
+        parts |= peer_parts(bench, max(bench.vocabularies), chosen.against, Path(folder))
+        claims, failed = measured_parts(parts, chosen)
     return max(report("loss", claims, chosen), failed)
 
 
-def measured_parts(parts: dict[str, Callable[[], list[Claim]]], chosen: argparse.Namespace) -> tuple[list[Claim], int]:
+def measured_parts(parts: dict[str, Part], chosen: argparse.Namespace) -> tuple[list[Claim], int]:
     """Return the claims of all parts and whether one failed; what there is so far is in the JSON after each of them."""
     claims: list[Claim] = []
     failed = 0
+    began = time.monotonic()
     for name, part in parts.items():
+        print(f"{time.monotonic() - began:.0f} s: {name}", flush=True)
         try:
             claims += part()
         except Exception as error:  # one part's mistake must not lose the others' figures on a machine lent for minutes

@@ -47,7 +47,6 @@ def _row(
         tl.store(LSE + row, 0.0)
         tl.store(CORRECT + row, False)
     else:
-        hard_weight = tl.load(HARD_WEIGHT + row)
         # An index outside the vocabulary must not read elsewhere, nor pass for absent: the row's loss becomes NaN.
         broken = (label < 0) | (label >= V)
         label = tl.where(broken, 0, label)
@@ -97,6 +96,8 @@ def _row(
         rate = inv_tau * LOG2E
         top, total, total_hard, total_z, n_z = scan_row(z_row, V, base, rate, cap, TAU, CAP, SUMS, BLOCK)
 
+        # Not before pass 1, whose registers it would take a part of.
+        hard_weight = tl.load(HARD_WEIGHT + row)
         # `tail` is the tail's own maximum, `top` from here on the row's.
         tail = top
         n_rest = V

@@ -6,9 +6,27 @@ import os
 from typing import Any
 
 import torch
+import triton
 from test_loss import run_ours
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+
+
+def _count_with_triton_3_6() -> None:
+    """Let Triton 3.6's interpreter make a number of an array of one element, which NumPy refuses it from 2.4 on."""
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch
+
+
+if DEVICE == "cpu" and triton.__version__.startswith("3.6."):
+    _count_with_triton_3_6()
 
 
 def there(*values: Any) -> list[Any]:

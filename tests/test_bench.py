@@ -16,9 +16,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from fusechat.bench import loss_peers
+from fusechat.bench import loss_contender, loss_peers
 from fusechat.bench.claims import Claim, Work, absent, at_least, at_most
 from fusechat.bench.compare import read_old, worse
+from fusechat.bench.loss_contender import kept_of
 from fusechat.bench.loss_peers import Contender, check_equal
 from fusechat.bench.machine import LEVELS, instruction_set, machine_name
 from fusechat.bench.peers import check_against, peer_python, peer_version
@@ -147,17 +148,31 @@ def test_a_peer_that_computes_something_else_is_told_by_what_differs(tmp_path: P
     values = {"loss": torch.tensor(2.0), "0": torch.tensor([1.0, -4.0])}
     torch.save(values, tmp_path / "ours.pt")
     torch.save(values | {"0": torch.tensor([1.0, -4.01])}, tmp_path / "theirs.pt")
-    check_equal(tmp_path / "ours.pt", tmp_path / "theirs.pt", 1e-2)
+    assert check_equal(tmp_path / "ours.pt", tmp_path / "theirs.pt", 1e-2) == pytest.approx(0.0025, rel=1e-2)
     with pytest.raises(RuntimeError, match=r"differ: gradient 0 by 0\.0025, not 0\.001"):
         check_equal(tmp_path / "ours.pt", tmp_path / "theirs.pt", 1e-3)
+
+
+def test_of_a_large_gradient_every_row_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a row that is wrong between those that are kept."""
+    gradient = torch.ones(20, 4)
+    assert torch.equal(kept_of(gradient)[""], gradient)
+    monkeypatch.setattr(loss_contender, "KEPT_ELEMENTS", 10)
+    kept = kept_of(gradient)
+    assert len(kept[""]) == 3  # each ninth
+    gradient[5] = 0
+    assert torch.equal(kept_of(gradient)[""], kept[""])
+    assert not torch.equal(kept_of(gradient)[" by rows"], kept[" by rows"])
 
 
 def test_a_peer_that_fails_is_quoted(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\necho 'no kernel for this device' >&2\nexit 1\n")
     python.chmod(0o755)
+    contender = Contender("cce", str(python), tmp_path, "cpu")
     with pytest.raises(RuntimeError, match="cce failed: no kernel for this device"):
-        Contender("cce", str(python), tmp_path, "cpu")
+        contender.wait()
+    contender.close()
 
 
 def test_peers_are_absent_or_need_a_gpu_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
