@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from fusechat.errors import ConfigError, FusechatError
+from fusechat.errors import ConfigError, FusechatError, first_line
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def ray_cluster(address: str) -> Iterator[Any]:
         try:
             ray.init(address=address, log_to_driver=False, include_dashboard=False)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ConfigError(f"no Ray cluster at {address}: {str(error).splitlines()[0]}") from error
+            raise ConfigError(f"no Ray cluster at {address}: {first_line(error)}") from error
     try:
         yield ray
     except ray.exceptions.RayError as error:
