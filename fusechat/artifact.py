@@ -23,6 +23,9 @@ from fusechat.errors import FormatError, FusechatError, MismatchError
 
 MANIFEST = "manifest.json"
 REQUEST = "request.json"
+PROVENANCE = "provenance.json"
+"""Beside a model's weights: what it was made from."""
+
 LOCK = "writing.lock"
 PARTIAL_SUFFIX = ".partial"
 _FULL_BYTES = 1 << 20

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fusechat.artifact import MANIFEST, REQUEST, Json, read_json
+from fusechat.artifact import MANIFEST, PROVENANCE, REQUEST, Json, read_json
 from fusechat.bytetable import ByteTable
 from fusechat.checkpoint import resolve_model
 from fusechat.errors import FormatError
@@ -31,7 +31,7 @@ def describe(path: Path) -> tuple[str, Json]:
         value = read_json(path)
         if isinstance(value, dict) and str(value.get("format", "")).startswith("fusechat."):
             return value["format"], value
-    for name in (MANIFEST, "provenance.json"):
+    for name in (MANIFEST, PROVENANCE):
         if (path / name).exists():
             manifest = read_json(path / name)
             return str(manifest.get("format", "unknown")), manifest

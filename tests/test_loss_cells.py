@@ -7,10 +7,12 @@ import torch
 from dense_loss import dense_loss, make_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_loss import FORMS, assert_elementwise, backend, run_ours  # noqa: F401
+from loss_checks import FORMS, assert_elementwise, run_ours
 
 from fusechat.errors import ConfigError
 from fusechat.loss import Cells, linear_sparse_soft_ce, sparse_soft_ce
+
+pytestmark = pytest.mark.usefixtures("loss_backend")
 
 
 def make_cells(seed: int, n_rows: int, vocabulary: int, n_entries: int) -> Cells:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from dense_loss import make_rows
-from test_loss import backend, run_ours  # noqa: F401
+from loss_checks import run_ours
+
+pytestmark = pytest.mark.usefixtures("loss_backend")
 
 RULED_OUT_FORMS = [
     {"missing": "tail", "label_smoothing": 0.1},

@@ -35,17 +35,6 @@ FAST: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def stores(tiny_world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The pivot's and the source's stores and the alignment of the two."""
-    folder = tmp_path_factory.mktemp("stores")
-    dialogues = load_dialogues(tiny_world.dialogues)
-    for name in ("pivot", "source"):
-        fusechat.extract(str(getattr(tiny_world, name)), dialogues, folder / name, top_k=5)
-    fusechat.align(folder / "pivot", folder / "source", folder / "aligned")
-    return folder
-
-
 def _weights(directory: Path) -> dict[str, torch.Tensor]:
     return load_file(directory / "model.safetensors")
 

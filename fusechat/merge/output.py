@@ -13,6 +13,7 @@ from fusechat import __version__
 from fusechat.artifact import (
     LOCK,
     PARTIAL_SUFFIX,
+    PROVENANCE,
     REQUEST,
     Json,
     differences,
@@ -26,7 +27,6 @@ from fusechat.errors import FusechatError, MismatchError
 from fusechat.merge.layout import Shard, index_json
 from fusechat.merge.native import _native
 
-PROVENANCE = "provenance.json"
 STATISTICS = "merge_stats.json"
 JOURNAL = "journal.jsonl"
 FORMAT = "fusechat.merge"
