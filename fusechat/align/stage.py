@@ -105,7 +105,8 @@ def align(
     )
     work = ShardWork(task)  # here in any case: what does not fit together is refused before a cluster is asked
     with writer, nullcontext() if ray is None else ray_cluster(ray) as cluster:
-        writer.begin()
+        if not writer.begin():
+            return read_manifest(writer.directory, ALIGNED_FORMAT)
         _make_missing(work, cluster, writer, progress)
         return _finish(writer, work)
 
