@@ -34,9 +34,10 @@ def alpaca(
     json_out: JsonOut = None,
 ) -> None:
     """AlpacaEval 2.0: a judge's preferences against the reference; run again, it goes on where it stopped."""
+    from fusechat.artifact import write_json
     from fusechat.commands.evaluate.names import output_names, require_among
     from fusechat.commands.progress import terminal_reporter
-    from fusechat.evaluate.alpaca import annotate, write_annotations
+    from fusechat.evaluate.alpaca import annotate
 
     judge = options.endpoint(
         judge_url,
@@ -56,7 +57,7 @@ def alpaca(
             replies = folder / "replies.jsonl"
             advance = reporter.stage(f"judge {name}", "preferences")
             annotations[name] = annotate(path, reference=reference, replies=replies, endpoint=judge, progress=advance)
-            write_annotations(folder / "annotations.json", annotations[name])
+            write_json(folder / "annotations.json", annotations[name])
             reporter.done(f"judge {name}", f"{len(annotations[name])} preferences in {folder}/annotations.json")
     _report(annotations, reference, gamed, against, confidence, json_out)
 
