@@ -13,7 +13,7 @@ from fusechat.bytetable import ByteTable
 from fusechat.checkpoint import resolve_model
 from fusechat.errors import FormatError
 from fusechat.layout import Layout
-from fusechat.store import ALIGNED_FORMAT, TOPK_FORMAT, Store, row_positions
+from fusechat.store import ALIGNED_FORMAT, TOPK_FORMAT, Store, open_topk, row_positions, topk_beside
 from fusechat.tokenizer import load_tokenizer
 
 _NO_LINE = (
@@ -68,10 +68,7 @@ def sample_rows(store: Store, dialogue: int | None = None, limit: int = 12) -> l
     if manifest["format"] == TOPK_FORMAT:
         table, tokens = _table(manifest["model"], manifest["vocab_size"]), record
     else:
-        recorded = Path(manifest["pivot_store"])
-        # Where the folder of a whole run was moved, it lies in it as before (fusechat/layout.py).
-        in_run = store.directory.resolve().parent.parent / "extract" / "pivot"
-        pivot = Store(in_run if in_run.exists() and not recorded.exists() else recorded, TOPK_FORMAT, verify=False)
+        pivot = open_topk(topk_beside(store.directory, manifest["pivot_store"], "pivot"), verify=False)
         table, tokens = _table(pivot.manifest["model"], pivot.manifest["vocab_size"]), pivot[chosen]
     input_ids = tokens["token.input_ids"]
     kinds = record.get("row.kind")

@@ -30,6 +30,11 @@ class Head:
     bias: torch.Tensor | None
     softcap: float | None
 
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the logits float32[R,V] of a few hidden states [R,D]."""
+        z = torch.nn.functional.linear(hidden, self.weight, self.bias).float()
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
 
 def load_model(
     directory: Path,
@@ -142,10 +147,7 @@ def check_head(model: Any, token_ids: npt.NDArray[np.int32]) -> None:
     input_ids = torch.from_numpy(token_ids[:32].astype(np.int64))[None].to(model.device)
     own = model(input_ids=input_ids, use_cache=False).logits[0].float()
     hidden = hidden_states(model, input_ids, torch.ones_like(input_ids))[0]
-    parts = head(model)
-    logits = torch.nn.functional.linear(hidden, parts.weight, parts.bias).float()
-    if parts.softcap is not None:
-        logits = parts.softcap * torch.tanh(logits / parts.softcap)
+    logits = head(model).logits(hidden)
     tolerance = 1e-3 if own.dtype == hidden.dtype else 5e-2
     atol = tolerance * (1.0 + own.nan_to_num().abs().max().item())
     if not torch.allclose(logits, own, rtol=tolerance, atol=atol, equal_nan=True):

@@ -30,14 +30,13 @@ def topk_logprob(
     *,
     bias: Tensor | None = None,
     softcap: float | None = None,
-    scale: float | None = None,
     budget_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return ids int32[N, k], logprobs float32[N, k], lse float32[N] and the labels' logprob float32[N].
 
     Equal to
 
-        logprob = log_softmax(softcap·tanh(scale·(hidden @ weight.T + bias) / softcap))
+        logprob = log_softmax(softcap·tanh((hidden @ weight.T + bias) / softcap))
         logprobs, ids = logprob.topk(k)
         label_logprob = logprob.gather(1, labels)
 
@@ -47,8 +46,7 @@ def topk_logprob(
 
     Args:
         hidden: float[N, D]. weight: float[V, D] of the same dtype. bias: float[V].
-        labels: int64[N]. softcap: as in Gemma 2. scale: what the model multiplies its logits with (Cohere,
-            Granite).
+        labels: int64[N]. softcap: as in Gemma 2.
         budget_bytes: the most memory to take for logits; unless given 512 MiB on a GPU, 8 MiB with the compiled
             engine, and 64 MiB elsewhere.
 
@@ -65,11 +63,11 @@ def topk_logprob(
     if labels is not None and labels.shape != (n_rows,):
         raise ConfigError(f"labels are {list(labels.shape)}, expected int64[{n_rows}]")
     backend = backend_for(hidden.device)
-    if scale is not None or hidden.dtype not in NATIVE_FORMATS:
+    if hidden.dtype not in NATIVE_FORMATS:
         if os.environ.get("FUSECHAT_LOSS") == backend != "torch":
             raise ConfigError(
-                f"FUSECHAT_LOSS is {backend}, whose top-k takes float32, bfloat16 or float16 and no scale; "
-                f"these hidden states are {hidden.dtype}, with scale {scale}: unset it"
+                f"FUSECHAT_LOSS is {backend}, whose top-k takes float32, bfloat16 or float16; these hidden "
+                f"states are {hidden.dtype}: unset it"
             )
         backend = "torch"
     if budget_bytes is None:
@@ -104,7 +102,7 @@ def topk_logprob(
                 ids[part], logprobs[part], lse[part], label_logprob[part] = found
         return ids, logprobs, lse, label_logprob
     with torch.no_grad():
-        for part, z in _chunks(hidden, weight, budget_bytes // row_bytes, bias, softcap, scale):
+        for part, z in _chunks(hidden, weight, budget_bytes // row_bytes, bias, softcap):
             top, index = _largest(z, k)
             z_label = None if labels is None else _at_label(z, labels[part])
             lse[part] = _logsumexp_of(z, top[:, :1])
@@ -182,7 +180,7 @@ def drawn_logprob(
     row_bytes = weight.shape[0] * (hidden.element_size() + 4 + 2 * 8)
     with torch.no_grad():
         step = max(1, _default_budget(hidden.device) // row_bytes)
-        for part, z in _chunks(hidden, weight, step, bias, softcap, None):
+        for part, z in _chunks(hidden, weight, step, bias, softcap):
             lse = torch.logsumexp(z, 1)
             cumulative = torch.exp(z - lse.unsqueeze(1)).double().cumsum(1)
             point = uniform[part] * cumulative[:, -1:]
@@ -196,14 +194,12 @@ def _default_budget(device: torch.device) -> int:
 
 
 def _chunks(
-    hidden: Tensor, weight: Tensor, step: int, bias: Tensor | None, softcap: float | None, scale: float | None
+    hidden: Tensor, weight: Tensor, step: int, bias: Tensor | None, softcap: float | None
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield the fp32 logits of `step` rows at a time."""
     for start in range(0, hidden.shape[0], step):
         part = slice(start, start + step)
         z = torch.nn.functional.linear(hidden[part], weight, bias).float()
-        if scale is not None:
-            z *= scale
         if softcap is not None:
             z = z.div_(softcap).tanh_().mul_(softcap)
         yield part, z

@@ -162,7 +162,7 @@ def accumulation_steps(config: TrainConfig) -> int:
 
 def loss_options(config: TrainConfig) -> dict[str, Any]:
     """Return the options of the loss; raises ConfigError for those that do not go together."""
-    names = ("divergence", "missing", "temperature", "student_temperature", "beta", "label_smoothing", "z_loss")
+    names = [field.name for field in fields(LossOptions) if field.name != "softcap"]  # that is the model's
     options = {name: getattr(config, name) for name in names}
     LossOptions(**options)
     return options
