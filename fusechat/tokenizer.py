@@ -1,4 +1,4 @@
-"""Loading a tokenizer faithfully."""
+"""A tokenizer as its own files have it: which they are, and loading it faithfully."""
 
 from __future__ import annotations
 
@@ -7,6 +7,16 @@ from typing import Any
 
 from fusechat.artifact import read_json
 from fusechat.errors import DataError, first_line
+
+_FILES = (
+    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.tiktoken",
+    "*.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+def tokenizer_files(directory: Path) -> list[Path]:
+    """Return the files that a model's tokenizer and its chat template are made of."""
+    return sorted({path for pattern in _FILES for path in directory.glob(pattern) if path.is_file()})
 
 
 def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:

@@ -10,16 +10,10 @@ from torch import Tensor
 
 from fusechat.errors import ConfigError
 from fusechat.loss.backend import NATIVE_FORMATS, backend_for, native_topk
+from fusechat.loss_chunks import TOPK_ENGINE_BUDGET_BYTES, TOPK_ENGINE_ROWS, TOPK_GPU_BUDGET_BYTES
 
 _DEFAULT_BUDGET_BYTES = 64 << 20
-# A chunk of R rows in bf16 reads the head once for R FLOPs a byte, and an H200 does 165 in the time of one: 64 MiB, 220
-# rows of a vocabulary of 152,000, would have it wait for the head.
-_GPU_BUDGET_BYTES = 512 << 20
 _BLOCK = 64
-# The compiled engine's rows and bytes of logits at a time. A product of few rows costs nearly as many reads of the head
-# as one of many, so it is the vocabulary that is cut.
-_ENGINE_ROWS = 256
-_ENGINE_BUDGET_BYTES = 8 << 20
 
 
 def topk_logprob(
@@ -71,7 +65,7 @@ def topk_logprob(
             )
         backend = "torch"
     if budget_bytes is None:
-        budget_bytes = _ENGINE_BUDGET_BYTES if backend == "native" else _default_budget(hidden.device)
+        budget_bytes = TOPK_ENGINE_BUDGET_BYTES if backend == "native" else _default_budget(hidden.device)
     # The product in the model's dtype, and torch's fp32 copy of it.
     row_bytes = vocabulary * (hidden.element_size() + (4 if backend == "torch" else 0))
     if budget_bytes < row_bytes:
@@ -85,10 +79,10 @@ def topk_logprob(
     label_logprob = torch.full((n_rows,), float("nan"), dtype=torch.float32, device=hidden.device)
     known = torch.full((n_rows,), -1, device=hidden.device) if labels is None else labels.long()
     if backend == "native":
-        columns = max(1, budget_bytes // (_ENGINE_ROWS * hidden.element_size()))
+        columns = max(1, budget_bytes // (TOPK_ENGINE_ROWS * hidden.element_size()))
         with torch.no_grad():
-            for start in range(0, n_rows, _ENGINE_ROWS):
-                part = slice(start, start + _ENGINE_ROWS)
+            for start in range(0, n_rows, TOPK_ENGINE_ROWS):
+                part = slice(start, start + TOPK_ENGINE_ROWS)
                 found = _rows_by_blocks(hidden[part], weight, k, known[part], bias, softcap or 0.0, columns)
                 ids[part], logprobs[part], lse[part], label_logprob[part] = found
         return ids, logprobs, lse, label_logprob
@@ -190,7 +184,7 @@ def drawn_logprob(
 
 
 def _default_budget(device: torch.device) -> int:
-    return _GPU_BUDGET_BYTES if device.type == "cuda" else _DEFAULT_BUDGET_BYTES
+    return TOPK_GPU_BUDGET_BYTES if device.type == "cuda" else _DEFAULT_BUDGET_BYTES
 
 
 def _chunks(
