@@ -7,13 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
+from fusechat.commands.evaluate import comparison_options as comparing
 from fusechat.commands.evaluate import endpoint_options as options
 from fusechat.commands.json_out import JsonOut, tell
 
 Reference = Annotated[Path, typer.Option(help="the reference's model_outputs.json", show_default=False)]
 Gamed = Annotated[Path | None, typer.Option(help="df_gamed.csv; without it no length control")]
-Against = Annotated[str | None, typer.Option(help="the model compared with; the first unless given")]
-Confidence = Annotated[float, typer.Option(help="of the intervals", min=0.5, max=0.999)]
 
 
 def alpaca(
@@ -29,8 +28,8 @@ def alpaca(
     retries: options.Retries = 5,
     api_key_env: options.ApiKeyEnv = options.KEY_NAME,
     request_field: options.RequestFields = None,
-    against: Against = None,
-    confidence: Confidence = 0.95,
+    against: comparing.Against = None,
+    confidence: comparing.Confidence = 0.95,
     json_out: JsonOut = None,
 ) -> None:
     """AlpacaEval 2.0: a judge's preferences against the reference; run again, it goes on where it stopped."""
@@ -66,8 +65,8 @@ def winrates(
     annotations: Annotated[list[Path], typer.Argument(help="alpaca_eval annotation files", show_default=False)],
     reference: Reference,
     gamed: Gamed = None,
-    against: Against = None,
-    confidence: Confidence = 0.95,
+    against: comparing.Against = None,
+    confidence: comparing.Confidence = 0.95,
     json_out: JsonOut = None,
 ) -> None:
     """Win rates of annotations that are there already, alpaca_eval's own files among them."""
