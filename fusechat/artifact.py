@@ -23,6 +23,9 @@ from fusechat.errors import FormatError, FusechatError, MismatchError
 
 MANIFEST = "manifest.json"
 REQUEST = "request.json"
+PROVENANCE = "provenance.json"
+"""Beside a model's weights: what it was made from."""
+
 LOCK = "writing.lock"
 PARTIAL_SUFFIX = ".partial"
 _FULL_BYTES = 1 << 20
@@ -149,6 +152,7 @@ class ShardedWriter:
         self._lock: int | None = None
         if directory.exists() and not directory.is_dir():
             raise FormatError(f"{directory} exists and is not a directory")
+        self._seen = self._state()
         if directory.is_dir() and any(directory.iterdir()):
             self._resume()
 
@@ -182,14 +186,33 @@ class ShardedWriter:
             if file.exists() and sha256_file(file) == shard["sha256"]:
                 self.done[shard["file"]] = shard
 
-    def begin(self) -> None:
-        """Take the directory: state the request, and keep every other process out until `finish` or `close`."""
+    def _state(self) -> dict[str, int]:
+        """Return the notes in the directory with the times of their writing: what another process has done shows."""
+        found = {}
+        for path in self.directory.glob("*.json"):
+            with contextlib.suppress(FileNotFoundError):  # gone since it was listed
+                found[path.name] = path.stat().st_mtime_ns
+        return found
+
+    def begin(self) -> bool:
+        """Take the directory: state the request, and keep every other process out until `finish` or `close`.
+
+        Takes nothing and returns False where another process has finished the same artefact since this writer looked;
+        raises MismatchError where it is another one.
+        """
         if self._lock is not None:
-            return
+            return True
         self.directory.mkdir(parents=True, exist_ok=True)
         self._lock = lock_directory(self.directory)
+        if self._state() != self._seen:
+            self.done, self.empty = {}, {}
+            self._resume()
+            if self.complete:
+                self.close()
+                return False
         if not (self.directory / REQUEST).exists():
             write_json(self.directory / REQUEST, self.request)
+        return True
 
     def close(self) -> None:
         """Give the directory free for another process; one in which nothing was made yet goes away."""
@@ -248,7 +271,9 @@ def write_shard(directory: Path, name: str, write: Any, **facts: Any) -> Json:
 
 
 def lock_directory(directory: Path) -> int:
-    """Lock a directory for writing and return the lock's descriptor; raises FusechatError when another process has it.
+    """Lock a directory for writing and return the lock's descriptor.
+
+    Raises FusechatError when another process has it, or its file system has no locks.
 
     A killed process's lock is gone with it; only its file stays, and is taken over.
     """
@@ -259,6 +284,10 @@ def lock_directory(directory: Path) -> int:
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(fd)
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise FusechatError(
+                    f"{directory} cannot be locked ({error.strerror}): choose a place on another file system"
+                ) from error
             raise FusechatError(
                 f"{directory} is being written by another run: wait for it, or choose another place"
             ) from error
@@ -304,7 +333,7 @@ def full_disk_is_named(directory: Path) -> Iterator[None]:
     except FusechatError:
         raise
     except Exception as error:
-        if shutil.disk_usage(directory).free < _FULL_BYTES:
+        if shutil.disk_usage(nearest_there(directory)).free < _FULL_BYTES:
             raise FusechatError(
                 f"the disk under {directory} is full: free space and run the same command again, it resumes"
             ) from error
@@ -328,7 +357,7 @@ def _was_cut_off(error: BaseException | None) -> bool:
     return False
 
 
-def _there(path: Path) -> Path:
+def nearest_there(path: Path) -> Path:
     """Return the nearest of a path and the folders around it that is there."""
     path = path.absolute()
     return next(place for place in (path, *path.parents) if place.exists())
@@ -336,7 +365,7 @@ def _there(path: Path) -> Path:
 
 def require_writable(path: Path) -> None:
     """Raise FusechatError when a file or folder that is, or is to be, at `path` could not be written; makes nothing."""
-    place = _there(path)
+    place = nearest_there(path)
     if place != path.absolute() and not place.is_dir():
         raise FusechatError(f"{path} cannot be made, for {place} is a file: choose another place")
     if not os.access(place, os.W_OK):
@@ -345,7 +374,7 @@ def require_writable(path: Path) -> None:
 
 def require_free_bytes(directory: Path, needed_bytes: int) -> None:
     """Raise FusechatError when the disk under `directory` has less than `needed_bytes` free."""
-    free_bytes = shutil.disk_usage(_there(directory)).free
+    free_bytes = shutil.disk_usage(nearest_there(directory)).free
     if free_bytes < needed_bytes:
         raise FusechatError(
             f"{directory} needs {needed_bytes / 1e6:,.1f} MB, {free_bytes / 1e6:,.1f} MB are free: "

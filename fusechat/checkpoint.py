@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusechat.artifact import Json, read_json, sha256_file, sha256_json
-from fusechat.errors import DataError, FormatError
+from fusechat.errors import DataError, FormatError, first_line
 
 if TYPE_CHECKING:  # headers alone, which is all a merge reads in Python, need no NumPy
     import numpy.typing as npt
@@ -282,5 +282,6 @@ def resolve_model(model: str, *, weights: bool = True) -> Path:
         wanted = [*_SMALL_FILES, *["*.safetensors"] * weights]
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except (OSError, ValueError, RuntimeError, HFValidationError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"model {model} is neither a directory nor a hub id that can be had ({reason})") from error
+        raise DataError(
+            f"model {model} is neither a directory nor a hub id that can be had ({first_line(error)})"
+        ) from error

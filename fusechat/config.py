@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from fusechat.checkpoint import hub_id
 from fusechat.config_values import Section, merged, overridden, resolve_paths, validated
 from fusechat.errors import ConfigError
+from fusechat.layout import MULTI, SFT
 from fusechat.recipe import is_recipe, recipe_path
 from fusechat.train_config import TrainConfig
 from fusechat.yaml_file import read_yaml
@@ -209,7 +210,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _sources_are_told_apart(self) -> RunConfig:
         names = [source_name(source) for source in self.sources]
-        for name in {"pivot", "sft", "merged", "multi"} & set(names):
+        for name in {"pivot", SFT, "merged", MULTI} & set(names):
             raise ValueError(f"a source may not be named {name!r}")
         for name in names:
             if names.count(name) > 1:

@@ -41,6 +41,11 @@ class Interrupted(Stopped):
     exit_code = 130
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what another library's error says; the error's kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return the end of an error line about a name that is not known: the known one it resembles, or all of them."""
     import difflib  # a millisecond, where something is wrong anyway

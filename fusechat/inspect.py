@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from fusechat.artifact import MANIFEST, REQUEST, Json, read_json
+from fusechat.artifact import MANIFEST, PROVENANCE, REQUEST, Json, read_json
 from fusechat.bytetable import ByteTable
 from fusechat.checkpoint import resolve_model
 from fusechat.errors import FormatError
 from fusechat.layout import Layout
-from fusechat.store import ALIGNED_FORMAT, TOPK_FORMAT, Store, row_positions
+from fusechat.readable import decoded, readable
+from fusechat.store import ALIGNED_FORMAT, TOPK_FORMAT, Store, open_topk, row_positions, topk_beside
 from fusechat.tokenizer import load_tokenizer
 
 _NO_LINE = (
@@ -31,7 +32,7 @@ def describe(path: Path) -> tuple[str, Json]:
         value = read_json(path)
         if isinstance(value, dict) and str(value.get("format", "")).startswith("fusechat."):
             return value["format"], value
-    for name in (MANIFEST, "provenance.json"):
+    for name in (MANIFEST, PROVENANCE):
         if (path / name).exists():
             manifest = read_json(path / name)
             return str(manifest.get("format", "unknown")), manifest
@@ -49,12 +50,6 @@ def describe(path: Path) -> tuple[str, Json]:
     raise FormatError(f"{path} is not an artefact of fusechat: expected a store, a target, a merge, a model or results")
 
 
-def readable(token: bytes) -> str:
-    """Show a token's bytes as text, with anything unprintable escaped."""
-    text = token.decode("utf-8", errors="backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def sample_rows(store: Store, dialogue: int | None = None, limit: int = 12) -> list[list[str]]:
     """Return up to `limit` rows of one dialogue as text: position, last token, gold token, kind, best ids with p.
 
@@ -68,10 +63,7 @@ def sample_rows(store: Store, dialogue: int | None = None, limit: int = 12) -> l
     if manifest["format"] == TOPK_FORMAT:
         table, tokens = _table(manifest["model"], manifest["vocab_size"]), record
     else:
-        recorded = Path(manifest["pivot_store"])
-        # Where the folder of a whole run was moved, it lies in it as before (fusechat/layout.py).
-        in_run = store.directory.resolve().parent.parent / "extract" / "pivot"
-        pivot = Store(in_run if in_run.exists() and not recorded.exists() else recorded, TOPK_FORMAT, verify=False)
+        pivot = open_topk(topk_beside(store.directory, manifest["pivot_store"], "pivot"), verify=False)
         table, tokens = _table(pivot.manifest["model"], pivot.manifest["vocab_size"]), pivot[chosen]
     input_ids = tokens["token.input_ids"]
     kinds = record.get("row.kind")
@@ -79,19 +71,21 @@ def sample_rows(store: Store, dialogue: int | None = None, limit: int = 12) -> l
     for r, t in enumerate(row_positions(tokens["token.loss_mask"])[:limit].tolist()):
         logprobs = record["row.logprobs"][r].astype(np.float32)
         best = [k for k in np.argsort(-logprobs)[:4].tolist() if np.isfinite(logprobs[k])]
-        top = "  ".join(
-            f"{readable(table.token(int(record['row.ids'][r][k])))!r} {np.exp(logprobs[k]):.2f}" for k in best
-        )
+        top = "  ".join(f"{_shown(table, int(record['row.ids'][r][k]))!r} {np.exp(logprobs[k]):.2f}" for k in best)
         lines.append(
             [
                 str(t),
-                repr(readable(table.token(int(input_ids[t])))),
-                repr(readable(table.token(int(input_ids[t + 1])))),
+                repr(_shown(table, int(input_ids[t]))),
+                repr(_shown(table, int(input_ids[t + 1]))),
                 _kind_name(int(kinds[r])) if kinds is not None else "",
                 top,
             ]
         )
     return lines
+
+
+def _shown(table: ByteTable, token_id: int) -> str:
+    return readable(decoded(table.token(token_id)))
 
 
 def _table(model: str, vocab_size: int) -> ByteTable:

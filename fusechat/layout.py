@@ -5,6 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+SFT = "sft"
+"""The target that is the control."""
+MULTI = "multi"
+"""The one target of `train.mode: multi`."""
+TRAINING_LOG = "training.jsonl"
+"""In a target's folder: a line for every so many steps."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:

@@ -83,7 +83,7 @@ class Ledger(Reporter):
     def _write(self, line: Json) -> None:
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.write("\n" * _is_cut(self.path) + json.dumps(line, ensure_ascii=False) + "\n")
         except OSError as error:
             reason = error.strerror or str(error)
             raise FusechatError(
@@ -92,14 +92,19 @@ class Ledger(Reporter):
 
 
 def read_ledger(path: Path) -> list[Json]:
-    """Return the lines of a ledger, oldest first; a last line that a kill cut short is left out."""
+    """Return the lines of a ledger, oldest first; one that a kill or a full disk cut short is left out."""
     if not path.exists():
         return []
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
+    for line in path.read_bytes().split(b"\n"):
+        with contextlib.suppress(ValueError):  # cut within a character, too
             lines.append(json.loads(line))
     return lines
+
+
+def _is_cut(path: Path) -> bool:
+    """Return whether a file's last line has no end: the next one would be lost with it."""
+    return path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
 
 
 def environment() -> Json:

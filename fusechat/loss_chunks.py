@@ -1,10 +1,16 @@
-"""How many rows of logits the linear loss holds at a time: numbers without torch, for the loss and for the plan."""
+"""How much of the logits the linear loss and the top-k hold at a time: numbers without torch, for them and the plan."""
 
 from __future__ import annotations
 
 from fusechat.errors import ConfigError
 
 _LEAST_DEFAULT_BYTES = 256 << 20
+# A chunk of R rows in bf16 reads the head once for R FLOPs a byte, and an H200 does 165 in the time of one: 64 MiB, 220
+# rows of a vocabulary of 152,000, would have it wait for the head.
+TOPK_GPU_BUDGET_BYTES = 512 << 20
+# The compiled engine's rows and bytes of logits at a time. A product of few rows costs nearly as many reads of the head
+# as one of many, so it is the vocabulary that is cut.
+TOPK_ENGINE_ROWS, TOPK_ENGINE_BUDGET_BYTES = 256, 8 << 20
 # Rows begin at multiples of it, whatever the vocabulary: the kernel's 128-bit loads and cuBLAS's fast products need it.
 _ROW_ELEMENTS = 16
 

@@ -15,9 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fusechat.errors import DataError, FormatError
+from fusechat.errors import ConfigError, DataError, FormatError, first_line, nearest
 
 log = logging.getLogger(__name__)
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +30,11 @@ class Head:
     bias: torch.Tensor | None
     softcap: float | None
 
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the logits float32[R,V] of a few hidden states [R,D]."""
+        z = torch.nn.functional.linear(hidden, self.weight, self.bias).float()
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
 
 def load_model(
     directory: Path,
@@ -37,7 +44,8 @@ def load_model(
     device_map: str | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
-    """Load a directory's causal language model in evaluation mode; raises DataError or FormatError in one line.
+    """Load a directory's causal language model in evaluation mode; raises DataError or FormatError in one line, and
+    ConfigError for an unknown dtype.
 
     `device: auto` is a CUDA device where there is one, else the CPU. `device_map` is accelerate's placement over
     several devices instead; the head's weights must then be on one of them, not offloaded. `trust_remote_code` runs
@@ -47,6 +55,8 @@ def load_model(
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
+    if dtype not in _DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not known{nearest(dtype, _DTYPES)}")
     disable_progress_bar()  # loading has no business between our own bars
     if not (directory / "config.json").exists():
         raise DataError(f"{directory} has no config.json: it is not a model directory")
@@ -66,9 +76,7 @@ def load_model(
     except SafetensorError as error:
         raise FormatError(f"the weights of {directory} are truncated or foreign: {error}") from error
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise DataError(
-            f"{directory} does not load as a causal language model: {str(error).splitlines()[0]}"
-        ) from error
+        raise DataError(f"{directory} does not load as a causal language model: {first_line(error)}") from error
     if device_map is not None:
         if head(model).weight.is_meta:
             raise DataError(f"device_map {device_map} offloads the head of {directory}: give it more memory")
@@ -78,7 +86,7 @@ def load_model(
     try:
         return model.to(device).eval()
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise DataError(f"{directory} does not go to device {device}: {str(error).splitlines()[0]}") from error
+        raise DataError(f"{directory} does not go to device {device}: {first_line(error)}") from error
 
 
 def unwrapped(model: Any) -> Any:
@@ -139,10 +147,7 @@ def check_head(model: Any, token_ids: npt.NDArray[np.int32]) -> None:
     input_ids = torch.from_numpy(token_ids[:32].astype(np.int64))[None].to(model.device)
     own = model(input_ids=input_ids, use_cache=False).logits[0].float()
     hidden = hidden_states(model, input_ids, torch.ones_like(input_ids))[0]
-    parts = head(model)
-    logits = torch.nn.functional.linear(hidden, parts.weight, parts.bias).float()
-    if parts.softcap is not None:
-        logits = parts.softcap * torch.tanh(logits / parts.softcap)
+    logits = head(model).logits(hidden)
     tolerance = 1e-3 if own.dtype == hidden.dtype else 5e-2
     atol = tolerance * (1.0 + own.nan_to_num().abs().max().item())
     if not torch.allclose(logits, own, rtol=tolerance, atol=atol, equal_nan=True):

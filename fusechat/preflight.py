@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fusechat.artifact import MANIFEST, PARTIAL_SUFFIX, require_free_bytes, require_writable
+from fusechat.artifact import MANIFEST, PARTIAL_SUFFIX, PROVENANCE, require_free_bytes, require_writable
 from fusechat.checkpoint import open_checkpoint, resolve_model
 from fusechat.config import ExtractConfig, RunConfig
 from fusechat.errors import ConfigError, FusechatError
@@ -28,7 +28,6 @@ def preflight(config: RunConfig, layout: Layout, split: Split, targets: Sequence
     from fusechat.align.stage import chosen_rules
     from fusechat.evaluate.bpb import category_groups
     from fusechat.extract.settings import models_with_settings
-    from fusechat.train import PROVENANCE
 
     chosen_rules(**config.align.model_dump())
     category_groups(np.arange(len(split.held_out)), [dialogue.category for dialogue in split.held_out])

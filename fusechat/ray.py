@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from fusechat.errors import ConfigError, FusechatError
+from fusechat.errors import ConfigError, FusechatError, first_line
+
+_ANSWER_S = 10.0
 
 
 @contextmanager
@@ -23,10 +26,11 @@ def ray_cluster(address: str) -> Iterator[Any]:
         raise ConfigError("--ray needs Ray: pip install 'fusechat[ray]'") from error
     started = not ray.is_initialized()
     if started:
+        _require_answer(address)
         try:
             ray.init(address=address, log_to_driver=False, include_dashboard=False)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ConfigError(f"no Ray cluster at {address}: {str(error).splitlines()[0]}") from error
+            raise ConfigError(f"no Ray cluster at {address}: {first_line(error)}") from error
     try:
         yield ray
     except ray.exceptions.RayError as error:
@@ -34,6 +38,19 @@ def ray_cluster(address: str) -> Iterator[Any]:
     finally:
         if started:
             ray.shutdown()
+
+
+def _require_answer(address: str) -> None:
+    """Raise ConfigError where nothing listens at a HOST:PORT: Ray itself would try for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"no Ray cluster at {address}: {first_line(error)}; start it, or correct the address"
+        ) from error
 
 
 def _ours(error: BaseException) -> FusechatError:

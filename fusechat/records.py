@@ -31,6 +31,11 @@ class Dialogue:
     plain: bool = False
     goes_on: bool = False
 
+    @property
+    def answer_bytes(self) -> int:
+        """The UTF-8 bytes of what the assistant says."""
+        return sum(len(message.content.encode()) for message in self.messages if message.role == "assistant")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Encoded:

@@ -23,7 +23,7 @@ from fusechat.callable_module import make_callable
 from fusechat.config import RunConfig, load_config, source_name
 from fusechat.dialogue import dataset_fingerprint
 from fusechat.errors import FormatError, MismatchError
-from fusechat.layout import Layout
+from fusechat.layout import MULTI, SFT, Layout
 from fusechat.ledger import Ledger
 from fusechat.preflight import make_folders, preflight
 from fusechat.processes import rank, wait_until
@@ -40,8 +40,6 @@ make_callable(__name__)
 
 RESULTS_FORMAT = "fusechat.results"
 CATEGORIES_FORMAT = "fusechat.categories"
-SFT = "sft"
-MULTI = "multi"
 
 
 def run(config: RunConfig | Path | str, overrides: Sequence[str] = (), *, reporter: Reporter | None = None) -> Json:

@@ -41,6 +41,11 @@ Array = npt.NDArray[Any]
 Axis = Literal["dialogue", "token", "row"]
 
 
+def shard_name(number: int) -> str:
+    """Return the file name of a store's shard."""
+    return f"shard-{number:05d}.safetensors"
+
+
 def id_dtype(vocab_size: int) -> np.dtype[Any]:
     """Return the dtype token ids are stored in: uint16 if the vocabulary has at most 65,536 entries, else int32."""
     return np.dtype(np.uint16 if vocab_size <= MAX_UINT16_VOCAB else np.int32)
@@ -246,6 +251,13 @@ def same_vocabulary(one: Path, other: Path) -> bool:
     """Return whether two TopKStores have byte-identical vocabularies; raises FormatError when one is not complete."""
     tables = [store_manifest(directory, TOPK_FORMAT).get("tokenizer_sha256") for directory in (one, other)]
     return tables[0] is not None and tables[0] == tables[1]
+
+
+def topk_beside(aligned: Path, recorded: str, name: str) -> Path:
+    """Return a TopKStore that an AlignedStore was made from: where that was, or, where the folder of a whole run was
+    moved, where it lies in it as before (fusechat/layout.py)."""
+    there, in_run = Path(recorded), aligned.resolve().parent.parent / "extract" / name
+    return in_run if in_run.exists() and not there.exists() else there
 
 
 def open_topk(directory: Path, *, verify: bool = True) -> Store:

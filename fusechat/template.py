@@ -11,7 +11,7 @@ import jinja2
 
 from fusechat.artifact import sha256_bytes
 from fusechat.checkpoint import resolve_model
-from fusechat.errors import DataError
+from fusechat.errors import DataError, first_line
 from fusechat.records import Message
 from fusechat.tokenizer import load_tokenizer
 
@@ -44,7 +44,7 @@ def load_template(tokenizer: Any, spec: str = OWN) -> Template:
     """Return the template named by `spec`: "own", "plain", a .jinja file, or a tokenizer's folder or hub id.
 
     Another model's template writes this tokenizer's own BOS and EOS. A tokenizer without a template gets one for
-    running text only. Raises DataError when the template is missing or is not valid Jinja.
+    running text only. Raises DataError when the template is missing, no UTF-8 or not valid Jinja.
     """
     if spec == PLAIN:
         return Template(name=PLAIN, jinja=None)
@@ -55,7 +55,10 @@ def load_template(tokenizer: Any, spec: str = OWN) -> Template:
         path = Path(spec)
         if not path.is_file():
             raise DataError(f"template {spec} does not exist: give a .jinja file, a tokenizer's folder, own or plain")
-        return _checked(Template(name=spec, jinja=path.read_text(encoding="utf-8")), tokenizer)
+        try:
+            return _checked(Template(name=spec, jinja=path.read_text(encoding="utf-8")), tokenizer)
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"template {spec} cannot be read: {first_line(error)}") from error
     jinja = _template_of(load_tokenizer(resolve_model(spec, weights=False)))
     if jinja is None:
         raise DataError(f"the tokenizer of {spec} has no chat template: name one that has, or a .jinja file")
@@ -82,8 +85,7 @@ def _checked(template: Template, tokenizer: Any) -> Template:
     except jinja2.TemplateSyntaxError as error:
         raise DataError(f"template {template.name} line {error.lineno} is not valid Jinja: {error.message}") from error
     except Exception:
-        # A template may well refuse this one dialogue (no system turn, say); each real one is asked in its turn.
-        return template
+        pass  # a template may well refuse this one dialogue (no system turn, say); each real one is asked in its turn
     return template
 
 
@@ -119,5 +121,4 @@ def render(
     try:
         return _render(template, tokenizer, messages, add_generation_prompt=add_generation_prompt)
     except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RenderError(f"the template refuses it: {reason}") from error
+        raise RenderError(f"the template refuses it: {first_line(error)}") from error

@@ -1,4 +1,4 @@
-"""Loading a tokenizer faithfully."""
+"""A tokenizer as its own files have it: which they are, and loading it faithfully."""
 
 from __future__ import annotations
 
@@ -6,7 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from fusechat.artifact import read_json
-from fusechat.errors import DataError
+from fusechat.errors import DataError, first_line
+
+_FILES = (
+    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.tiktoken",
+    "*.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+def tokenizer_files(directory: Path) -> list[Path]:
+    """Return the files that a model's tokenizer and its chat template are made of."""
+    return sorted({path for pattern in _FILES for path in directory.glob(pattern) if path.is_file()})
 
 
 def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
@@ -31,7 +41,7 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
                 f"the tokenizer of {directory} is Python of its own without a tokenizer.json: make one where you trust "
                 f"that code, with python -c \"import transformers as t; {load}.save_pretrained('{directory}')\""
             ) from error
-        raise DataError(f"{directory} has no tokenizer that loads: {str(error).splitlines()[0]}") from error
+        raise DataError(f"{directory} has no tokenizer that loads: {first_line(error)}") from error
     if not tokenizer.is_fast:
         raise DataError(f"the tokenizer of {directory} has no fast form (tokenizer.json): convert it with transformers")
     return tokenizer

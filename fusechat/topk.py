@@ -10,16 +10,10 @@ from torch import Tensor
 
 from fusechat.errors import ConfigError
 from fusechat.loss.backend import NATIVE_FORMATS, backend_for, native_topk
+from fusechat.loss_chunks import TOPK_ENGINE_BUDGET_BYTES, TOPK_ENGINE_ROWS, TOPK_GPU_BUDGET_BYTES
 
 _DEFAULT_BUDGET_BYTES = 64 << 20
-# A chunk of R rows in bf16 reads the head once for R FLOPs a byte, and an H200 does 165 in the time of one: 64 MiB, 220
-# rows of a vocabulary of 152,000, would have it wait for the head.
-_GPU_BUDGET_BYTES = 512 << 20
 _BLOCK = 64
-# The compiled engine's rows and bytes of logits at a time. A product of few rows costs nearly as many reads of the head
-# as one of many, so it is the vocabulary that is cut.
-_ENGINE_ROWS = 256
-_ENGINE_BUDGET_BYTES = 8 << 20
 
 
 def topk_logprob(
@@ -30,14 +24,13 @@ def topk_logprob(
     *,
     bias: Tensor | None = None,
     softcap: float | None = None,
-    scale: float | None = None,
     budget_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return ids int32[N, k], logprobs float32[N, k], lse float32[N] and the labels' logprob float32[N].
 
     Equal to
 
-        logprob = log_softmax(softcap·tanh(scale·(hidden @ weight.T + bias) / softcap))
+        logprob = log_softmax(softcap·tanh((hidden @ weight.T + bias) / softcap))
         logprobs, ids = logprob.topk(k)
         label_logprob = logprob.gather(1, labels)
 
@@ -47,8 +40,7 @@ def topk_logprob(
 
     Args:
         hidden: float[N, D]. weight: float[V, D] of the same dtype. bias: float[V].
-        labels: int64[N]. softcap: as in Gemma 2. scale: what the model multiplies its logits with (Cohere,
-            Granite).
+        labels: int64[N]. softcap: as in Gemma 2.
         budget_bytes: the most memory to take for logits; unless given 512 MiB on a GPU, 8 MiB with the compiled
             engine, and 64 MiB elsewhere.
 
@@ -65,15 +57,15 @@ def topk_logprob(
     if labels is not None and labels.shape != (n_rows,):
         raise ConfigError(f"labels are {list(labels.shape)}, expected int64[{n_rows}]")
     backend = backend_for(hidden.device)
-    if scale is not None or hidden.dtype not in NATIVE_FORMATS:
+    if hidden.dtype not in NATIVE_FORMATS:
         if os.environ.get("FUSECHAT_LOSS") == backend != "torch":
             raise ConfigError(
-                f"FUSECHAT_LOSS is {backend}, whose top-k takes float32, bfloat16 or float16 and no scale; "
-                f"these hidden states are {hidden.dtype}, with scale {scale}: unset it"
+                f"FUSECHAT_LOSS is {backend}, whose top-k takes float32, bfloat16 or float16; these hidden "
+                f"states are {hidden.dtype}: unset it"
             )
         backend = "torch"
     if budget_bytes is None:
-        budget_bytes = _ENGINE_BUDGET_BYTES if backend == "native" else _default_budget(hidden.device)
+        budget_bytes = TOPK_ENGINE_BUDGET_BYTES if backend == "native" else _default_budget(hidden.device)
     # The product in the model's dtype, and torch's fp32 copy of it.
     row_bytes = vocabulary * (hidden.element_size() + (4 if backend == "torch" else 0))
     if budget_bytes < row_bytes:
@@ -87,10 +79,10 @@ def topk_logprob(
     label_logprob = torch.full((n_rows,), float("nan"), dtype=torch.float32, device=hidden.device)
     known = torch.full((n_rows,), -1, device=hidden.device) if labels is None else labels.long()
     if backend == "native":
-        columns = max(1, budget_bytes // (_ENGINE_ROWS * hidden.element_size()))
+        columns = max(1, budget_bytes // (TOPK_ENGINE_ROWS * hidden.element_size()))
         with torch.no_grad():
-            for start in range(0, n_rows, _ENGINE_ROWS):
-                part = slice(start, start + _ENGINE_ROWS)
+            for start in range(0, n_rows, TOPK_ENGINE_ROWS):
+                part = slice(start, start + TOPK_ENGINE_ROWS)
                 found = _rows_by_blocks(hidden[part], weight, k, known[part], bias, softcap or 0.0, columns)
                 ids[part], logprobs[part], lse[part], label_logprob[part] = found
         return ids, logprobs, lse, label_logprob
@@ -104,7 +96,7 @@ def topk_logprob(
                 ids[part], logprobs[part], lse[part], label_logprob[part] = found
         return ids, logprobs, lse, label_logprob
     with torch.no_grad():
-        for part, z in _chunks(hidden, weight, budget_bytes // row_bytes, bias, softcap, scale):
+        for part, z in _chunks(hidden, weight, budget_bytes // row_bytes, bias, softcap):
             top, index = _largest(z, k)
             z_label = None if labels is None else _at_label(z, labels[part])
             lse[part] = _logsumexp_of(z, top[:, :1])
@@ -182,7 +174,7 @@ def drawn_logprob(
     row_bytes = weight.shape[0] * (hidden.element_size() + 4 + 2 * 8)
     with torch.no_grad():
         step = max(1, _default_budget(hidden.device) // row_bytes)
-        for part, z in _chunks(hidden, weight, step, bias, softcap, None):
+        for part, z in _chunks(hidden, weight, step, bias, softcap):
             lse = torch.logsumexp(z, 1)
             cumulative = torch.exp(z - lse.unsqueeze(1)).double().cumsum(1)
             point = uniform[part] * cumulative[:, -1:]
@@ -192,18 +184,16 @@ def drawn_logprob(
 
 
 def _default_budget(device: torch.device) -> int:
-    return _GPU_BUDGET_BYTES if device.type == "cuda" else _DEFAULT_BUDGET_BYTES
+    return TOPK_GPU_BUDGET_BYTES if device.type == "cuda" else _DEFAULT_BUDGET_BYTES
 
 
 def _chunks(
-    hidden: Tensor, weight: Tensor, step: int, bias: Tensor | None, softcap: float | None, scale: float | None
+    hidden: Tensor, weight: Tensor, step: int, bias: Tensor | None, softcap: float | None
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield the fp32 logits of `step` rows at a time."""
     for start in range(0, hidden.shape[0], step):
         part = slice(start, start + step)
         z = torch.nn.functional.linear(hidden[part], weight, bias).float()
-        if scale is not None:
-            z *= scale
         if softcap is not None:
             z = z.div_(softcap).tanh_().mul_(softcap)
         yield part, z

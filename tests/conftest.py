@@ -47,6 +47,15 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return str(request.param)
 
 
+@pytest.fixture(params=["native", "torch"])
+def loss_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run a test on the compiled engine's loss (when built) and on torch's own form."""
+    if request.param == "native":
+        pytest.importorskip("fusechat._native", reason="the compiled engine is not built")
+    monkeypatch.setenv("FUSECHAT_LOSS", request.param)
+    return str(request.param)
+
+
 @pytest.fixture
 def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Put GPUs of these names, or none, where nvidia-smi is looked for."""
@@ -139,6 +148,16 @@ def _save(folder: Path, tokenizer: Any, template: str, eos: str) -> Any:
     fast.chat_template = template
     fast.save_pretrained(folder)
     return fast
+
+
+@pytest.fixture(scope="session")
+def stores(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The stores of the tiny world: `pivot`, `source`, and `aligned`."""
+    from train_world import make_stores
+
+    from fusechat.dialogue import load_dialogues
+
+    return make_stores(tiny_world, load_dialogues(tiny_world.dialogues), tmp_path_factory.mktemp("stores"))
 
 
 @pytest.fixture(scope="session")

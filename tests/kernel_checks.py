@@ -8,9 +8,14 @@ from dense_loss import dense_loss, make_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_device import DEVICE, run_there, there
-from test_loss import FORMS, assert_elementwise, rising_rows
-from test_loss_cells import make_cells
-from test_loss_ruled_out import RULED_OUT_FORMS, assert_like_a_smaller_vocabulary
+from loss_checks import (
+    FORMS,
+    RULED_OUT_FORMS,
+    assert_elementwise,
+    assert_like_a_smaller_vocabulary,
+    make_cells,
+    rising_rows,
+)
 
 from fusechat import kernels
 from fusechat.errors import ConfigError

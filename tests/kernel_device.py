@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import triton
-from test_loss import run_ours
+from loss_checks import run_ours
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 

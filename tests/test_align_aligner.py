@@ -12,8 +12,7 @@ import pytest
 from aligned_rows import Side
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_align_remap import slow_remap
-from test_align_rows import as_tuples, slow_match
+from slow_alignment import as_tuples, slow_match, slow_remap
 
 from fusechat.align import RowKind
 from fusechat.align.aligner import Aligner

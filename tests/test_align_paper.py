@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slow_alignment import levenshtein
 
 from fusechat.align import distribute, vocab_map
 from fusechat.align.paper import ONE_HOT, branches
@@ -63,15 +64,6 @@ def test_distribute_keeps_the_first_of_colliding_candidates_and_marks_one_hot_ro
     assert np.exp(got.logprobs.astype(float)) == pytest.approx(
         np.array([[0.5, 0.1, 0], [1, 0, 0], [0.3, 0.1, 0]]), abs=1e-3
     )
-
-
-def levenshtein(a: str, b: str) -> int:
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        diagonal, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
-    return row[-1]
 
 
 PAIRS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 8)), max_size=60)

@@ -11,11 +11,12 @@ import pytest
 from aligned_rows import views
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slow_alignment import slow_remap
 
 from fusechat.align import RowKind
 from fusechat.align.rows import Choices, Matches, Remapped, RowView, match_rows, remap_rows
 from fusechat.align.vocabulary import VocabMap, stack_maps
-from fusechat.bytetable import ByteTable, Role
+from fusechat.bytetable import ByteTable
 from fusechat.store import Block, make_block
 
 
@@ -38,70 +39,6 @@ def one_target(target: np.ndarray) -> VocabMap:
         weight=np.ones(shape, np.float32),
         quality=np.ones(shape[:2], np.uint8),
     )
-
-
-def slow_remap(
-    matches: Matches, pivot: RowView, source: RowView, index: Any, maps: VocabMap, choices: Choices
-) -> tuple[list[dict[int, float]], list[float], np.ndarray, np.ndarray]:
-    """Every row as {pivot id: probability}, the gold's log-probability, and the mass counted."""
-    rows, golds = [], []
-    mass, lost = np.zeros((4, 3)), np.zeros(len(source.table))
-    ids, logprobs = source.block["row.ids"], source.block["row.logprobs"].astype(np.float64)
-    source_golds = source.block["row.gold_logprob"].astype(np.float64)
-    for r, kind in enumerate(matches.kind.tolist()):
-        gold = int(pivot.gold[r])
-        if kind == RowKind.NONE:
-            rows.append({gold: 1.0} if choices.unaligned == "gold" else {})
-            golds.append(math.nan)
-            continue
-        s, n, rest = (int(x[r]) for x in (matches.source_row, matches.chain, matches.rest_bytes))
-        row: dict[int, float] = {}
-        chain = 0.0
-        if kind == RowKind.FINER:
-            tail = pivot.table.token(gold)[len(pivot.table.token(gold)) - rest :]
-            chain = sum(source_golds[s : s + n - (rest > 0)])
-            if rest:
-                last = s + n - 1
-                p = math.exp(source_golds[last])
-                for token, logprob in zip(ids[last].tolist(), logprobs[last]):
-                    if token != source.gold[last] and source.table.token(token).startswith(tail):
-                        p += math.exp(logprob)
-                chain += math.log(p)
-            chain = min(chain, 0.0)
-            if choices.granularity != "first":
-                rows.append({gold: 1.0 if choices.granularity == "gold" else math.exp(chain)})
-                golds.append(chain)
-                continue
-        on_gold = math.exp(source_golds[s])
-        for token, logprob in zip(ids[s].tolist(), logprobs[s]):
-            if logprob == -math.inf:
-                continue
-            p = math.exp(logprob)
-            shares = [
-                (int(to), p * float(w))
-                for to, w in zip(maps.target[index[r], token], maps.weight[index[r], token])
-                if to >= 0
-            ]
-            if maps.target.shape[2] == 1:
-                shares = [(to, p) for to, _ in shares]
-            how = int(maps.quality[index[r], token])
-            is_gold = kind != RowKind.FINER and token == source.gold[s]
-            if is_gold or (pivot.at_end[r] and source.table.roles[token] in (Role.EOS, Role.TURN)):
-                shares, how = [(gold, p)], 1
-            if not shares:
-                mass[kind, 0] += p
-                lost[token] += p
-                continue
-            mass[kind, how] += p
-            for to, share in shares:
-                on_gold += share if to == gold and not is_gold else 0
-                if to not in row or choices.collisions == "sum":
-                    row[to] = row.get(to, 0.0) + share
-        rows.append(row)
-        golds.append(
-            {RowKind.SAME: source_golds[s], RowKind.COARSER: min(math.log(on_gold), 0), RowKind.FINER: chain}[kind]
-        )
-    return rows, golds, mass, lost
 
 
 CHOICES = [

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from aligned_rows import rows_of, views
+from aligned_rows import views
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slow_alignment import as_tuples, slow_match
 
 from fusechat.align import RowKind
-from fusechat.align.rows import Matches, RowView, match_rows
+from fusechat.align.rows import RowView, match_rows
 from fusechat.bytetable import ByteTable, token_byte_ends
 from fusechat.demo.tokenizers import KINDS
 from fusechat.encode import encode_all
@@ -19,48 +20,6 @@ from fusechat.errors import FormatError
 from fusechat.records import Dialogue, Message
 from fusechat.store import Block, make_block
 from fusechat.template import load_template
-
-
-def slow_match(pivot: RowView, source: RowView, partner: np.ndarray) -> list[tuple[int, int, int, int]]:
-    """For every pivot row (kind, source row, chain, rest), by searching all source rows of its dialogue."""
-    found = []
-    for d, s in enumerate(partner.tolist()):
-        source_rows = rows_of(source, s) if s >= 0 else []
-        first = int(source.block.offsets["row"][s]) if s >= 0 else 0
-        taken: set[int] = set()
-        for row in rows_of(pivot, d):
-            hit = next(
-                (
-                    i
-                    for i, r in enumerate(source_rows)
-                    if i not in taken and r["key"] == row["key"] and r["what"] == row["what"]
-                ),
-                None,
-            )
-            if hit is None:
-                found.append((RowKind.NONE, -1, 0, 0))
-                continue
-            taken.add(hit)
-            end = source_rows[hit]["end"]
-            if row["what"] != "wide" or end >= row["end"]:
-                kind = RowKind.COARSER if end > row["end"] and row["what"] == "wide" else RowKind.SAME
-                found.append((kind, first + hit, 1, 0))
-                continue
-            last = hit
-            while last < len(source_rows) and source_rows[last]["end"] < row["end"]:
-                last += 1
-            turn = row["key"][0]
-            if last == len(source_rows) or source_rows[last]["key"][0] != turn:
-                found.append((RowKind.NONE, -1, 0, 0))
-                continue
-            beyond = source_rows[last]["end"] > row["end"]
-            rest = row["end"] - source_rows[last]["key"][1] if beyond else 0
-            found.append((RowKind.FINER, first + hit, last - hit + 1, rest))
-    return found
-
-
-def as_tuples(m: Matches) -> list[tuple[int, int, int, int]]:
-    return list(zip(m.kind.tolist(), m.source_row.tolist(), m.chain.tolist(), m.rest_bytes.tolist()))
 
 
 @settings(deadline=None, max_examples=150)

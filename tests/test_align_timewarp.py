@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from slow_alignment import levenshtein
 
 from fusechat.align import dtw
 from fusechat.align.backend import engine
@@ -17,15 +18,6 @@ pytestmark = pytest.mark.usefixtures("backend")
 
 # The backend is the same for all examples of one test.
 FIXTURE_IS_CONSTANT = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-def levenshtein(a: str, b: str) -> int:
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        diagonal, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
-    return row[-1]
 
 
 @cache

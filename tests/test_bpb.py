@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
-from fusechat.errors import DataError
-from fusechat.evaluate.bpb import Scores, common_dialogues, paired_differences, results_table
+from fusechat.dialogue import load_dialogues
+from fusechat.errors import ConfigError, DataError
+from fusechat.evaluate.bpb import Scores, common_dialogues, paired_differences, results_table, score_dialogues
 from fusechat.records import Dialogue
 
 
@@ -69,3 +72,11 @@ def test_differences_of_one_model_to_others_are_those_of_resampled_dialogues() -
         assert found[name]["p_holm"] >= found[name]["p"]
     assert found["a"]["difference"][2] < 0
     assert found["a"]["p_holm"] == pytest.approx(2 * found["a"]["p"])
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "nn"])
+def test_an_unknown_dtype_is_one_line(dtype: str, tiny_world: Any) -> None:
+    """Catches a traceback from torch, which has other things of such names, too: the option takes any word."""
+    dialogues = load_dialogues(tiny_world.dialogues)
+    with pytest.raises(ConfigError, match=f"dtype '{dtype}' is not known"):
+        score_dialogues(str(tiny_world.pivot), dialogues, dtype=dtype)

@@ -67,6 +67,21 @@ def test_a_stage_found_done_leaves_no_line_and_a_killed_one_its_beginning(tmp_pa
     assert read_ledger(tmp_path / "absent.jsonl") == []
 
 
+@pytest.mark.parametrize("cut", ['{"event": "begin", "stage": "e', '{"stage": "é'], ids=["text", "character"])
+def test_what_a_kill_cut_short_takes_no_other_line_with_it(cut: str, tmp_path: Path) -> None:
+    """Catches a line that is written behind the half of another, and a report that cannot read half a character."""
+    path = tmp_path / "stages.jsonl"
+    path.write_bytes(cut.encode()[:-1] if cut.endswith("é") else cut.encode())
+    assert read_ledger(path) == []
+    ledger = Ledger(Reporter(), path)
+    ledger.stage("align", "rows")(1, 1)
+    ledger.done("align", "1 × no\u2028template")
+    assert [(line["event"], line.get("note")) for line in read_ledger(path)] == [
+        ("begin", None),
+        ("end", "1 × no\u2028template"),
+    ]
+
+
 def test_a_full_disk_is_one_line() -> None:
     """Catches a traceback from the run's own notes."""
     ledger = Ledger(Reporter(), Path("/dev/full"))

@@ -7,33 +7,12 @@ import torch
 from dense_loss import dense_loss, make_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_loss import FORMS, assert_elementwise, backend, run_ours  # noqa: F401
+from loss_checks import FORMS, assert_elementwise, make_cells, run_ours
 
 from fusechat.errors import ConfigError
 from fusechat.loss import Cells, linear_sparse_soft_ce, sparse_soft_ce
 
-
-def make_cells(seed: int, n_rows: int, vocabulary: int, n_entries: int) -> Cells:
-    """Return ranges as prefixes make them, two disjoint or one inside the other; some entries stay single ids."""
-    rng = torch.Generator().manual_seed(seed)
-    order = torch.randperm(vocabulary, generator=rng).int()
-    low = torch.zeros(n_rows, n_entries, dtype=torch.int32)
-    high = torch.zeros_like(low)
-    for row in range(n_rows):
-        known = [(0, vocabulary)]
-        for k in range(n_entries):
-            if torch.rand((), generator=rng) < 0.4:
-                continue
-            outer = known[int(torch.randint(len(known), (), generator=rng))]
-            if outer[1] - outer[0] < 1 or (torch.rand((), generator=rng) < 0.2 and outer != known[0]):
-                low[row, k], high[row, k] = outer  # the same range twice
-                continue
-            inner = sorted(torch.randint(outer[0], outer[1] + 1, (2,), generator=rng).tolist())
-            if all(inner[1] <= a or inner[0] >= b or (a <= inner[0] and inner[1] <= b) or
-                   (inner[0] <= a and b <= inner[1]) for a, b in known):  # fmt: skip
-                known.append((inner[0], inner[1]))
-                low[row, k], high[row, k] = inner
-    return Cells(order, low, high)
+pytestmark = pytest.mark.usefixtures("loss_backend")
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)

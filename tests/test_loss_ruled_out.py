@@ -3,39 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from dense_loss import make_rows
-from test_loss import backend, run_ours  # noqa: F401
+from loss_checks import RULED_OUT_FORMS, assert_like_a_smaller_vocabulary, run_ours
 
-RULED_OUT_FORMS = [
-    {"missing": "tail", "label_smoothing": 0.1},
-    {"missing": "uniform", "student_temperature": 2.0},
-    {"missing": "uniform", "label_smoothing": 0.2, "divergence": "kl", "temperature": 2.0},
-]
-
-
-def widened_by_ruled_out(rows):
-    """Return rows [N, V] in a vocabulary of 7 tokens more, whose logits are −∞, and where the old tokens went."""
-    logits, labels, ids, logprobs = rows
-    n_rows, vocabulary = logits.shape
-    kept = torch.randperm(vocabulary + 7, generator=torch.Generator().manual_seed(0))[:vocabulary].sort().values
-    wide = torch.full((n_rows, vocabulary + 7), -float("inf"))
-    wide[:, kept] = logits
-    labels = torch.where(labels >= 0, kept[labels.clamp(min=0)], labels)
-    return (wide, labels, torch.where(ids >= 0, kept[ids.clamp(min=0)], ids), logprobs), kept
-
-
-def assert_like_a_smaller_vocabulary(run, form):
-    """Compare `run` on rows with tokens of −∞ to the same rows without those tokens."""
-    common = {"hard_weight": 0.4, "partition": torch.arange(8) % 4 == 0, **form}
-    rows = make_rows(19, 8, 3000, 4)
-    expected, small = run(*rows, **common)
-    rows, kept = widened_by_ruled_out(rows)
-    out, gradient = run(*rows, **common)
-    for value, exact in zip(out, expected):
-        torch.testing.assert_close(value, exact, rtol=2e-6, atol=2e-6)
-    torch.testing.assert_close(gradient[:, kept], small, rtol=2e-5, atol=1e-8)
-    assert gradient.count_nonzero() == gradient[:, kept].count_nonzero()
+pytestmark = pytest.mark.usefixtures("loss_backend")
 
 
 @pytest.mark.parametrize("form", RULED_OUT_FORMS, ids=str)

@@ -9,7 +9,7 @@ import socket
 import pytest
 import torch
 from dense_loss import dense_loss, make_rows
-from test_loss import FORMS, assert_elementwise
+from loss_checks import FORMS, assert_elementwise
 
 from fusechat.errors import ConfigError
 from fusechat.loss import sparse_soft_ce, tensor_parallel

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from fusechat.cli import app
 from fusechat.errors import ConfigError, MismatchError
 from fusechat.profile.native import Function, by_room, parse_report
-from fusechat.profile.report import what_it_did
+from fusechat.profile.report import stage_report, what_it_did
 from fusechat.profile.summary import OUTSIDE, summarise, table
 from fusechat.profile.trace import Operator, memory_timeline, read_operators
 
@@ -255,3 +255,18 @@ def test_occupancy_counts_registers_warps_and_shared_memory() -> None:
     assert occupancy(use(128), 8, 90) == 0.25
     assert occupancy(use(255), 32, 90) == 0.0, "such a program cannot start"
     assert (parse_arch("sm_90a"), parse_arch("80"), parse_arch("gfx942")) == (90, 80, "gfx942")
+
+
+def test_a_recipe_stands_in_the_current_folder_as_for_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches targets of an earlier run looked for beside the installed package."""
+    found: list[str] = []
+
+    def profile_torch(stage: str, settings: Any, *_: Any) -> None:
+        found.append(settings.out)
+        raise ConfigError("seen")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fusechat.profile.report.profile_torch", profile_torch)
+    with pytest.raises(ConfigError, match="seen"):
+        stage_report("extract", "recipe:stories", [], tmp_path / "profile", 4, Console())
+    assert found == [str(tmp_path / "runs" / "stories")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -49,6 +50,18 @@ def test_a_worker_that_fits_no_machine_is_refused(
         room_for(cluster(*machines), **share, mend="lower it")
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "127.0.0.1:99999"])
+def test_an_address_that_does_not_answer_is_told_at_once(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    """Catches minutes of waiting for a cluster that is not there."""
+    with socket.socket() as taken:  # bound and not listening: nobody else can have the port meanwhile
+        taken.bind(("127.0.0.1", 0))
+        address = address.format(taken.getsockname()[1])
+        stub = SimpleNamespace(is_initialized=lambda: False, init=lambda **_: pytest.fail("Ray was asked"))
+        monkeypatch.setitem(sys.modules, "ray", stub)
+        with pytest.raises(ConfigError, match=f"no Ray cluster at {address}: .*start it"), ray_cluster(address):
+            pass
+
+
 @pytest.mark.parametrize("address", ["local", "auto", "ray://head:10001"])
 def test_the_cluster_is_the_one_that_was_named(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
     """Catches `local` read as no address at all: Ray then joins RAY_ADDRESS, or a cluster that happens to run here."""
@@ -60,6 +73,7 @@ def test_the_cluster_is_the_one_that_was_named(monkeypatch: pytest.MonkeyPatch, 
         exceptions=SimpleNamespace(RayError=RuntimeError),
     )
     monkeypatch.setitem(sys.modules, "ray", stub)
+    monkeypatch.setattr("socket.create_connection", lambda *_, **__: socket.socket())
     with ray_cluster(address) as ray:
         assert ray is stub
     assert asked == [address]

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from run_world import write_run
 from typer.testing import CliRunner
 
 from fusechat.cli import app
@@ -69,25 +70,6 @@ run(config)
 """
 
 
-def _config(world: Any, out: Path) -> Path:
-    values = {
-        "pivot": str(world.pivot),
-        "sources": [str(world.source)],
-        "data": {"train": str(world.dialogues), "held_out_fraction": 0.25},
-        "out": str(out),
-        "seed": 3,
-        "extract": {"top_k": 4, "shard_dialogues": 4, "max_length_tokens": 200},
-        "train": {
-            "epochs": 2, "batch_size": 6, "micro_batch_size": 3, "learning_rate": 1e-3, "save_steps": 2,
-            "hard_weight": 0.5,
-        },
-        "eval": {"bootstrap_samples": 100},
-    }  # fmt: skip
-    path = out.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(values))
-    return path
-
-
 def _checksums(out: Path) -> dict[str, str]:
     """Everything a run leaves that carries a result; manifests name absolute paths, so they are compared by value."""
     sums = {}
@@ -102,7 +84,7 @@ def _checksums(out: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def finished(tiny_world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run") / "whole"
-    run(_config(tiny_world, out))
+    run(write_run(tiny_world, out))
     return out
 
 
@@ -130,7 +112,7 @@ def test_the_merged_model_loads_and_training_moved_it(finished: Path, tiny_world
 
 def test_a_killed_run_resumes_to_identical_bytes(finished: Path, tiny_world: Any, tmp_path: Path) -> None:
     out = tmp_path / "killed"
-    config = _config(tiny_world, out)
+    config = write_run(tiny_world, out)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     for stage in ("extract", "align", "train", "merge"):
         done = subprocess.run(
@@ -148,13 +130,13 @@ def test_a_killed_run_resumes_to_identical_bytes(finished: Path, tiny_world: Any
 
 def test_a_second_run_does_nothing_over(finished: Path, tiny_world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.suffix in (".safetensors", ".json")}
-    results = run(_config(tiny_world, finished))
+    results = run(write_run(tiny_world, finished))
     assert {p: p.stat().st_mtime_ns for p in before} == before
     assert results["groups"]
 
 
 def test_changed_inputs_are_refused_naming_both_sides(finished: Path, tiny_world: Any) -> None:
-    config = _config(tiny_world, finished)
+    config = write_run(tiny_world, finished)
     before = (finished / "config.yaml").read_bytes()
     with pytest.raises(MismatchError, match="top_k: 4 there, 5 here"):
         run(config, ["extract.top_k=5"])
@@ -172,7 +154,7 @@ def test_settings_are_noted_before_a_target_trains_by_them(
 ) -> None:
     """Catches a report of a run under way with the settings of the last one, and a refusal after hours of training."""
     out = shutil.copytree(finished, tmp_path / "whole")
-    config = _config(tiny_world, out)
+    config = write_run(tiny_world, out)
 
     def noted() -> Any:
         return yaml.safe_load((out / "config.yaml").read_text())["train"]["hard_weight"]
@@ -201,9 +183,9 @@ def test_settings_are_noted_before_a_target_trains_by_them(
 
 
 def test_settings_that_change_no_result_are_noted_when_all_stages_accept_them(finished: Path, tiny_world: Any) -> None:
-    results = run(_config(tiny_world, finished), ["extract.batch_tokens=4096"])
+    results = run(write_run(tiny_world, finished), ["extract.batch_tokens=4096"])
     assert yaml.safe_load((finished / "config.yaml").read_text())["extract"]["batch_tokens"] == 4096
-    assert run(_config(tiny_world, finished)) == results
+    assert run(write_run(tiny_world, finished)) == results
 
 
 def test_scores_are_kept_and_a_source_that_cannot_be_scored_is_named(
@@ -230,7 +212,7 @@ def test_scores_are_kept_and_a_source_that_cannot_be_scored_is_named(
         return score_dialogues(model, dialogues, **options)
 
     monkeypatch.setattr("fusechat.evaluate.run_scores.score_dialogues", score)
-    config = load_config(_config(tiny_world, out), ["extract.device=cpu"])
+    config = load_config(write_run(tiny_world, out), ["extract.device=cpu"])
     for fault in list(faults):
         with pytest.raises(type(fault)):
             run(config)
@@ -257,7 +239,7 @@ def test_scores_are_kept_and_a_source_that_cannot_be_scored_is_named(
 
 def test_a_source_is_scored_as_it_was_extracted(tiny_world: Any, tmp_path: Path) -> None:
     """Catches a source that is scored on another device, in another dtype, or as weights that nobody extracted."""
-    config = load_config(_config(tiny_world, tmp_path / "x"), [
+    config = load_config(write_run(tiny_world, tmp_path / "x"), [
         "extract.device=cpu",
         "sources=[{model: a, extract: {dtype: bfloat16, batch_tokens: 77, device: 'cuda:1', max_length_tokens: 9}},"
         "{model: b, extract: {backend: vllm, tensor_parallel_size: 2}},"
@@ -286,14 +268,14 @@ def test_runs_may_share_their_stores(finished: Path, tiny_world: Any, tmp_path: 
     stores = [path for kind in ("extract", "align") for path in (finished / kind).rglob("*")]
     before = {path: path.stat().st_mtime_ns for path in stores}
     out = tmp_path / "short"
-    run(_config(tiny_world, out), [f"stores={finished}", "train.max_steps=1"])
+    run(write_run(tiny_world, out), [f"stores={finished}", "train.max_steps=1"])
     assert {path.name for path in out.iterdir()}.isdisjoint({"extract", "align"})
     stores = [path for kind in ("extract", "align") for path in (finished / kind).rglob("*")]
     assert {path: path.stat().st_mtime_ns for path in stores} == before
     report = json.loads((out / "report.json").read_text())
     assert report["sources"]["by_source"].keys() == report["alignment"]["by_source"].keys() == {"source"}
     with pytest.raises(MismatchError, match="top_k: 4 there, 5 here"):
-        run(_config(tiny_world, tmp_path / "other"), [f"stores={finished}", "extract.top_k=5"])
+        run(write_run(tiny_world, tmp_path / "other"), [f"stores={finished}", "extract.top_k=5"])
 
 
 def test_every_model_is_scored_in_the_template_it_was_fused_in(tiny_world: Any, tmp_path: Path) -> None:
@@ -309,7 +291,7 @@ def test_every_model_is_scored_in_the_template_it_was_fused_in(tiny_world: Any, 
         f"extract.template={jinja}", f"sources=[{{model: {plain}, extract: {{template: pivot}}}}]",
         "merge.sweep=[{merge_method: linear, parameters: {weight: 1.0}}]", "train.max_steps=1",
     ]  # fmt: skip
-    config = load_config(_config(tiny_world, out), overrides)
+    config = load_config(write_run(tiny_world, out), overrides)
     results = run(config)
     split = load_split(config)
 
@@ -348,9 +330,9 @@ def test_a_second_run_of_the_same_folder_waits_for_the_first(finished: Path, tin
     assert first.stdout is not None
     first.stdout.readline()
     with pytest.raises(FusechatError, match="is being written by another run: wait for it"):
-        run(_config(tiny_world, out))
+        run(write_run(tiny_world, out))
     first.communicate()
-    assert run(_config(tiny_world, out))
+    assert run(write_run(tiny_world, out))
     assert not (out / "writing.lock").exists()
 
 

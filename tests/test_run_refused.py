@@ -9,14 +9,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_run import _config
+from run_world import write_run
 
 from fusechat.errors import ConfigError, DataError, FusechatError
 from fusechat.run import run
 
 
 def test_a_missing_model_or_file_is_named_before_anything_is_written(tiny_world: Any, tmp_path: Path) -> None:
-    config = _config(tiny_world, tmp_path / "x")
+    config = write_run(tiny_world, tmp_path / "x")
     with pytest.raises(DataError, match="does not exist"):
         run(config, ["data.train=./nothing.jsonl"])
     with pytest.raises(DataError, match=r"model .*nowhere.* does not exist"):
@@ -49,7 +49,7 @@ def test_what_a_stage_would_refuse_is_refused_before_the_first(
     monkeypatch.setitem(sys.modules, "vllm", None)
     monkeypatch.setitem(sys.modules, "peft", None)
     monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
-    config = _config(tiny_world, tmp_path / "x")
+    config = write_run(tiny_world, tmp_path / "x")
     for overrides, message in (
         (["align.tokens=dtw"], "set align.granularity: first"),
         (["train.divergence=reverse_kl", "train.missing=renormalise"], "reverse_kl is infinite"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -98,6 +99,32 @@ def test_another_request_is_refused_naming_both_values(tmp_path: Path) -> None:
     (tmp_path / "foreign" / "thesis.tex").write_text("precious")
     with pytest.raises(MismatchError, match="not ours"):
         ShardedWriter(tmp_path / "foreign", REQUEST)
+
+
+def test_what_another_process_made_since_the_first_look_is_kept(tmp_path: Path) -> None:
+    """Catches a second process, which loaded its model meanwhile, that writes over a store made from other inputs."""
+    same, other = ShardedWriter(tmp_path / "s", REQUEST), ShardedWriter(tmp_path / "s", REQUEST | {"top_k": 4})
+    _write_store(tmp_path / "s", _some()[:4], 2, finish=False).close()
+    half = ShardedWriter(tmp_path / "s", REQUEST)
+    assert same.begin()
+    assert len(same.done) == 2
+    same.finish()
+    made = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "s").iterdir()}
+    assert not half.begin()
+    with pytest.raises(MismatchError, match="top_k: 3 there, 4 here"), other:
+        other.begin()
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "s").iterdir()} == made
+
+
+def test_a_file_system_without_locks_is_no_other_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a wait for a run that there is not, where a network's file system has no locks."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.lockf", refuse)
+    with pytest.raises(FusechatError, match=r"cannot be locked \(No locks available\): choose a place on another"):
+        ShardedWriter(tmp_path / "s", REQUEST).begin()
 
 
 @pytest.mark.parametrize(

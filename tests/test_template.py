@@ -172,10 +172,24 @@ def test_broken_and_missing_templates_are_errors_with_the_mend(tmp_path: Path) -
         load_template(tokenizer(), str(broken))
     with pytest.raises(DataError, match="does not exist"):
         load_template(tokenizer(), str(tmp_path / "none.jinja"))
+    broken.write_bytes("{{ 'é' }}".encode("latin-1"))
+    with pytest.raises(DataError, match=r"broken\.jinja cannot be read: 'utf-8' codec"):
+        load_template(tokenizer(), str(broken))
     with pytest.raises(DataError, match="no tokenizer that loads"):
         load_template(tokenizer(), str(tmp_path))
     with pytest.raises(DataError, match="plain has no chat template, and the dialogues have turns: set `template`"):
         render_dialogue(load_template(tokenizer(), "plain"), tokenizer(), chat("q", "a"))
+
+
+def test_a_library_that_says_nothing_is_named_by_its_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an IndexError in the place of the one line: the tokenizers package raises what it likes."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", fail)
+    with pytest.raises(DataError, match="no tokenizer that loads: NotImplementedError"):
+        load_template(tokenizer(), str(tmp_path))
 
 
 def test_templates_come_from_the_tokenizer_a_file_or_another_tokenizer(tmp_path: Path) -> None:

@@ -35,17 +35,6 @@ FAST: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def stores(tiny_world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The pivot's and the source's stores and the alignment of the two."""
-    folder = tmp_path_factory.mktemp("stores")
-    dialogues = load_dialogues(tiny_world.dialogues)
-    for name in ("pivot", "source"):
-        fusechat.extract(str(getattr(tiny_world, name)), dialogues, folder / name, top_k=5)
-    fusechat.align(folder / "pivot", folder / "source", folder / "aligned")
-    return folder
-
-
 def _weights(directory: Path) -> dict[str, torch.Tensor]:
     return load_file(directory / "model.safetensors")
 
@@ -195,16 +184,21 @@ def test_adapters_on_quantised_weights_are_merged_into_the_whole_ones(
     assert moved == {"q_proj", "v_proj"}
 
 
-def test_a_target_keeps_its_pivots_dtype(tiny_world: Any, stores: Path, tmp_path: Path) -> None:
+def test_a_target_keeps_its_pivots_dtype_and_tokenizer(tiny_world: Any, stores: Path, tmp_path: Path) -> None:
+    """Catches files that a merge takes over and a target has lost, and a folder among them that ends a training."""
     half = load_model(tiny_world.pivot).to(torch.bfloat16)
     half.save_pretrained(tmp_path / "pivot")
     for file in (*tiny_world.pivot.glob("token*"), *tiny_world.pivot.glob("*.jinja")):
         (tmp_path / "pivot" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "pivot" / "base.tiktoken").write_text("YQ== 0")
+    (tmp_path / "pivot" / "tokenizer").mkdir()
     fusechat.extract(str(tmp_path / "pivot"), load_dialogues(tiny_world.dialogues), tmp_path / "store", top_k=5)
     config = TrainConfig(**FAST, dtype="bfloat16")
     fusechat.train(str(tmp_path / "pivot"), tmp_path / "store", None, tmp_path / "t", config)
     assert {w.dtype for w in _weights(tmp_path / "t").values()} == {torch.bfloat16}
     assert AutoConfig.from_pretrained(tmp_path / "t").dtype == torch.bfloat16
+    assert (tmp_path / "t" / "base.tiktoken").read_text() == "YQ== 0"
+    assert (tmp_path / "t" / "tokenizer.json").read_bytes() == (tiny_world.pivot / "tokenizer.json").read_bytes()
 
 
 def test_a_diverging_run_stops_and_leaves_no_target(tiny_world: Any, stores: Path, tmp_path: Path) -> None:

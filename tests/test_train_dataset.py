@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fusechat.align import RowKind
+from fusechat.align.cells import CellRows
 from fusechat.artifact import ShardedWriter, sha256_file
 from fusechat.loss import mix_candidates
 from fusechat.store import ALIGNED_FORMAT, TOPK_FORMAT, TOPK_VERSION, make_block, open_topk, write_block
@@ -18,7 +19,7 @@ from fusechat.train.collate import collate
 from fusechat.train.dataset import Example, FusionDataset
 from fusechat.train.select import Selection
 from fusechat.train.source import open_source
-from fusechat.train.targets import CellRows, Targets, mixed, picked
+from fusechat.train.targets import Targets, mixed, picked
 
 K = 2
 INF = np.inf

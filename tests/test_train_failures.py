@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from train_world import FAST, train_target
 from transformers import TrainingArguments
 
 import fusechat
@@ -29,23 +30,6 @@ from fusechat.train import fit
 from fusechat.train_config import parse_train
 
 ROOT = Path(__file__).resolve().parents[1]
-FAST = ["max_steps=6", "batch_size=6", "micro_batch_size=3", "learning_rate=1e-3", "warmup_ratio=0", "save_steps=2"]
-
-
-@pytest.fixture(scope="module")
-def stores(tiny_world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("stores")
-    dialogues = load_dialogues(tiny_world.dialogues)
-    for name in ("pivot", "source"):
-        fusechat.extract(str(getattr(tiny_world, name)), dialogues, folder / name, top_k=5)
-    fusechat.align(folder / "pivot", folder / "source", folder / "aligned")
-    return folder
-
-
-def _train(world: Any, stores: Path, out: Path, *settings: str, **options: Any) -> Any:
-    return fusechat.train(
-        str(world.pivot), stores / "pivot", stores / "aligned", out, parse_train([*FAST, *settings]), **options
-    )
 
 
 def _checksum(target: Path) -> dict[str, Any]:
@@ -53,9 +37,10 @@ def _checksum(target: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_world: Any, stores: Path) -> Path:
-    _train(tiny_world, stores, stores / "whole")
-    return stores / "whole"
+def whole(tiny_world: Any, stores: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "t"
+    train_target(tiny_world, stores, out)
+    return out
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -79,10 +64,10 @@ def test_a_signal_saves_and_the_same_call_goes_on(
 
     before = [signal.getsignal(one) for one in SIGNALS]
     with pytest.raises(kind, match=f"stopped by {number.name} after step 3 of 6, saved"):
-        _train(tiny_world, stores, tmp_path / "t", progress=strike)
+        train_target(tiny_world, stores, tmp_path / "t", progress=strike)
     assert [signal.getsignal(one) for one in SIGNALS] == before
     assert not (tmp_path / "t").exists()
-    _train(tiny_world, stores, tmp_path / "t")
+    train_target(tiny_world, stores, tmp_path / "t")
     assert _checksum(tmp_path / "t") == _checksum(whole)
 
 
@@ -98,9 +83,9 @@ def test_a_second_process_does_not_train_in_the_same_place(tiny_world: Any, stor
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
         with pytest.raises(FusechatError, match=r"t\.partial is being written by another run: wait for it"):
-            _train(tiny_world, stores, tmp_path / "t", "max_steps=1")
+            train_target(tiny_world, stores, tmp_path / "t", "max_steps=1")
         other.kill()
-    _train(tiny_world, stores, tmp_path / "t", "max_steps=1")
+    train_target(tiny_world, stores, tmp_path / "t", "max_steps=1")
     assert not (tmp_path / "t" / "writing.lock").exists()
     assert not (tmp_path / "t.partial").exists()
 
@@ -113,16 +98,16 @@ def test_a_second_interruption_stops_at_once(tiny_world: Any, stores: Path, whol
 
     before = [signal.getsignal(one) for one in SIGNALS]
     with pytest.raises(KeyboardInterrupt):
-        _train(tiny_world, stores, tmp_path / "t", progress=strike)
+        train_target(tiny_world, stores, tmp_path / "t", progress=strike)
     assert [signal.getsignal(one) for one in SIGNALS] == before
     assert [p.name for p in (tmp_path / "t.partial").glob("checkpoint-*")] == ["checkpoint-2"]
-    _train(tiny_world, stores, tmp_path / "t")
+    train_target(tiny_world, stores, tmp_path / "t")
     assert _checksum(tmp_path / "t") == _checksum(whole)
 
 
 def test_training_in_a_thread_leaves_the_signals_alone(tiny_world: Any, stores: Path, tmp_path: Path) -> None:
     """Catches handlers set where Python forbids it, which ends the training of a notebook's or a server's thread."""
-    thread = threading.Thread(target=_train, args=(tiny_world, stores, tmp_path / "t", "max_steps=1"))
+    thread = threading.Thread(target=train_target, args=(tiny_world, stores, tmp_path / "t", "max_steps=1"))
     thread.start()
     thread.join()
     assert (tmp_path / "t" / "provenance.json").exists()
@@ -173,7 +158,7 @@ def test_one_process_trains_on_one_gpu(
     monkeypatch.setattr(torch.nn.DataParallel, "__init__", refused)
     fit._tell_of_idle_gpus.cache_clear()
     for name in ("t", "again"):
-        _train(tiny_world, stores, tmp_path / name)
+        train_target(tiny_world, stores, tmp_path / name)
         assert _checksum(tmp_path / name) == _checksum(whole)
     assert caplog.text.count("3 GPUs are visible and this process trains on one") == 1
     assert "torchrun --nproc-per-node 3 -m fusechat" in caplog.text
@@ -194,9 +179,9 @@ def test_a_nan_names_step_and_dialogues_and_keeps_the_last_good_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(forward, "head_loss", poisoned)
         with pytest.raises(DataError, match=r"NaN at step 3, micro-batch 2 of 2 \(dialogues \d+, \d+, \d+\): lower"):
-            _train(tiny_world, stores, tmp_path / "t")
+            train_target(tiny_world, stores, tmp_path / "t")
     assert [p.name for p in (tmp_path / "t.partial").glob("checkpoint-*")] == ["checkpoint-2"]
-    _train(tiny_world, stores, tmp_path / "t")
+    train_target(tiny_world, stores, tmp_path / "t")
     assert _checksum(tmp_path / "t") == _checksum(whole)
 
 
@@ -215,7 +200,7 @@ def test_weights_that_are_not_finite_are_no_checkpoint(
 
     monkeypatch.setattr(callbacks.MarkComplete, "on_save", broken)
     with pytest.raises(DataError, match="the weights are not finite after step 4"):
-        _train(tiny_world, stores, tmp_path / "t")
+        train_target(tiny_world, stores, tmp_path / "t")
     marked = [p.parent.name for p in (tmp_path / "t.partial").glob("checkpoint-*/complete.json")]
     assert marked == ["checkpoint-2"]
 
@@ -238,8 +223,8 @@ def test_a_full_disk_in_a_checkpoint_is_one_line_and_resumes(
         patch.setattr(FusionTrainer, "_save_optimizer_and_scheduler", full)
         patch.setattr(artifact.shutil, "disk_usage", lambda _: Usage(1, 1, 0))
         with pytest.raises(FusechatError, match=r"disk under .* is full: free space and run the same command again"):
-            _train(tiny_world, stores, tmp_path / "t")
-    _train(tiny_world, stores, tmp_path / "t")
+            train_target(tiny_world, stores, tmp_path / "t")
+    train_target(tiny_world, stores, tmp_path / "t")
     assert _checksum(tmp_path / "t") == _checksum(whole)
 
 
@@ -248,13 +233,13 @@ def test_other_settings_do_not_resume_a_checkpoint(tiny_world: Any, stores: Path
         os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Stopped):
-        _train(tiny_world, stores, tmp_path / "t", progress=strike)
+        train_target(tiny_world, stores, tmp_path / "t", progress=strike)
     with pytest.raises(MismatchError, match=r"learning_rate: 0\.001 there, 0\.002 here"):
-        _train(tiny_world, stores, tmp_path / "t", "learning_rate=2e-3")
+        train_target(tiny_world, stores, tmp_path / "t", "learning_rate=2e-3")
     mark = next((tmp_path / "t.partial").glob("checkpoint-*/complete.json"))
     mark.write_text(json.dumps({"sharding": "fsdp"}))
     with pytest.raises(MismatchError, match=r"sharding fsdp, this run has none: launch it\b"):
-        _train(tiny_world, stores, tmp_path / "t")
+        train_target(tiny_world, stores, tmp_path / "t")
 
 
 def test_a_limit_of_file_sizes_in_a_checkpoint_is_one_line_and_resumes(
@@ -266,11 +251,11 @@ def test_a_limit_of_file_sizes_in_a_checkpoint_is_one_line_and_resumes(
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
         with pytest.raises(FusechatError, match="could not be written to its end"):
-            _train(tiny_world, stores, tmp_path / "t")
+            train_target(tiny_world, stores, tmp_path / "t")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list((tmp_path / "t.partial").glob("checkpoint-*/complete.json"))
-    _train(tiny_world, stores, tmp_path / "t")
+    train_target(tiny_world, stores, tmp_path / "t")
     assert _checksum(tmp_path / "t") == _checksum(whole)
 
 
@@ -282,14 +267,16 @@ def test_a_run_that_does_not_fit_goes_on_with_smaller_micro_batches(
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Stopped):
-        _train(tiny_world, stores, tmp_path / "t", progress=strike)
+        train_target(tiny_world, stores, tmp_path / "t", progress=strike)
     less = ["micro_batch_size=1", "gradient_checkpointing=true", "save_steps=1", "save_total_limit=1"]
-    made = _train(tiny_world, stores, tmp_path / "t", *less)
+    made = train_target(tiny_world, stores, tmp_path / "t", *less)
     assert made["request"]["train"]["micro_batch_size"] == 1
     ours, theirs = load_file(tmp_path / "t" / "model.safetensors"), load_file(whole / "model.safetensors")
     for name, weight in ours.items():
         np.testing.assert_allclose(weight, theirs[name], atol=2e-5)
-    assert _train(tiny_world, stores, tmp_path / "t")["losses"] == made["losses"]  # it is there: nothing is trained
+    assert (
+        train_target(tiny_world, stores, tmp_path / "t")["losses"] == made["losses"]
+    )  # it is there: nothing is trained
 
 
 def test_a_folder_moved_while_training_still_knows_its_best_checkpoint(
@@ -307,13 +294,13 @@ def test_a_folder_moved_while_training_still_knows_its_best_checkpoint(
 
     settings = ["final=best", "save_steps=1"]
     with pytest.raises(Stopped):
-        _train(tiny_world, stores, tmp_path / "here" / "t", *settings, held_out=held_out, progress=strike)
+        train_target(tiny_world, stores, tmp_path / "here" / "t", *settings, held_out=held_out, progress=strike)
     (tmp_path / "here").rename(tmp_path / "there")
-    moved = _train(tiny_world, stores, tmp_path / "there" / "t", *settings, held_out=held_out)
+    moved = train_target(tiny_world, stores, tmp_path / "there" / "t", *settings, held_out=held_out)
     assert moved["measured"]["best_step"] == 2
     two_steps = load_file(tmp_path / "there" / "t" / "model.safetensors")
     scores = iter([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
-    _train(tiny_world, stores, tmp_path / "one", *settings, held_out=held_out)
+    train_target(tiny_world, stores, tmp_path / "one", *settings, held_out=held_out)
     one_step = load_file(tmp_path / "one" / "model.safetensors")
     assert any((two_steps[name] != one_step[name]).any() for name in one_step)
 
@@ -338,8 +325,8 @@ def test_the_device_s_memory_running_out_names_what_to_change(
     with monkeypatch.context() as patch:
         patch.setattr(forward, "head_loss", too_large)
         with pytest.raises(FusechatError, match=r"out of memory at step 1 .*train.micro_batch_size.*goes on"):
-            _train(tiny_world, stores, tmp_path / "t")
-    _train(tiny_world, stores, tmp_path / "t", "micro_batch_size=1")
+            train_target(tiny_world, stores, tmp_path / "t")
+    train_target(tiny_world, stores, tmp_path / "t", "micro_batch_size=1")
 
 
 def test_a_store_of_another_pivot_or_tokenizer_is_refused(tiny_world: Any, stores: Path, tmp_path: Path) -> None:
@@ -363,7 +350,7 @@ def test_a_store_of_another_pivot_or_tokenizer_is_refused(tiny_world: Any, store
 
 
 def test_a_dry_run_takes_two_steps_and_leaves_nothing(tiny_world: Any, stores: Path, tmp_path: Path) -> None:
-    made = _train(tiny_world, stores, tmp_path / "t", dry_run=True, held_out=load_dialogues(tiny_world.dialogues))
+    made = train_target(tiny_world, stores, tmp_path / "t", dry_run=True, held_out=load_dialogues(tiny_world.dialogues))
     assert len(made["losses"]) == 2
     assert made["n_dialogues"] == 2
     assert not list(tmp_path.iterdir())

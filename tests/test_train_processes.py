@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from train_world import make_stores
 
 import fusechat
 from fusechat.dialogue import load_dialogues
@@ -28,12 +29,8 @@ LORA = ["lora.rank=4", "lora.target_modules=[q_proj,v_proj]"]
 
 @pytest.fixture(scope="module")
 def stores(tiny_world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("stores")
     dialogues = load_dialogues(tiny_world.dialogues)[:22]  # the last step of an epoch is not whole
-    for name in ("pivot", "source"):
-        fusechat.extract(str(getattr(tiny_world, name)), dialogues, folder / name, top_k=5)
-    fusechat.align(folder / "pivot", folder / "source", folder / "aligned")
-    return folder
+    return make_stores(tiny_world, dialogues, tmp_path_factory.mktemp("stores"))
 
 
 def _command(world: Any, stores: Path, out: Path, *settings: str) -> list[str]:

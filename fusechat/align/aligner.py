@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from fusechat.align.cells import CELL_COLUMNS, CellMap, CellRows, byte_order, cell_map, cell_rows
+from fusechat.align.cells import CellMap, CellRows, byte_order, cell_map, cell_rows
 from fusechat.align.coverage import EXAMPLES_PER_SHARD, Tally, example
 from fusechat.align.rows import Choices, Matches, Remapped, RowKind, RowView, match_rows, remap_rows
 from fusechat.align.statistics import PairCounts, no_counts
@@ -195,7 +195,7 @@ def _runs(dialogues: npt.NDArray[np.int64], source: Store) -> Iterator[tuple[int
 
 
 def _row_columns(matches: Matches, remapped: Remapped, cells: CellRows | None) -> dict[str, Array]:
-    columns = {} if cells is None else {f"cell.{name}": getattr(cells, name) for name in CELL_COLUMNS}
+    columns = {} if cells is None else {f"cell.{name}": column for name, column in cells._asdict().items()}
     return columns | {
         "row.ids": remapped.ids,
         "row.logprobs": remapped.logprobs,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import bisect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,6 @@ Array = npt.NDArray[Any]
 
 EXTRA_ENTRIES = 2
 """The pivot's next token and the source's, which the K candidates may lack."""
-CELL_COLUMNS = ("ids", "logprobs", "low", "high")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,9 +36,8 @@ class CellMap:
     target: npt.NDArray[np.int32]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CellRows:
-    """The finer rows of a block, in their order, [F,K+2]: masses of single ids and of ranges of the byte order.
+class CellRows(NamedTuple):
+    """Finer rows, in their order, [F,K+2]: log-probabilities of single ids and of ranges of the byte order.
 
     An entry with `high` > `low` is the tokens order[low] … order[high − 1] that lie in no smaller range of the row and
     are none of its single ids; its id is 0. Any other entry is a single id. Absent entries: all 0, log-probability
@@ -47,9 +45,9 @@ class CellRows:
     """
 
     ids: Array
-    logprobs: npt.NDArray[np.float16]
-    low: npt.NDArray[np.int32]
-    high: npt.NDArray[np.int32]
+    logprobs: Array
+    low: Array
+    high: Array
 
 
 def byte_order(table: ByteTable) -> npt.NDArray[np.int32]:

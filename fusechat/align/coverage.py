@@ -11,6 +11,7 @@ import numpy.typing as npt
 from fusechat.align.rows import Matches, Remapped, RowKind, RowView
 from fusechat.artifact import Json
 from fusechat.bytetable import ByteTable
+from fusechat.readable import decoded
 
 WORST_TOKENS = 20
 EXAMPLES_PER_SHARD = 1
@@ -67,10 +68,7 @@ def coverage(tallies: list[Json], source: ByteTable) -> Json:
         "n_rows": {kind.name.lower(): int(rows[kind]) for kind in RowKind},
         "mass": _shares(mass.sum(axis=0)),
         "mass_by_kind": {k.name.lower(): _shares(mass[k]) for k in RowKind if mass[k].sum() > 0},
-        "lost_tokens": [
-            {"id": i, "bytes": source.token(i).decode("utf-8", errors="backslashreplace"), "share": units / all_lost}
-            for i, units in worst
-        ],
+        "lost_tokens": [{"id": i, "bytes": decoded(source.token(i)), "share": units / all_lost} for i, units in worst],
         "examples": [example for tally in tallies for example in tally["examples"]],
     }
 
@@ -105,7 +103,7 @@ def example(pivot: RowView, source: RowView, matches: Matches, dialogue: int, pa
 def _pieces(view: RowView, rows: npt.NDArray[np.int64]) -> list[Json]:
     return [
         {
-            "text": view.table.token(int(view.gold[r])).decode("utf-8", errors="backslashreplace"),
+            "text": decoded(view.table.token(int(view.gold[r]))),
             "from": int(view.starts[r]),
             "to": int(view.ends[r]),
         }

@@ -11,7 +11,7 @@ from fusechat.align.statistics import PairCounts
 from fusechat.align.tokenizer import store_vocabulary
 from fusechat.artifact import Json, write_shard
 from fusechat.bytetable import ByteTable
-from fusechat.store import open_topk, write_block
+from fusechat.store import open_topk, shard_name, write_block
 from fusechat.turn_end import turn_end_token
 
 
@@ -86,8 +86,3 @@ class ShardWork:
             n_rows=len(block["row.ids"]),
             tally=tally.to_json(),
         )
-
-
-def shard_name(number: int) -> str:
-    """Return the file name of a shard."""
-    return f"shard-{number:05d}.safetensors"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -15,9 +15,8 @@ from safetensors.numpy import load_file, save_file
 from fusechat.align.coverage import coverage
 from fusechat.align.on_ray import map_on_ray
 from fusechat.align.rows import n_threads
-from fusechat.align.shards import ShardWork, Task, shard_name
+from fusechat.align.shards import ShardWork, Task
 from fusechat.align.statistics import no_counts
-from fusechat.align.vocabulary import METHODS
 from fusechat.artifact import (
     MANIFEST,
     Json,
@@ -31,19 +30,11 @@ from fusechat.artifact import (
 from fusechat.config import AlignConfig
 from fusechat.errors import ConfigError, FormatError, MismatchError
 from fusechat.ray import ray_cluster
-from fusechat.store import ALIGNED_FORMAT, Store, open_topk
+from fusechat.store import ALIGNED_FORMAT, Store, open_topk, shard_name
 
 Progress = Callable[[int, int], None]
 COVERAGE = "coverage.json"
 BYTE_ORDER = "byte_order.safetensors"
-
-_CHOICES = {
-    "tokens": ("bytes", "dtw"),
-    "vocab": METHODS,
-    "granularity": ("cells", "chain", "first", "gold"),
-    "unaligned": ("gold", "pivot", "skip"),
-    "collisions": ("sum", "first"),
-}
 
 PRESETS = {
     # The research code's default mode.
@@ -105,7 +96,8 @@ def align(
     )
     work = ShardWork(task)  # here in any case: what does not fit together is refused before a cluster is asked
     with writer, nullcontext() if ray is None else ray_cluster(ray) as cluster:
-        writer.begin()
+        if not writer.begin():
+            return read_manifest(writer.directory, ALIGNED_FORMAT)
         _make_missing(work, cluster, writer, progress)
         return _finish(writer, work)
 
@@ -151,8 +143,9 @@ def chosen_rules(
             )
         chosen[key] = value
     for key, value in chosen.items():
-        if value not in _CHOICES[key]:
-            raise ConfigError(f"align.{key}: {value!r} is not one of {', '.join(_CHOICES[key])}")
+        known = get_args(AlignConfig.model_fields[key].annotation)
+        if value not in known:
+            raise ConfigError(f"align.{key}: {value!r} is not one of {', '.join(known)}")
     if chosen["tokens"] == "dtw" and chosen["granularity"] != "first":
         raise ConfigError(
             f"align.granularity: {chosen['granularity']!r} needs byte offsets, which tokens: dtw does not look at: "

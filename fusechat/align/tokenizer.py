@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from fusechat.align.vocabulary import Spelling
 from fusechat.artifact import Json
 from fusechat.bytetable import METASPACE, ByteTable
-from fusechat.errors import DataError, MismatchError
+from fusechat.errors import DataError, MismatchError, first_line
 
 BYTE_LEVEL_SPACE = "Ġ"
 _BATCH_TEXTS = 4096
@@ -151,7 +151,7 @@ def _load_light(directory: Path) -> Any:
     try:
         return _Light(directory)
     except Exception as error:  # the tokenizers package raises bare Exception
-        raise DataError(f"{directory}/tokenizer.json does not load: {str(error).splitlines()[0]}") from error
+        raise DataError(f"{directory}/tokenizer.json does not load: {first_line(error)}") from error
 
 
 def _load_hub_class(directory: Path) -> Any:

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from fusechat.commands import data_options as reading
+
 
 def extract(
     model: Annotated[str, typer.Argument(help="directory or hub id", show_default=False)],
@@ -31,11 +33,9 @@ def extract(
     ] = False,
     server: Annotated[list[str] | None, typer.Option(help="vllm-server: its URL; may be given several times")] = None,
     ray: Annotated[str | None, typer.Option(help="address of a Ray cluster, or local")] = None,
-    format: Annotated[
-        Literal["auto", "sharegpt", "messages", "alpaca", "text"], typer.Option(help="layout of the data")
-    ] = "auto",
-    separator: Annotated[list[str] | None, typer.Option(help="what separates documents in a text file")] = None,
-    max_bytes: Annotated[int | None, typer.Option(help="cut running text into pieces of so many bytes")] = None,
+    format: reading.Format = "auto",
+    separator: reading.Separator = None,
+    max_bytes: reading.MaxBytes = None,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(help="other keys such as fast_driver=true engine_args.seed=1; --help lists them"),

@@ -32,20 +32,19 @@ def plan(
 
     from rich.console import Console
 
+    from fusechat.artifact import nearest_there
     from fusechat.config import load_config
     from fusechat.plan import plan as make_plan
     from fusechat.plan.hardware import load_hardware
     from fusechat.plan.report import print_plan
     from fusechat.quantity import parse_size
-    from fusechat.recipe import PREFIX, recipe_path
+    from fusechat.recipe import is_recipe
 
-    settings = load_config(recipe_path(config), overrides or [])
+    settings = load_config(config, overrides or [])
     machine = load_hardware(
         hardware, gpus=gpus, memory_bytes=None if gpu_memory is None else parse_size(gpu_memory)
     )  # fmt: skip
-    place = Path.cwd() if config.startswith(PREFIX) else Path(settings.out)
-    while not place.exists():
-        place = place.parent
+    place = nearest_there(Path.cwd() if is_recipe(config) else Path(settings.out))
     result = make_plan(
         settings,
         machine,

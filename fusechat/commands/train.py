@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
+
+from fusechat.commands import data_options as reading
 
 
 def train(
@@ -20,11 +22,9 @@ def train(
         ),
     ] = None,
     held_out: Annotated[Path | None, typer.Option(help="dialogues to score with every checkpoint")] = None,
-    format: Annotated[
-        Literal["auto", "sharegpt", "messages", "alpaca", "text"], typer.Option(help="layout of the held-out data")
-    ] = "auto",
-    separator: Annotated[list[str] | None, typer.Option(help="what separates documents in a text file")] = None,
-    max_bytes: Annotated[int | None, typer.Option(help="cut running text into pieces of so many bytes")] = None,
+    format: Annotated[reading.FormatName, typer.Option(help="layout of the held-out data")] = "auto",
+    separator: reading.Separator = None,
+    max_bytes: reading.MaxBytes = None,
     seed: Annotated[int, typer.Option(help="of the order, dropout and every random draw", min=0, max=2**32 - 1)] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="two steps on two dialogues; leaves nothing")] = False,
     overrides: Annotated[

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fusechat.errors import DataError
+from fusechat.errors import DataError, first_line
 
 # An item with the words that find it again: "train.jsonl line 12".
 Located = tuple[str, Any]
@@ -99,7 +99,6 @@ def _data_set_items(name: str, split: str) -> Iterator[Located]:
     try:
         rows = datasets.load_dataset(name, split=split)
     except Exception as error:  # datasets raises whatever its backends raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"cannot load the data set {name!r}, split {split!r}: {reason}") from error
+        raise DataError(f"cannot load the data set {name!r}, split {split!r}: {first_line(error)}") from error
     for number, item in enumerate(rows, 1):
         yield f"{name} row {number}", item

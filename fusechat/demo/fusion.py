@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fusechat.artifact import Json, atomic_write
 from fusechat.config import load_config
 from fusechat.demo.world import World, build_world
@@ -18,6 +16,7 @@ from fusechat.records import Dialogue
 from fusechat.reporter import Reporter
 from fusechat.run import run
 from fusechat.tokenizer import load_tokenizer
+from fusechat.yaml_file import yaml_text
 
 # Chosen on a world of seed 101, before the present world of the default seed was made, and stated in the YAML.
 SETTINGS: Json = {
@@ -107,7 +106,7 @@ def write_config(world: World, out: Path, seed: int, backend: str = "hf") -> Pat
     }
     path = out / "demo.yaml"
     with atomic_write(path) as partial:
-        partial.write_text(REASONS + yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+        partial.write_text(REASONS + yaml_text(values), encoding="utf-8")
     load_config(path)
     return path
 

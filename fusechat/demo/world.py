@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fusechat.artifact import Json, atomic_write, read_json, sha256_file, sha256_json, write_json
+from fusechat.artifact import PARTIAL_SUFFIX, Json, atomic_write, read_json, sha256_file, sha256_json, write_json
 from fusechat.demo import grammar, models, tokenizers
 from fusechat.demo.grammar import TOPICS, ZIPF_EXPONENT, Facts, dialogues
 from fusechat.demo.models import build_model, save_model, train_model
@@ -231,7 +231,7 @@ def _make(directory: Path, spec: ModelSpec, seed: int, texts: list[str]) -> None
         seed=seed,
         on_step=_count_step,
     )
-    partial = directory.with_name(directory.name + ".partial")
+    partial = directory.with_name(directory.name + PARTIAL_SUFFIX)
     shutil.rmtree(partial, ignore_errors=True)
     save_model(model, tokenizer, partial)
     note = {"key": _key(spec, seed), "sha256": sha256_file(partial / "model.safetensors"), "loss": loss}

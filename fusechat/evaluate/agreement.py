@@ -110,10 +110,7 @@ def _own_probability(lm: Any, hidden: torch.Tensor, twin: Ints, wanted: Ints, to
     top, probability = [], []
     for start in range(0, len(wanted), _CHUNK_ROWS):
         rows = slice(start, start + _CHUNK_ROWS)
-        z = torch.nn.functional.linear(hidden[rows], parts.weight, parts.bias).float()
-        if parts.softcap is not None:
-            z = parts.softcap * torch.tanh(z / parts.softcap)
-        p = z.softmax(dim=1)
+        p = parts.logits(hidden[rows]).softmax(dim=1)
         p.index_add_(1, firsts.to(p.device), p[:, doubles.to(p.device)])
         p[:, doubles.to(p.device)] = 0
         top.append(p.topk(top_k, dim=1).indices.cpu().numpy())

@@ -8,7 +8,6 @@ entry point keeps annotations, leaderboards and weights in site-packages.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import time
 import warnings
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from fusechat.artifact import Json, atomic_write, read_json
+from fusechat.artifact import Json, read_json
 from fusechat.errors import DataError, FormatError, FusechatError, MismatchError
 from fusechat.evaluate.endpoint import Client, Endpoint, for_each
 from fusechat.evaluate.journal import Journal, open_journal
@@ -180,9 +179,3 @@ def package() -> Any:
             f"AlpacaEval needs the package alpaca_eval ({error}): pip install 'fusechat[alpaca]'"
         ) from error
     return alpaca_eval
-
-
-def write_annotations(path: Path, annotations: Sequence[Json]) -> None:
-    """Write annotations in alpaca_eval's form, whole or not at all."""
-    with atomic_write(path) as partial:
-        partial.write_text(json.dumps(list(annotations), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from fusechat.artifact import Json, atomic_write, sha256_json
+from fusechat.artifact import Json, atomic_write, sha256_json, write_json
 from fusechat.errors import FusechatError, MismatchError
 from fusechat.evaluate.benchmark import ALPACA, Benchmark
 from fusechat.evaluate.endpoint import for_each
@@ -210,5 +210,4 @@ def _write_outputs(out: Path, benchmark: Benchmark, rows: Sequence[Json], model_
         }
         for instruction, row in zip(benchmark.instructions, rows, strict=True)
     ]
-    with atomic_write(out) as partial:
-        partial.write_text(json.dumps(outputs, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(out, outputs)

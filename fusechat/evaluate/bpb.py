@@ -72,9 +72,7 @@ def score_dialogues(
         template=load_template(tokenizer, template),
         max_length_tokens=context_tokens(lm.config, max_length_tokens),
     )
-    content_bytes = np.array(
-        [sum(len(m.content.encode()) for m in d.messages if m.role == "assistant") for d in dialogues], dtype=np.int64
-    )
+    content_bytes = np.array([dialogue.answer_bytes for dialogue in dialogues], dtype=np.int64)
     nll = np.full(len(dialogues), np.nan)
     check_head(lm, encodings.encoded[0].input_ids)
     scores = score_rows(lm, encodings.encoded, top_k=1, batch_tokens=batch_tokens)

@@ -35,7 +35,7 @@ def read_rows(path: Path) -> list[Json]:
 def _row(line: str, where: str) -> Json:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # no JSON, or too deep or too long a number for Python
         raise FormatError(f"{where} is not valid JSON: {error}") from error
     if not isinstance(row, dict):
         raise FormatError(f"{where} is {type(row).__name__}, expected a JSON object")

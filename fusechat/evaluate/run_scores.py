@@ -14,7 +14,7 @@ from fusechat.artifact import MANIFEST, Json, read_json, write_json
 from fusechat.checkpoint import checkpoint_sha256, resolve_model
 from fusechat.config import ExtractConfig, RunConfig, SourceConfig, source_name
 from fusechat.dialogue import dataset_fingerprint
-from fusechat.errors import DataError, FusechatError
+from fusechat.errors import DataError, FusechatError, first_line
 from fusechat.evaluate.bpb import Scores, score_dialogues
 from fusechat.extract.settings import extract_settings
 from fusechat.layout import Layout
@@ -139,7 +139,7 @@ def score_run(
             except Exception as error:
                 if one.needed or not _not_ours(error, one):
                     raise
-                failed[name] = (str(error).strip() or type(error).__name__).splitlines()[0]
+                failed[name] = first_line(error)
                 with log_file.open("a", encoding="utf-8") as log:
                     log.write(f"{name} is not scored\n{''.join(traceback.format_exception(error))}\n")
             else:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fusechat.checkpoint import resolve_model
-from fusechat.errors import ConfigError, FusechatError
+from fusechat.errors import ConfigError, FusechatError, first_line
 
 
 def evaluate_tasks(
@@ -64,8 +64,7 @@ def evaluate_tasks(
                 log_samples=False,
             )
         except (OSError, ValueError, RuntimeError, KeyError) as error:
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            raise FusechatError(f"lm-eval fails on {name}: {first}") from error
+            raise FusechatError(f"lm-eval fails on {name}: {first_line(error)}") from error
         results[name] = {
             task: {"samples": int(found["n-samples"][task]["effective"]), "metrics": _metrics(values)}
             for task, values in found["results"].items()

@@ -108,9 +108,8 @@ def extract(
         **({"cache": "sampled", "seed": seed} if config.cache == "sampled" else {}),
     }
     with ShardedWriter(task.out, request) as writer:
-        if writer.complete:
+        if writer.complete or not writer.begin():
             return store_manifest(task.out, TOPK_FORMAT)
-        writer.begin()
         _make_missing(task, dialogues, writer, progress)
         return _finish(task, writer)
 

@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Any
 
 from fusechat.artifact import Json
-from fusechat.errors import FusechatError
+from fusechat.errors import FusechatError, first_line
 from fusechat.extract.engines import EngineLostError
 from fusechat.extract.scores import Advance
 from fusechat.extract.task import Shard, Task, Work
@@ -152,5 +152,5 @@ def _watch(parts: Sequence[Any], busy: threading.Event) -> None:
 
 
 def _unexpected(task: Task, error: Exception) -> FusechatError:
-    first = (str(error).splitlines() or [type(error).__name__])[0]
-    return FusechatError(f"the {task.config.backend} engine of {task.model} failed: {type(error).__name__}: {first}")
+    why = f"{type(error).__name__}: {first_line(error)}"
+    return FusechatError(f"the {task.config.backend} engine of {task.model} failed: {why}")

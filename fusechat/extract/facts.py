@@ -8,7 +8,7 @@ from typing import Any
 
 from fusechat.artifact import read_json
 from fusechat.config import ExtractConfig
-from fusechat.errors import DataError
+from fusechat.errors import DataError, first_line
 from fusechat.model_shape import computed_dtype, needs_remote_code, stated_dtype, stored_elements
 
 
@@ -38,7 +38,7 @@ def model_facts(directory: Path, config: ExtractConfig) -> ModelFacts:
                 f"{directory} is of an architecture that transformers does not have and brings Python of its own: "
                 "extract.trust_remote_code: true runs that code with all your rights, so read it first"
             ) from error
-        raise DataError(f"{directory / 'config.json'} cannot be used: {str(error).splitlines()[0]}") from error
+        raise DataError(f"{directory / 'config.json'} cannot be used: {first_line(error)}") from error
     text = own.get_text_config()
     quantized = getattr(own, "quantization_config", None)
     if quantized is not None and not isinstance(quantized, dict):

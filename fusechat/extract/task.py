@@ -16,7 +16,7 @@ from fusechat.config import ExtractConfig
 from fusechat.encode import encode_set
 from fusechat.extract.scores import Advance, RowScores, Scorer, check_scores
 from fusechat.records import Dialogue, Encoded
-from fusechat.store import id_dtype, make_block, write_block
+from fusechat.store import id_dtype, make_block, shard_name, write_block
 from fusechat.template import Template
 from fusechat.tokenizer import load_tokenizer
 
@@ -53,7 +53,7 @@ class Shard:
     @property
     def name(self) -> str:
         """The shard's file in the store."""
-        return f"shard-{self.number:05d}.safetensors"
+        return shard_name(self.number)
 
 
 Work = Callable[[Shard, Advance], Json]

@@ -7,6 +7,7 @@ empty where none is wanted. Eager code calls their bodies directly, to work in p
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -26,21 +27,12 @@ _OPTIONS_SCHEMA = (
     "float z_loss, float softcap"
 )
 _N_ROWS_ARGUMENTS = 9
-_OPTION_NAMES = (
-    "divergence",
-    "missing",
-    "temperature",
-    "student_temperature",
-    "beta",
-    "label_smoothing",
-    "z_loss",
-)
 
 
 def options_of(arguments: tuple[Any, ...]) -> LossOptions:
     """Return the options that were flattened into operator arguments."""
     *scalars, softcap = arguments
-    return LossOptions(**dict(zip(_OPTION_NAMES, scalars)), softcap=softcap or None)
+    return LossOptions(**dict(zip((field.name for field in fields(LossOptions)), (*scalars, softcap or None))))
 
 
 def logits_loss(logits: Tensor, rows: Rows, options: LossOptions, grad: Tensor | None) -> tuple[Tensor, ...]:

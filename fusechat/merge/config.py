@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from fusechat.errors import ConfigError, nearest
 from fusechat.merge.methods import METHODS, REQUIRED, Method, Parameter, TensorValues
 from fusechat.merge.settings import Setting, depth_of, parse_setting
-from fusechat.yaml_file import read_yaml
+from fusechat.yaml_file import read_yaml, yaml_text
 
 Vocab = Literal["error", "base", "pad"]
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -95,7 +93,7 @@ def load_merge_config(config: Mapping[str, Any] | Path | str) -> tuple[MergeConf
     Paths of models are taken from the current folder, as mergekit takes them. Raises ConfigError in one line.
     """
     if isinstance(config, Mapping):
-        text = yaml.safe_dump(_plain(config), sort_keys=False)
+        text = yaml_text(_plain(config))
         return parse_merge_config(config, "merge configuration"), text
     path = Path(config)
     return parse_merge_config(read_yaml(path), str(path)), path.read_text(encoding="utf-8")

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from fusechat.artifact import read_json
+from fusechat.artifact import PROVENANCE, read_json
 from fusechat.errors import FormatError, MismatchError
 from fusechat.merge.inputs import Model
 
-PROVENANCE = "provenance.json"
 TOKENIZER = "tokenizer.json"
 
 

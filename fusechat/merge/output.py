@@ -13,6 +13,7 @@ from fusechat import __version__
 from fusechat.artifact import (
     LOCK,
     PARTIAL_SUFFIX,
+    PROVENANCE,
     REQUEST,
     Json,
     differences,
@@ -25,15 +26,11 @@ from fusechat.artifact import (
 from fusechat.errors import FusechatError, MismatchError
 from fusechat.merge.layout import Shard, index_json
 from fusechat.merge.native import _native
+from fusechat.tokenizer import tokenizer_files
 
-PROVENANCE = "provenance.json"
 STATISTICS = "merge_stats.json"
 JOURNAL = "journal.jsonl"
 FORMAT = "fusechat.merge"
-_TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json", "*.tiktoken",
-)  # fmt: skip
 _BASE_FILES = ("generation_config.json", "*.py")
 
 
@@ -56,8 +53,7 @@ def existing(out: Path, request: Json) -> Json | None:
 
 def taken_over(base: Path, tokenizer: Path) -> list[Path]:
     """Return the files that go into a merged model as they are: the base's, and the tokenizer's."""
-    places = [*((base, pattern) for pattern in _BASE_FILES), *((tokenizer, pattern) for pattern in _TOKENIZER_FILES)]
-    return [path for folder, pattern in places for path in folder.glob(pattern)]
+    return [*(path for pattern in _BASE_FILES for path in base.glob(pattern)), *tokenizer_files(tokenizer)]
 
 
 def open_shard(directory: Path, shard: Shard) -> tuple[int, bool]:

@@ -20,14 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusechat.artifact import Json, differences, read_json, sha256_json, write_json
+from fusechat.artifact import PROVENANCE, Json, differences, read_json, sha256_json, write_json
 from fusechat.errors import ConfigError, MismatchError, nearest
 from fusechat.merge.config import load_merge_config, parse_merge_config
 from fusechat.merge.driver import merge
 from fusechat.merge.inputs import open_model
 from fusechat.merge.layout import MAX_SHARD_BYTES
 from fusechat.merge.methods import METHODS
-from fusechat.merge.output import PROVENANCE
 from fusechat.yaml_file import read_yaml
 
 if TYPE_CHECKING:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fusechat.artifact import Json, read_json, sha256_bytes, sha256_file
+from fusechat.artifact import PROVENANCE, Json, read_json, sha256_bytes, sha256_file
 from fusechat.checkpoint import ITEM_BYTES, read_header
 from fusechat.errors import FormatError
 from fusechat.merge.native import _native
-from fusechat.merge.output import FORMAT, PROVENANCE, STATISTICS
+from fusechat.merge.output import FORMAT, STATISTICS
 
 
 def verify(out: Path | str) -> int:

@@ -13,7 +13,8 @@ from fusechat.align.stage import chosen_rules
 from fusechat.artifact import Json
 from fusechat.callable_module import make_callable
 from fusechat.config import ExtractConfig, RunConfig, source_name
-from fusechat.extract.settings import extract_settings
+from fusechat.extract.settings import models_with_settings
+from fusechat.layout import MULTI, SFT
 from fusechat.model_shape import ModelShape
 from fusechat.plan.alignment import plan_alignment
 from fusechat.plan.extraction import plan_extraction
@@ -29,7 +30,6 @@ from fusechat.plan.workload import Lengths, Workload, find_workload, lengths
 __all__ = ["Plan", "plan"]
 make_callable(__name__)
 
-SFT, MULTI = "sft", "multi"
 _TRUST = "extract.trust_remote_code: true, which runs it (read it first)"
 _GPU_HOST_THREADS = 16
 _GPU_HOST_BYTES = {
@@ -160,9 +160,7 @@ def _models(config: RunConfig, workload: Workload) -> tuple[dict[str, _Model], l
     """Return the pivot and the sources by name, and what had to be assumed of them."""
     models: dict[str, _Model] = {}
     assumptions: list[str] = []
-    described = [("pivot", config.pivot, extract_settings(config))]
-    described += [(source_name(s), s.model, extract_settings(config, s)) for s in config.sources]
-    for name, model, settings in described:
+    for name, (model, settings) in models_with_settings(config).items():
         shape, where = model_shape(model)
         found, how = lengths(workload, model, settings, shape.context_tokens)
         models[name] = _Model(shape=shape, lengths=found, extract=settings)

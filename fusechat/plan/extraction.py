@@ -17,6 +17,7 @@ from fusechat.extract.tensor_parallel import (
     smallest_size,
     tensor_parallel_size,
 )
+from fusechat.loss_chunks import TOPK_ENGINE_BUDGET_BYTES, TOPK_ENGINE_ROWS, TOPK_GPU_BUDGET_BYTES
 from fusechat.model_shape import ITEM_BYTES, ModelShape, count_parameters, forward_flops, stored_bytes
 from fusechat.plan.hardware import Hardware, this_computer
 from fusechat.plan.process import GPU_PROCESS_BYTES
@@ -28,8 +29,7 @@ from fusechat.store import id_dtype
 # glibc keeps a freed block below its largest mmap threshold in its heap, and cannot give it to the next aligned request
 # of the same size: such buffers take their room twice (measured, docs/plan.md).
 HEAP_BLOCK_BYTES = 32 << 20
-HEAD_CHUNK_BYTES, GROUP_TOKENS = 512 << 20, 128  # on a GPU: fusechat.topk's budget; a maximum for so many logits
-HEAD_ROWS, HEAD_BLOCK_BYTES = 256, 8 << 20  # and on a CPU: so many rows, the vocabulary in blocks
+GROUP_TOKENS = 128  # the top-k's kernel keeps a maximum for so many logits
 TOKEN_BYTES = 4 + 1 + 4 + 4  # in memory: input_ids, loss_mask, turn, byte_end
 GOLD_AMONG_TOP = 0.9  # rows whose gold token is one of their k, k = 10 (docs/extraction.md); assumed for every model
 _SERVER_TOKENS_PER_S = 7000.0  # one API process makes JSON of 750 bytes a token (docs/extraction.md)
@@ -105,7 +105,7 @@ def on_device(parts: Mapping[str, int], shape: ModelShape, config: ExtractConfig
     """Return what of the transformers backend's parts lies on a GPU, where weights are whole, and its own chunk of
     logits; its allocator reuses what a heap would keep."""
     item = int(ITEM_BYTES[computed_in(shape, config)])
-    rows = HEAD_CHUNK_BYTES // (shape.vocab * item)
+    rows = TOPK_GPU_BUDGET_BYTES // (shape.vocab * item)
     logits = rows * (shape.vocab * item + 4 * -(-shape.vocab // GROUP_TOKENS))
     weights = _weight_bytes(shape, config)
     return {"weights": weights, "forward": parts["forward"], "logits": logits, "cuda": CUDA_BYTES}
@@ -142,7 +142,8 @@ def hf_parts(shape: ModelShape, lengths: Lengths, config: ExtractConfig, process
     width = 2 * shape.hidden + max((3 if shape.gated else 2) * shape.intermediate, attention)
     rows = padded * lengths.row_share
     forward = padded * width * item
-    head = int(min(rows, HEAD_ROWS) * min(shape.vocab, HEAD_BLOCK_BYTES // (HEAD_ROWS * item)) * item)
+    columns = min(shape.vocab, TOPK_ENGINE_BUDGET_BYTES // (TOPK_ENGINE_ROWS * item))
+    head = int(min(rows, TOPK_ENGINE_ROWS) * columns * item)
     heap = forward * (padded * shape.intermediate * item < HEAP_BLOCK_BYTES) + head
     row_bytes = config.top_k * 14 + 8
     mask = count * longest**2 * (1 + item) if count > 1 else 0

@@ -8,7 +8,7 @@ from typing import Any
 
 from fusechat.artifact import Json, read_json
 from fusechat.checkpoint import hub_id
-from fusechat.errors import DataError
+from fusechat.errors import DataError, first_line
 from fusechat.model_shape import (
     ModelShape,
     count_parameters,
@@ -76,10 +76,9 @@ def _hub(model: str, known: list[str]) -> ModelShape:
         config: Any = read_json(Path(hf_hub_download(name, "config.json", revision=revision)))
         stored = get_safetensors_metadata(name, revision=revision).parameter_count
     except (OSError, ValueError, RuntimeError, HFValidationError) as error:
-        reason = str(error).splitlines()[0]
         raise DataError(
-            f"nothing is known of model {model}: no directory, no answer from the hub ({reason}), and the shipped "
-            f"facts are of {', '.join(known)}"
+            f"nothing is known of model {model}: no directory, no answer from the hub ({first_line(error)}), "
+            f"and the shipped facts are of {', '.join(known)}"
         ) from error
     elements = {str(dtype): n for dtype, n in stored.items()}
     return _of_one_model(with_weights(shape_from_config(model, config), config, elements), sum(elements.values()))

@@ -14,7 +14,6 @@ from dataclasses import replace
 from fusechat.config import RunConfig, load_config
 from fusechat.plan import Plan, plan
 from fusechat.plan.hardware import Hardware, load_hardware
-from fusechat.recipe import recipe_path
 
 AUTHORS_HOURS = 7.0
 AUTHORS_PADDED_TOKENS = 2048  # their collator pads every dialogue to the longest length
@@ -26,7 +25,7 @@ STAGES = ("extract", "align", "train", "merge")
 
 def papers_config() -> RunConfig:
     """Return the paper's recipe, with leave to run the code that one of its sources brings."""
-    return load_config(recipe_path("recipe:fusechat_7b_v2"), ["extract.trust_remote_code=true"])
+    return load_config("recipe:fusechat_7b_v2", ["extract.trust_remote_code=true"])
 
 
 def hours(result: Plan, stage: str) -> float:

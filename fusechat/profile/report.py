@@ -24,7 +24,6 @@ from fusechat.profile.stage import (
     write_summary,
 )
 from fusechat.profile.summary import table
-from fusechat.recipe import recipe_path
 
 FUNCTIONS_SHOWN, FUNCTIONS_SAVED = 12, 100
 STRIPPED = (
@@ -37,7 +36,7 @@ def stage_report(stage: str, config: str, overrides: list[str], out: Path, dialo
     """Profile a stage and print what it found; raises ConfigError for a stage that there is not."""
     if stage not in STAGES:
         raise ConfigError(f"no stage {stage!r} to profile: there are {', '.join(STAGES)} and kernels")
-    settings = load_config(recipe_path(config), overrides)
+    settings = load_config(config, overrides)
     fresh_folder(out)
     facts: dict[str, object] = {"stage": stage}
     if stage in TORCH_STAGES:

@@ -160,10 +160,9 @@ def fresh_folder(out: Path) -> None:
 
 if __name__ == "__main__":
     from fusechat.config import load_config
-    from fusechat.recipe import recipe_path
 
     for_perf = sys.argv[1] != "-"  # Nsight Compute replays every kernel: one call is much
-    settings = load_config(recipe_path(sys.argv[4]), sys.argv[5:])
+    settings = load_config(sys.argv[4], sys.argv[5:])
     done = run_piece(sys.argv[2], settings, int(sys.argv[3]), SAMPLED_S if for_perf else 0.0)
     if for_perf:
         Path(sys.argv[1]).write_text(json.dumps(done))

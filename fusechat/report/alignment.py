@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fusechat.align import read_coverage
-from fusechat.artifact import Json, read_manifest
+from fusechat.artifact import MANIFEST, Json, read_manifest
 from fusechat.errors import FormatError, FusechatError
 from fusechat.layout import Layout
 from fusechat.report.names import source_names
@@ -21,7 +21,7 @@ def alignment(layout: Layout, config: Json) -> Json:
     names = source_names(config)
     found: dict[str, Json] = {}
     for name in names:
-        if not (layout.aligned(name) / "manifest.json").exists():
+        if not (layout.aligned(name) / MANIFEST).exists():
             continue
         manifest = read_manifest(layout.aligned(name), ALIGNED_FORMAT)
         report = read_coverage(layout.aligned(name))

@@ -9,6 +9,7 @@ from typing import Any
 import altair as alt
 
 from fusechat.artifact import Json
+from fusechat.readable import readable
 from fusechat.report.words import model
 
 N_COLOURS = 7
@@ -55,9 +56,7 @@ def printable(value: Any) -> Any:
         return {printable(key): printable(part) for key, part in value.items()}
     if isinstance(value, list):
         return [printable(part) for part in value]
-    if isinstance(value, str):
-        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in value)
-    return value
+    return readable(value) if isinstance(value, str) else value
 
 
 def finished(chart: Any) -> Json:

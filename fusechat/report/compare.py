@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import altair as alt
-import yaml
 
 from fusechat import __version__
 from fusechat.artifact import Json
 from fusechat.errors import ConfigError
 from fusechat.layout import Layout
 from fusechat.report.charts import data, differences_axis, finished, printable, series
-from fusechat.report.facts import gather
+from fusechat.report.facts import gather, run_settings
 from fusechat.report.page import render
 from fusechat.report.paired import conclude_paired, headline, kept_scores, paired_runs
 from fusechat.report.words import listed, model
@@ -32,15 +31,16 @@ def compare(runs: Sequence[Path]) -> Json:
     folders = [Path(run).resolve() for run in runs]
     if len(set(folders)) < len(folders):
         raise ConfigError("a run is given twice: name each once")
-    facts = {name: gather(Layout(out=folder)) for name, folder in zip(unique_names(folders), folders, strict=True)}
-    settings = {name: _flat(yaml.safe_load((f / "config.yaml").read_text("utf-8"))) for name, f in zip(facts, folders)}
+    layouts = {name: Layout(out=folder) for name, folder in zip(unique_names(folders), folders, strict=True)}
+    facts = {name: gather(layout) for name, layout in layouts.items()}
+    settings = {name: _flat(run_settings(layout)) for name, layout in layouts.items()}
     keys = dict.fromkeys(key for flat in settings.values() for key in flat)
     differing = {
         key: {name: flat.get(key) for name, flat in settings.items()}
         for key in keys
         if key != _LIVES_ELSEWHERE and len({repr(flat.get(key)) for flat in settings.values()}) > 1
     }
-    paired = paired_runs({name: kept_scores(folder) for name, folder in zip(facts, folders, strict=True)})
+    paired = paired_runs({name: kept_scores(layout) for name, layout in layouts.items()})
     return {
         "fusechat_version": __version__,
         "headline": headline(paired),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fusechat.artifact import Json
+from fusechat.layout import SFT
 from fusechat.report.words import duration, listed, model, number, percent, plural, probability, signed, size
 
 _CLOSE = 0.02
@@ -26,11 +27,11 @@ def headline(outcome: Json) -> str:
         "worse": f"No, fusion did worse than {against}",
         "undecided": f"No difference to {against} is shown",
         "unknown": f"Unknown: the comparison with {against} holds numbers that are not finite",
-    }[outcome["verdict"]] + ("" if outcome["against"] == "sft" else ", but no SFT control was trained")
+    }[outcome["verdict"]] + ("" if outcome["against"] == SFT else ", but no SFT control was trained")
 
 
 def _against(outcome: Json) -> str:
-    return model(outcome["against"]) if outcome["against"] == "sft" else f"the {outcome['against']}"
+    return model(outcome["against"]) if outcome["against"] == SFT else f"the {outcome['against']}"
 
 
 def _outcome(o: Json) -> list[str]:
@@ -47,7 +48,7 @@ def _outcome(o: Json) -> list[str]:
     if p_holm is not None:
         told[0] += f" By a permutation test, adjusted for the number of models, p {probability(p_holm)}"
         told[0] += "." if o["verdict"] != "undecided" or low <= 0 <= high else ": too few dialogues to tell."
-    if o["against"] == "sft":
+    if o["against"] == SFT:
         told[0] += " SFT saw the same dialogues, in the same order, for as many steps, from the same seed."
     else:
         told[0] += " Without that control, what plain fine-tuning on the same data gives is not known."

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from fusechat.artifact import Json, read_json
 from fusechat.errors import FormatError
-from fusechat.layout import Layout
+from fusechat.layout import SFT, Layout
 from fusechat.ledger import read_ledger
 
 _FUSION = ("extract", "align", "train", "merge")
-_SFT = "train sft"
+_SFT = f"train {SFT}"
 
 
 def cost(layout: Layout, config: Json) -> Json:

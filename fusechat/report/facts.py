@@ -9,8 +9,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fusechat import __version__
 from fusechat.artifact import Json
 from fusechat.config import short_name
@@ -24,6 +22,7 @@ from fusechat.report.outcome import outcome
 from fusechat.report.provenance import provenance
 from fusechat.report.sources import sources
 from fusechat.report.training import training
+from fusechat.yaml_file import read_yaml
 
 REPORT_FORMAT = "fusechat.report"
 Section = Callable[[Layout, Json], Json]
@@ -40,7 +39,7 @@ SECTIONS: dict[str, Section] = {
 
 def gather(layout: Layout) -> Json:
     """Return the facts of a run's directory; raises ConfigError when it is none."""
-    config = _config(layout)
+    config = run_settings(layout)
     if config.get("stores") is not None:
         layout = replace(layout, stores=Path(str(config["stores"])))
     facts: Json = {
@@ -58,15 +57,13 @@ def gather(layout: Layout) -> Json:
     return cleaned
 
 
-def _config(layout: Layout) -> Json:
-    try:
-        config = yaml.safe_load(layout.config.read_text(encoding="utf-8"))
-    except OSError as error:
+def run_settings(layout: Layout) -> Json:
+    """Return the settings of a run as they lie in its directory; raises ConfigError when it is none."""
+    if not layout.config.is_file():
         raise ConfigError(
             f"{layout.out} is not the folder of a run: it has no {layout.config.name}; give the `out` of `fusechat run`"
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FormatError(f"{layout.config} is not valid YAML: {' '.join(str(error).split())}") from error
+        )
+    config = read_yaml(layout.config)
     if not isinstance(config, dict):
         raise FormatError(f"{layout.config} is not the settings of a run")
     return config

@@ -8,16 +8,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from fusechat.artifact import Json, read_json
+from fusechat.artifact import PROVENANCE, Json, read_json
 from fusechat.checkpoint import open_checkpoint
 from fusechat.errors import FormatError
 from fusechat.layout import Layout
+from fusechat.merge.output import STATISTICS
 from fusechat.merge.settings import layer_of
 from fusechat.merge.sweep import TABLE
 from fusechat.report.outcome import verdict
-
-PROVENANCE = "provenance.json"
-STATISTICS = "merge_stats.json"
 
 
 def merging(layout: Layout, config: Json) -> Json:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from fusechat.artifact import Json, read_json
 from fusechat.errors import FormatError
 from fusechat.evaluate.bootstrap import comparison_table
@@ -15,14 +13,14 @@ from fusechat.report.words import listed, number, percent, plural, probability, 
 _BOOTSTRAP: Json = {"samples": 2000, "confidence": 0.95, "seed": 0}
 
 
-def kept_scores(folder: Path) -> Json | None:
+def kept_scores(layout: Layout) -> Json | None:
     """Return the scores a run kept of its held-out dialogues (scores.json); None for a run of before there were any."""
-    path = Layout(out=folder).scores
+    path = layout.scores
     if not path.exists():
         return None
     kept = read_json(path)
     if not isinstance(kept, dict) or kept.get("format") != SCORES_FORMAT:
-        raise FormatError(f"{path} does not hold the scores of a run: remove {folder}/results.json and run again")
+        raise FormatError(f"{path} does not hold the scores of a run: remove {layout.results} and run again")
     return dict(kept)
 
 

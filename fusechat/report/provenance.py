@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from fusechat.artifact import Json, read_json
+from fusechat.artifact import MANIFEST, PROVENANCE, Json, read_json
 from fusechat.layout import Layout
 from fusechat.ledger import read_ledger
 from fusechat.report.names import source_names
@@ -23,10 +23,10 @@ def provenance(layout: Layout, config: Json) -> Json:
             environments.append(line["environment"])
     return {
         "settings": yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
-        "models": {name: _store(layout.store(name) / "manifest.json") for name in names},
+        "models": {name: _store(layout.store(name) / MANIFEST) for name in names},
         "dataset_fingerprint": _fingerprint(layout, names),
         "held_out_fingerprint": _held_out(layout),
-        "merged": _merged(layout.merged / "provenance.json"),
+        "merged": _merged(layout.merged / PROVENANCE),
         "environments": environments,
     }
 
@@ -48,7 +48,7 @@ def _store(manifest: Path) -> Json | None:
 
 def _fingerprint(layout: Layout, names: list[str]) -> str | None:
     for name in names:
-        manifest = layout.store(name) / "manifest.json"
+        manifest = layout.store(name) / MANIFEST
         if manifest.exists():
             return str(read_json(manifest)["dataset_fingerprint"])
     return None

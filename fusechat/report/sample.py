@@ -12,6 +12,7 @@ from fusechat.align.rows import RowKind, RowView
 from fusechat.align.tokenizer import store_vocabulary
 from fusechat.artifact import Json
 from fusechat.bytetable import ByteTable
+from fusechat.readable import decoded, readable
 from fusechat.report.words import percent
 from fusechat.store import Block, Store, make_block, open_aligned, open_topk
 
@@ -150,9 +151,7 @@ def _after(ends: list[tuple[int, int, int]], end: tuple[int, int, int], begin: i
 
 def token_text(table: ByteTable, token_id: int) -> str:
     """Show a token's bytes as text on one line; what cannot be shown is escaped, what is very long is cut."""
-    text = table.token(token_id).decode("utf-8", errors="backslashreplace")
-    text = text.replace("\n", "⏎").replace("\t", "⇥")
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    text = readable(decoded(table.token(token_id)).replace("\n", "⏎").replace("\t", "⇥"))
     if len(text) > MAX_TOKEN_CHARACTERS:
         return f"{text[:MAX_TOKEN_CHARACTERS]}… ({len(text):,} characters)"
     return text

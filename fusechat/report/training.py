@@ -7,14 +7,13 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from fusechat.artifact import Json, read_json
+from fusechat.artifact import MANIFEST, PROVENANCE, Json, read_json
 from fusechat.errors import FormatError
-from fusechat.layout import Layout
+from fusechat.layout import MULTI, SFT, TRAINING_LOG, Layout
 from fusechat.ledger import read_ledger
 from fusechat.report.names import source_names
 
 MAX_POINTS = 200
-LOG = "training.jsonl"
 _LOGGING_STEPS = 10  # of a target without a log of its own
 _CURVE = ("step", "loss", "hard_loss", "soft_loss", "tokens_per_second", "held_out_bits_per_byte")
 
@@ -22,14 +21,14 @@ _CURVE = ("step", "loss", "hard_loss", "soft_loss", "tokens_per_second", "held_o
 def training(layout: Layout, config: Json) -> Json:
     """Return every target's curve; raises FormatError when none is trained."""
     settings = config.get("train", {})
-    targets = ["multi"] if settings.get("mode") == "multi" else source_names(config)
-    names = [*targets, *(["sft"] if settings.get("sft_control", True) else [])]
-    others = sorted(path.parent.name for path in layout.target("*").parent.glob("*/provenance.json"))
+    targets = [MULTI] if settings.get("mode") == "multi" else source_names(config)
+    names = [*targets, *([SFT] if settings.get("sft_control", True) else [])]
+    others = sorted(path.parent.name for path in layout.target("*").parent.glob(f"*/{PROVENANCE}"))
     done = [name for name in dict.fromkeys([*names, *others]) if name in others]
     if not done:
         raise FormatError(f"no target is trained yet: {layout.target('*')} is not there")
     ends = {line["stage"]: line for line in read_ledger(layout.ledger) if line["event"] == "end"}
-    n_tokens = _n_tokens(layout.store("pivot") / "manifest.json")
+    n_tokens = _n_tokens(layout.store("pivot") / MANIFEST)
     return {
         "hard_weight": settings.get("hard_weight"),
         "by_target": {name: _target(layout.target(name), ends.get(f"train {name}", {}), n_tokens) for name in done},
@@ -42,15 +41,15 @@ def _n_tokens(manifest: Path) -> int | None:
 
 
 def _target(directory: Path, took: Json, n_tokens: int | None) -> Json:
-    facts = read_json(directory / "provenance.json")
-    points = _points(directory / LOG, facts)
+    facts = read_json(directory / PROVENANCE)
+    points = _points(directory / TRAINING_LOG, facts)
     losses = [point for point in points if "loss" in point]
     rates = [point["tokens_per_second"] for point in points if point.get("tokens_per_second")]
     seconds = took.get("seconds")
     return {
         "n_dialogues": facts["n_dialogues"],
         "source_share": facts.get("source_share"),
-        "steps": points[-1]["step"] if (directory / LOG).exists() and points else took.get("done"),
+        "steps": points[-1]["step"] if (directory / TRAINING_LOG).exists() and points else took.get("done"),
         "seconds": seconds,
         "tokens_per_second": statistics.median(rates) if rates else _rate(facts, n_tokens, seconds),
         "peak_memory_bytes": took.get("peak_memory_bytes"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fusechat import quantity
+from fusechat.layout import SFT
 
 UNKNOWN = "n/a"
 
@@ -77,4 +78,4 @@ def listed(names: list[str], most: int = 6) -> str:
 
 def model(name: str) -> str:
     """Write a model's name as a person does."""
-    return "SFT" if name == "sft" else name
+    return "SFT" if name == SFT else name

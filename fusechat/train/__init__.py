@@ -11,7 +11,7 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +21,7 @@ import fusechat
 from fusechat.artifact import (
     MANIFEST,
     PARTIAL_SUFFIX,
+    PROVENANCE,
     REQUEST,
     Json,
     differences,
@@ -36,6 +37,7 @@ from fusechat.checkpoint import checkpoint_sha256, resolve_model
 from fusechat.config_values import validated
 from fusechat.dialogue import check_dialogues, dataset_fingerprint
 from fusechat.errors import ConfigError, MismatchError
+from fusechat.layout import TRAINING_LOG
 from fusechat.processes import first_does, n_processes
 from fusechat.records import Dialogue
 from fusechat.store import Store, open_topk
@@ -45,7 +47,7 @@ from fusechat.train_config import TrainConfig
 __all__ = ["train"]
 make_callable(__name__)
 
-PROVENANCE = "provenance.json"
+TARGET_FORMAT = "fusechat.target"
 # They change how a training runs and what is seen of it, not what comes out but for the last bits: a run that does not
 # fit, or is watched too seldom, goes on with others.
 _FREE_TO_CHANGE = {
@@ -118,7 +120,7 @@ def _train(
     until_done: ExitStack,
     dry_run: bool,
 ) -> Json:
-    from fusechat.train.fit import LOG_FILE, fit
+    from fusechat.train.fit import fit
 
     if config.final == "best" and not held_out:
         raise ConfigError("train.final: best needs held-out dialogues to choose by: give --held-out")
@@ -151,7 +153,7 @@ def _train(
         from fusechat.train.export import save_target, write_card
 
         provenance: Json = {
-            "format": "fusechat.target",
+            "format": TARGET_FORMAT,
             "version": 1,
             "pivot": str(directory.resolve()),
             "aligned_store": str(stores[0]) if len(stores) == 1 else None,
@@ -179,13 +181,12 @@ def _train(
         shutil.rmtree(work / "model", ignore_errors=True)  # a kill may have left half of one
         with full_disk_is_named(work):
             save_target(directory, fitted.state, config, work / "model")
-            for left in (LOG_FILE, "tensorboard"):
+            for left in (TRAINING_LOG, "tensorboard"):
                 if (work / left).exists():
                     (work / left).rename(work / "model" / left)
             write_card(work / "model", provenance)
         write_json(work / "model" / PROVENANCE, provenance)
-        if out.exists():
-            raise MismatchError(f"{out} exists and is not a target of ours: choose another place")
+        _target_at(out)
         (work / "model").replace(out)
         shutil.rmtree(work)
         return provenance
@@ -235,16 +236,34 @@ def _begin(
     if config.mode == "pairwise" and len(stores) > 1:
         raise ConfigError(f"train.mode: pairwise takes one source, {len(stores)} were given: set it to multi")
     request = {"pivot_sha256": pivot_sha256, **_settings(pivot_store, stores, config, seed, held_out)}
-    if (out / PROVENANCE).exists():
-        found = read_json(out / PROVENANCE)
+    found = _target_at(out)
+    if found is None:
+        work.mkdir(parents=True, exist_ok=True)
+        until_done.callback(_remove_if_empty, work)
+        until_done.enter_context(locked(work))
+        found = _target_at(out)  # made by another process since the first look
+    if found is not None:
         _require_same(out, request, found["request"])
         return request, found
-    work.mkdir(parents=True, exist_ok=True)
-    until_done.enter_context(locked(work))
     if (work / REQUEST).exists():
         _require_same(work, request, read_json(work / REQUEST))
     write_json(work / REQUEST, request)
     return request, None
+
+
+def _target_at(out: Path) -> Json | None:
+    """Return the provenance of the target at `out`, None where nothing is; raises MismatchError for anything else."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    found = read_json(out / PROVENANCE) if (out / PROVENANCE).exists() else None
+    if not isinstance(found, dict) or found.get("format") != TARGET_FORMAT:
+        raise MismatchError(f"{out} exists and is not a target of ours: choose another place")
+    return found
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _settings(
@@ -252,7 +271,7 @@ def _settings(
 ) -> Json:
     """Return what a target is made from, all but the pivot's weights, whose hash is in its store too."""
     return {
-        "format": "fusechat.target",
+        "format": TARGET_FORMAT,
         "version": 1,
         "pivot_store_sha256": sha256_file(pivot_store / MANIFEST),
         "source_stores_sha256": [sha256_file(store / MANIFEST) for store in stores],
@@ -277,8 +296,9 @@ def refuse_other_target(
     """
     settings = _settings(pivot_store, stores, config, seed, held_out)
     unfinished = out.with_name(out.name + PARTIAL_SUFFIX)
-    if (out / PROVENANCE).exists():
-        place, found = out, read_json(out / PROVENANCE)["request"]
+    target = _target_at(out)
+    if target is not None:
+        place, found = out, target["request"]
     elif (unfinished / REQUEST).exists():
         place, found = unfinished, read_json(unfinished / REQUEST)
     else:
@@ -312,7 +332,7 @@ def _require_same(place: Path, request: Json, found: Json) -> None:
     free = _FREE_TO_CHANGE | {"train"}
     if request["train"]["final"] == "best":
         free -= {"save_steps"}  # they say what there is to choose from
-    flat, old = ({k: v for k, v in {**r, **r["train"]}.items() if k not in free} for r in (request, found))
+    flat, old = ({k: v for k, v in {**r, **r.get("train", {})}.items() if k not in free} for r in (request, found))
     if flat != old:
         what = "; ".join(differences(flat, old))
         raise MismatchError(f"{place} was trained from other inputs ({what}): remove it or choose another place")

@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from fusechat.loss import IGNORE_LABEL
 from fusechat.train.dataset import Example
 from fusechat.train.targets import Array
-
-IGNORE = -100
 
 
 def collate(examples: Sequence[Example], pad_token_id: int, *, packing: bool = False) -> dict[str, Any]:
@@ -23,7 +22,7 @@ def collate(examples: Sequence[Example], pad_token_id: int, *, packing: bool = F
     """
     lengths = np.array([len(e.input_ids) for e in examples], dtype=np.int64)
     if not len(examples):
-        tokens = _padded_tokens([np.array([pad_token_id])], [np.array([IGNORE])], 1, pad_token_id)
+        tokens = _padded_tokens([np.array([pad_token_id])], [np.array([IGNORE_LABEL])], 1, pad_token_id)
         starts = lengths
     elif packing:
         starts = np.cumsum(lengths) - lengths
@@ -51,7 +50,7 @@ def _padded_tokens(ids: list[Array], labels: list[Array], width: int, pad_token_
     return {
         "input_ids": padded(ids, pad_token_id),
         "attention_mask": padded([np.ones(len(value), dtype=np.int64) for value in ids], 0),
-        "labels": padded(labels, IGNORE),
+        "labels": padded(labels, IGNORE_LABEL),
     }
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fusechat.errors import ConfigError, MismatchError
+from fusechat.loss import IGNORE_LABEL
 from fusechat.store import Store, row_positions
 from fusechat.train.matched import MatchedSource
 from fusechat.train.select import PIVOT, Selection, dialogue_weights, first_best, row_weights
@@ -95,8 +96,8 @@ class FusionDataset:
         record = self.pivot[dialogue]
         mask = record["token.loss_mask"]
         input_ids = record["token.input_ids"].astype(np.int64)
-        labels = np.where(mask, input_ids, -100)
-        labels[:1] = -100  # nothing predicts a dialogue's first token
+        labels = np.where(mask, input_ids, IGNORE_LABEL)
+        labels[:1] = IGNORE_LABEL  # nothing predicts a dialogue's first token
         rows = row_positions(mask)
         found = self._matched if self.matched else self._candidates
         place, targets, columns = found(position, record, len(rows))

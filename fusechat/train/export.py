@@ -11,10 +11,9 @@ import torch
 from fusechat.artifact import Json, atomic_write
 from fusechat.errors import FormatError
 from fusechat.model import load_model
+from fusechat.tokenizer import tokenizer_files
 from fusechat.train.refusals import with_adapters
 from fusechat.train_config import TrainConfig
-
-_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.jinja")
 
 
 def save_target(pivot: Path, state: dict[str, torch.Tensor], config: TrainConfig, out: Path) -> None:
@@ -35,14 +34,8 @@ def save_target(pivot: Path, state: dict[str, torch.Tensor], config: TrainConfig
             raise FormatError(f"the trained state does not fit the adapters: {unknown[:3]}")
         model = model.merge_and_unload().to(own_dtype)
     model.save_pretrained(out)
-    copy_tokenizer(pivot, out)
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the pivot's tokenizer files as they are: saving a loaded tokenizer would rewrite them."""
-    for pattern in _TOKENIZER_FILES:
-        for file in source.glob(pattern):
-            shutil.copy2(file, target / file.name)
+    for file in tokenizer_files(pivot):  # as they are: saving a loaded tokenizer would rewrite them
+        shutil.copy2(file, out / file.name)
 
 
 def write_card(out: Path, provenance: Json) -> None:

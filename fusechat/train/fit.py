@@ -7,7 +7,8 @@ import math
 import os
 import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -15,10 +16,11 @@ from typing import Any
 
 import torch
 from transformers import PrinterCallback, TrainingArguments, set_seed
-from transformers.utils.logging import set_verbosity_error
+from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 
-from fusechat.artifact import Json, read_json
+from fusechat.artifact import PARTIAL_SUFFIX, Json, read_json
 from fusechat.errors import FusechatError, Interrupted, Stopped
+from fusechat.layout import TRAINING_LOG
 from fusechat.model import load_model, unwrapped
 from fusechat.processes import rank
 from fusechat.tokenizer import load_tokenizer
@@ -38,7 +40,6 @@ from fusechat.train.refusals import accumulation_steps, check_settings, loss_opt
 from fusechat.train.trainer import FusionTrainer, rewind_log
 from fusechat.train_config import TrainConfig
 
-LOG_FILE = "training.jsonl"
 log = logging.getLogger(__name__)
 
 
@@ -70,8 +71,47 @@ def fit(
     NaN; MismatchError when the last checkpoint was written under another way of sharding.
     """
     check_settings(config, directory)
-    set_verbosity_error()
     set_seed(seed)
+    with _libraries_told(work):
+        trainer = _trainer(directory, dataset, work, config, seed, held_out, checkpoints=checkpoints)
+        _run(trainer, work, config, progress)
+        state = _full_state(trainer)
+    return Fitted(
+        state=state,
+        losses=[entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        held_out=[(e["step"], e["eval_bpb"]) for e in trainer.state.log_history if "eval_bpb" in e],
+        best_step=trainer.state.best_global_step if config.final == "best" else None,
+        sharding=_sharding(trainer),
+    )
+
+
+@contextmanager
+def _libraries_told(work: Path) -> Iterator[None]:
+    """Have transformers say errors alone, and TensorBoard write under `work`, for as long as the block lasts."""
+    key, verbosity = "TENSORBOARD_LOGGING_DIR", get_verbosity()
+    place = os.environ.get(key)
+    set_verbosity_error()
+    os.environ[key] = str(work / "tensorboard")
+    try:
+        yield
+    finally:
+        set_verbosity(verbosity)
+        del os.environ[key]
+        if place is not None:
+            os.environ[key] = place
+
+
+def _trainer(
+    directory: Path,
+    dataset: FusionDataset,
+    work: Path,
+    config: TrainConfig,
+    seed: int,
+    held_out: HeldOut | None,
+    *,
+    checkpoints: bool,
+) -> FusionTrainer:
+    """Load the pivot with its loss, and return what trains it on a data set."""
     tokenizer = load_tokenizer(directory)
     with refusals_are_one_line("train"):
         arguments = training_arguments(
@@ -97,17 +137,22 @@ def fit(
         hard_weight_at=hard_weight_schedule(config) if dataset.sources else _always_labels,
         held_out=held_out,
         meter=Meter(["pivot", *(s.name for s in dataset.sources)], flops_per_token(model)),
-        log_file=work / LOG_FILE,
+        log_file=work / TRAINING_LOG,
     )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _run(trainer: FusionTrainer, work: Path, config: TrainConfig, progress: Callable[[int, int], None] | None) -> None:
+    """Train to the end from the last whole checkpoint; raises as `fit` does."""
     facts = {"sharding": _sharding(trainer)}
     watch = Watch(trainer, progress)
     trainer.add_callback(watch)
     trainer.add_callback(MarkComplete(facts))
-    trainer.remove_callback(PrinterCallback)
     checkpoint = last_whole_checkpoint(work, facts, remove=rank() == 0)
     if rank() == 0:
         history = [] if checkpoint is None else _history(checkpoint)
-        rewind_log(work / LOG_FILE, history)
+        rewind_log(work / TRAINING_LOG, history)
         if checkpoint is not None:
             follow_a_moved_folder(checkpoint)
     trainer.accelerator.wait_for_everyone()
@@ -126,18 +171,6 @@ def fit(
         step = f"step {trainer.state.global_step} of {trainer.state.max_steps}"
         stopped = Interrupted if watch.stopped_by is signal.SIGINT else Stopped
         raise stopped(f"stopped by {watch.stopped_by.name} after {step}, saved")
-    state = _full_state(trainer)
-    if trainer.is_deepspeed_enabled:
-        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-        unset_hf_deepspeed_config()  # else every model loaded from here on would be spread, by one process alone
-    return Fitted(
-        state=state,
-        losses=[entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-        held_out=[(e["step"], e["eval_bpb"]) for e in trainer.state.log_history if "eval_bpb" in e],
-        best_step=trainer.state.best_global_step if config.final == "best" else None,
-        sharding=facts["sharding"],
-    )
 
 
 def prepare_model(directory: Path, config: TrainConfig) -> Any:
@@ -197,8 +230,6 @@ def training_arguments(
     work: Path, config: TrainConfig, seed: int, *, with_held_out: bool, checkpoints: bool = True
 ) -> TrainingArguments:
     """Return the Trainer's arguments; raises ConfigError when the batch does not divide by the processes."""
-    if "tensorboard" in config.report_to:
-        os.environ["TENSORBOARD_LOGGING_DIR"] = str(work / "tensorboard")
     held_out: dict[str, Any] = {}
     if with_held_out:
         held_out = {
@@ -210,7 +241,7 @@ def training_arguments(
         }
     arguments = TrainingArguments(
         output_dir=str(work),
-        run_name=work.name.removesuffix(".partial"),
+        run_name=work.name.removesuffix(PARTIAL_SUFFIX),
         per_device_train_batch_size=config.micro_batch_size,
         gradient_accumulation_steps=accumulation_steps(config),
         learning_rate=config.learning_rate,
@@ -302,6 +333,10 @@ def _n_weights(parameter: torch.Tensor) -> int:
 def _full_state(trainer: FusionTrainer) -> dict[str, torch.Tensor] | None:
     """Gather the whole state on rank 0, under the names of the plain model."""
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if trainer.is_deepspeed_enabled:
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()  # else every model loaded from here on would be spread, by one process alone
     if rank() != 0:
         return None
     wrappers = r"_orig_mod\.|_checkpoint_wrapped_module\.|^module\."

@@ -14,6 +14,7 @@ from fusechat.artifact import Json
 from fusechat.bytetable import ByteTable
 from fusechat.encode import encode_all
 from fusechat.errors import DataError
+from fusechat.loss import IGNORE_LABEL
 from fusechat.records import Dialogue
 from fusechat.store import row_positions
 from fusechat.template import load_template
@@ -57,7 +58,7 @@ def encode_held_out(
             Example(
                 dialogue=index,
                 input_ids=encoded.input_ids.astype(np.int64),
-                labels=np.where(encoded.loss_mask, encoded.input_ids, -100).astype(np.int64),
+                labels=np.where(encoded.loss_mask, encoded.input_ids, IGNORE_LABEL).astype(np.int64),
                 rows=rows,
                 targets=Targets.nothing(len(rows)),
                 taught=np.zeros(len(rows), np.float32),
@@ -65,7 +66,7 @@ def encode_held_out(
                 origin=np.zeros(len(rows), np.int64),
             )
         )
-        content_bytes += sum(len(m.content.encode()) for m in dialogues[index].messages if m.role == "assistant")
+        content_bytes += dialogues[index].answer_bytes
     if not content_bytes:
         raise DataError("no held-out dialogue fits the pivot's context: use shorter ones")
     examples.sort(key=lambda e: len(e.input_ids))

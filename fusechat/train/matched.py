@@ -13,7 +13,7 @@ from fusechat.align.tokenizer import store_vocabulary
 from fusechat.artifact import MANIFEST, sha256_file
 from fusechat.bytetable import ByteTable
 from fusechat.errors import MismatchError
-from fusechat.store import TOPK_FORMAT, Store, format_of, make_block, open_aligned, open_topk
+from fusechat.store import TOPK_FORMAT, Store, format_of, make_block, open_aligned, open_topk, topk_beside
 from fusechat.train.targets import Array, Targets
 
 
@@ -90,10 +90,7 @@ def open_matched(directory: Path, pivot: Store, objective: Literal["alm", "uld"]
         source = open_topk(directory)
     else:
         manifest = open_aligned(directory).manifest
-        recorded = Path(manifest["source_store"])
-        # Where the folder of a whole run was moved, it lies in it as before (fusechat/layout.py).
-        in_run = directory.resolve().parents[1] / "extract" / directory.name
-        source = open_topk(in_run if in_run.exists() and not recorded.exists() else recorded)
+        source = open_topk(topk_beside(directory, manifest["source_store"], directory.name))
         if sha256_file(source.directory / MANIFEST) != manifest["source_store_sha256"]:
             raise MismatchError(f"{source.directory} is not what {directory} was aligned from: run the alignment again")
     ours, theirs = (store_vocabulary(store.directory, store.manifest).table for store in (pivot, source))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import time
 from collections.abc import Callable, Sequence
@@ -84,7 +85,8 @@ def _peak_flops() -> float | None:
     if not torch.cuda.is_available():
         return None
     device = torch.cuda.get_device_name()
-    return next((flops for name, flops in _PEAK_FLOPS.items() if name in device), None)
+    # A whole word: an A10G and an RTX A1000 are no A10 and no A100. A GH200 has an H200's.
+    return next((flops for name, flops in _PEAK_FLOPS.items() if re.search(rf"\bG?{name}\b", device)), None)
 
 
 def _peak_memory_bytes() -> int:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from transformers.training_args import OptimizerNames
 
 from fusechat.errors import ConfigError, FusechatError, nearest
 from fusechat.loss import LossOptions
-from fusechat.processes import n_processes
+from fusechat.processes import n_processes, rank
 from fusechat.train.forward import router_loss, router_weight
 from fusechat.train_config import TrainConfig
 
@@ -64,6 +65,8 @@ def check_settings(config: TrainConfig, directory: Path) -> None:
     with refusals_are_one_line("train.report_to"):
         for callback in get_reporting_integration_callbacks(trackers):
             callback()  # imports its package
+        if "wandb" in trackers and rank() == 0:
+            _require_wandb_account()
     with refusals_are_one_line("train.lr_scheduler_args"):
         nothing = torch.optim.SGD([torch.zeros(1)], lr=1.0)
         get_scheduler(config.lr_scheduler, nothing, 1, 2, dict(config.lr_scheduler_args))
@@ -75,6 +78,19 @@ def check_settings(config: TrainConfig, directory: Path) -> None:
             SimpleNamespace(**defaults | {"optim": OptimizerNames(config.optimizer)}),
             model,
         )
+
+
+def _require_wandb_account() -> None:
+    """Raise RuntimeError where W&B would ask who it logs for once the Trainer begins a run, or be refused.
+
+    Versions that cannot tell without asking are left alone.
+    """
+    import wandb
+
+    if wandb.run is not None or wandb.setup().settings.mode != "online":
+        return
+    if "prompt" in signature(wandb.login).parameters and not wandb.login(prompt=False):
+        raise RuntimeError("wandb has no account here: call `wandb login`, or set WANDB_API_KEY or WANDB_MODE=offline")
 
 
 def _require_known(key: str, name: str, known: Iterable[str]) -> None:
@@ -90,6 +106,12 @@ def _without_weights(directory: Path, config: TrainConfig) -> Any:
         with refusals_are_one_line(f"the pivot {directory}"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory, trust_remote_code=False))
         router_loss(model, router_weight(model.config, config.router_weight))
+        width = model.get_input_embeddings().weight.shape[1]
+        if config.lora is not None and config.lora.rank > width:
+            raise ConfigError(
+                f"train.lora.rank: {config.lora.rank} is above the pivot's width of {width}: such adapters are larger "
+                "than the matrices that they change; lower it, or leave train.lora out"
+            )
         return prepared(model, config)
 
 
@@ -140,7 +162,7 @@ def accumulation_steps(config: TrainConfig) -> int:
 
 def loss_options(config: TrainConfig) -> dict[str, Any]:
     """Return the options of the loss; raises ConfigError for those that do not go together."""
-    names = ("divergence", "missing", "temperature", "student_temperature", "beta", "label_smoothing", "z_loss")
+    names = [field.name for field in fields(LossOptions) if field.name != "softcap"]  # that is the model's
     options = {name: getattr(config, name) for name in names}
     LossOptions(**options)
     return options

@@ -11,10 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fusechat.align import RowKind, read_byte_order
+from fusechat.align.cells import CellRows
 from fusechat.artifact import MANIFEST, sha256_file
 from fusechat.errors import MismatchError
 from fusechat.store import ALIGNED_FORMAT, TOPK_FORMAT, Store, format_of
-from fusechat.train.targets import Array, CellRows, Targets, picked
+from fusechat.train.targets import Array, Targets, picked
 from fusechat.twins import TOTALS, twin_totals
 
 Record = Mapping[str, Array]

@@ -4,25 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from fusechat.align.cells import CellRows
+
 Array = npt.NDArray[Any]
-
-
-class CellRows(NamedTuple):
-    """Rows whose entries partition the vocabulary: ids integer[P,K'], logprobs float[P,K'], low, high int32[P,K'].
-
-    An entry with high > low is a range of the byte-sorted vocabulary instead of an id.
-    """
-
-    ids: Array
-    logprobs: Array
-    low: Array
-    high: Array
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,13 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
+from fusechat.commands.evaluate import comparison_options as comparing
 from fusechat.commands.evaluate import endpoint_options as options
 from fusechat.commands.json_out import JsonOut, tell
 
 Reference = Annotated[Path, typer.Option(help="the reference's model_outputs.json", show_default=False)]
 Gamed = Annotated[Path | None, typer.Option(help="df_gamed.csv; without it no length control")]
-Against = Annotated[str | None, typer.Option(help="the model compared with; the first unless given")]
-Confidence = Annotated[float, typer.Option(help="of the intervals", min=0.5, max=0.999)]
 
 
 def alpaca(
@@ -29,14 +28,15 @@ def alpaca(
     retries: options.Retries = 5,
     api_key_env: options.ApiKeyEnv = options.KEY_NAME,
     request_field: options.RequestFields = None,
-    against: Against = None,
-    confidence: Confidence = 0.95,
+    against: comparing.Against = None,
+    confidence: comparing.Confidence = 0.95,
     json_out: JsonOut = None,
 ) -> None:
     """AlpacaEval 2.0: a judge's preferences against the reference; run again, it goes on where it stopped."""
+    from fusechat.artifact import write_json
     from fusechat.commands.evaluate.names import output_names, require_among
     from fusechat.commands.progress import terminal_reporter
-    from fusechat.evaluate.alpaca import annotate, write_annotations
+    from fusechat.evaluate.alpaca import annotate
 
     judge = options.endpoint(
         judge_url,
@@ -56,7 +56,7 @@ def alpaca(
             replies = folder / "replies.jsonl"
             advance = reporter.stage(f"judge {name}", "preferences")
             annotations[name] = annotate(path, reference=reference, replies=replies, endpoint=judge, progress=advance)
-            write_annotations(folder / "annotations.json", annotations[name])
+            write_json(folder / "annotations.json", annotations[name])
             reporter.done(f"judge {name}", f"{len(annotations[name])} preferences in {folder}/annotations.json")
     _report(annotations, reference, gamed, against, confidence, json_out)
 
@@ -65,8 +65,8 @@ def winrates(
     annotations: Annotated[list[Path], typer.Argument(help="alpaca_eval annotation files", show_default=False)],
     reference: Reference,
     gamed: Gamed = None,
-    against: Against = None,
-    confidence: Confidence = 0.95,
+    against: comparing.Against = None,
+    confidence: comparing.Confidence = 0.95,
     json_out: JsonOut = None,
 ) -> None:
     """Win rates of annotations that are there already, alpaca_eval's own files among them."""

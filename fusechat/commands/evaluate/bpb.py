@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
+from fusechat.commands import data_options as reading
+from fusechat.commands.evaluate import comparison_options as comparing
 from fusechat.commands.json_out import JsonOut, tell
 
 
 def bpb(
-    models: Annotated[
-        list[str], typer.Argument(help="directories or hub ids; the first is compared with", show_default=False)
-    ],
-    data: Annotated[
-        str, typer.Option(help="dialogues: a file, a hub id, or a run, for those it held out", show_default=False)
-    ],
-    format: Annotated[
-        Literal["auto", "sharegpt", "messages", "alpaca", "text"], typer.Option(help="layout of the data")
-    ] = "auto",
-    separator: Annotated[list[str] | None, typer.Option(help="what separates documents in a text file")] = None,
-    max_bytes: Annotated[int | None, typer.Option(help="cut running text into pieces of so many bytes")] = None,
-    limit: Annotated[int | None, typer.Option(help="only so many dialogues", min=1)] = None,
+    models: comparing.Models,
+    data: comparing.HeldOut,
+    format: reading.Format = "auto",
+    separator: reading.Separator = None,
+    max_bytes: reading.MaxBytes = None,
+    limit: comparing.Limit = None,
     template: Annotated[
         str | None, typer.Option(help="own, plain, a .jinja file, or a model's; the run's, else own")
     ] = None,
     max_length: Annotated[int | None, typer.Option(help="tokens; the run's, else 2048", min=2)] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16; the run's, else auto")] = None,
-    samples: Annotated[int, typer.Option(help="of the bootstrap", min=100, max=100_000)] = 2000,
-    confidence: Annotated[float, typer.Option(help="of the intervals", min=0.5, max=0.999)] = 0.95,
-    seed: Annotated[int, typer.Option(help="of the bootstrap", min=0, max=2**32 - 1)] = 0,
+    samples: comparing.Samples = 2000,
+    confidence: comparing.Confidence = 0.95,
+    seed: comparing.Seed = 0,
     json_out: JsonOut = None,
 ) -> None:
     """Bits per byte of models on held-out dialogues, by category, with paired intervals and tests.

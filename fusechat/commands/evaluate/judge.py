@@ -7,12 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
+from fusechat.commands.evaluate import comparison_options as comparing
 from fusechat.commands.evaluate import endpoint_options as options
 from fusechat.commands.json_out import JsonOut, tell
 
 Questions = Annotated[Path, typer.Option(help="MT-Bench's question.jsonl", show_default=False)]
-Against = Annotated[str | None, typer.Option(help="the model compared with; the first unless given")]
-Confidence = Annotated[float, typer.Option(help="of the intervals", min=0.5, max=0.999)]
 
 
 def judge(
@@ -34,8 +33,8 @@ def judge(
     retries: options.Retries = 5,
     api_key_env: options.ApiKeyEnv = options.KEY_NAME,
     request_field: options.RequestFields = None,
-    against: Against = None,
-    confidence: Confidence = 0.95,
+    against: comparing.Against = None,
+    confidence: comparing.Confidence = 0.95,
     json_out: JsonOut = None,
 ) -> None:
     """MT-Bench's single-answer grading of answers by a judge; run again, it goes on where it stopped."""
@@ -75,8 +74,8 @@ def ratings(
     judgments: Annotated[list[Path], typer.Argument(help="FastChat judgment files", show_default=False)],
     questions: Questions,
     judge_model: Annotated[str | None, typer.Option(help="only this judge's")] = None,
-    against: Against = None,
-    confidence: Confidence = 0.95,
+    against: comparing.Against = None,
+    confidence: comparing.Confidence = 0.95,
     json_out: JsonOut = None,
 ) -> None:
     """Mean ratings of judgments that are there already, FastChat's own files among them."""
