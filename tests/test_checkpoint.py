@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+from fusechat import tokenizer
 from fusechat.checkpoint import (
     checkpoint_sha256,
     hub_commit,
@@ -235,6 +236,6 @@ def test_everything_that_a_merge_copies_is_fetched(tmp_path: Path, monkeypatch: 
     for weights in (True, False):
         assert resolve_model("somebody/model", weights=weights) == tmp_path
         patterns = asked["allow_patterns"]
-        for name in (*output._TOKENIZER_FILES, *output._BASE_FILES, "config.json"):
+        for name in (*tokenizer._FILES, *output._BASE_FILES, "config.json"):
             assert any(fnmatch(name.replace("*", "qwen"), pattern) for pattern in patterns), name
         assert any(fnmatch("model.safetensors", pattern) for pattern in patterns) == weights
