@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from fusechat import tokenizer
 from fusechat.checkpoint import (
     checkpoint_sha256,
     hub_commit,
@@ -27,6 +26,7 @@ from fusechat.checkpoint import (
 )
 from fusechat.errors import DataError, FormatError
 from fusechat.merge import output
+from fusechat.tokenizer import tokenizer_files
 
 
 def write_raw(path: Path, header: Any, data: bytes = b"", *, declared: int | None = None) -> Path:
@@ -229,6 +229,12 @@ def test_hub_ids_may_name_a_revision(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert hub_commit(own) is None
 
 
+TOKENIZER_NAMES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "merges.txt",
+    "special_tokens_map.json", "added_tokens.json", "qwen.tiktoken", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
 def test_everything_that_a_merge_copies_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a tokenizer that a model of the hub has and the models made from it lack."""
     asked: dict[str, Any] = {}
@@ -236,6 +242,9 @@ def test_everything_that_a_merge_copies_is_fetched(tmp_path: Path, monkeypatch: 
     for weights in (True, False):
         assert resolve_model("somebody/model", weights=weights) == tmp_path
         patterns = asked["allow_patterns"]
-        for name in (*tokenizer._FILES, *output._BASE_FILES, "config.json"):
+        for name in (*TOKENIZER_NAMES, *output._BASE_FILES, "config.json"):
             assert any(fnmatch(name.replace("*", "qwen"), pattern) for pattern in patterns), name
+    for name in TOKENIZER_NAMES:
+        (tmp_path / name).touch()
+    assert {path.name for path in tokenizer_files(tmp_path)} == set(TOKENIZER_NAMES)
         assert any(fnmatch("model.safetensors", pattern) for pattern in patterns) == weights
