@@ -244,7 +244,7 @@ def test_everything_that_a_merge_copies_is_fetched(tmp_path: Path, monkeypatch: 
         patterns = asked["allow_patterns"]
         for name in (*TOKENIZER_NAMES, *output._BASE_FILES, "config.json"):
             assert any(fnmatch(name.replace("*", "qwen"), pattern) for pattern in patterns), name
+        assert any(fnmatch("model.safetensors", pattern) for pattern in patterns) == weights
     for name in TOKENIZER_NAMES:
         (tmp_path / name).touch()
     assert {path.name for path in tokenizer_files(tmp_path)} == set(TOKENIZER_NAMES)
-        assert any(fnmatch("model.safetensors", pattern) for pattern in patterns) == weights
