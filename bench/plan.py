@@ -53,13 +53,12 @@ def claims(found: list[dict[str, Any]]) -> list[Claim]:
         measured, predicted = entry["measured_bytes"], sum(entry["predicted"].values())
         above = measured - entry["predicted"]["process"]
         parts = ", ".join(f"{part} {size / 1e6:.0f}" for part, size in entry["predicted"].items())
-        asked = "align" not in entry["stage"]
         error = abs(predicted / measured - 1)
         claim = at_most(
             f"plan: {entry['stage']}, {entry['size']}",
             "peak resident size",
             error,
-            TOLERANCE if asked else None,
+            TOLERANCE,
             "relative error",
             note=f"predicted {predicted / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB; beyond the process "
             f"{(predicted - entry['predicted']['process']) / 1e6:.0f} and {above / 1e6:.0f}; MB: {parts}",
