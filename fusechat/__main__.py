@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import shlex
 import sys
 
@@ -12,6 +13,13 @@ _RESUMED = (
     ["run"], ["demo"], ["extract"], ["align"], ["train"], ["merge"],
     ["eval", "answers"], ["eval", "judge"], ["eval", "alpaca"],
 )  # fmt: skip
+
+
+def _nobody_reads() -> bool:
+    """Return whether the reader of this process's output has ended; else a pipe that breaks is another one, a fault."""
+    output = select.poll()
+    output.register(1, 0)  # POLLERR is told unasked
+    return any(event & select.POLLERR for _, event in output.poll(0))
 
 
 def main() -> None:
@@ -43,11 +51,11 @@ def main() -> None:
             raise
         print(f"fusechat: {error}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:
-        # Who reads the output has ended, `| head` say: nothing is wrong, and nobody is told anything more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(1)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            # `| head`, say: nothing is wrong, and nobody is told anything more.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.exit(1)
         # A folder that may not be written, a full disk: no fault of the code. What has no file to name may be one.
         if debug or (error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO)):
             raise

@@ -104,7 +104,11 @@ def read_ledger(path: Path) -> list[Json]:
 
 def _is_cut(path: Path) -> bool:
     """Return whether a file's last line has no end: the next one would be lost with it."""
-    return path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
+    if not path.is_file() or not path.stat().st_size:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
 
 
 def environment() -> Json:

@@ -41,18 +41,19 @@ def shared_data() -> Path:
 @pytest.fixture(params=["require", "off"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run a test on the compiled engine (when built) and on the numba fallback."""
-    if request.param == "require":
-        pytest.importorskip("fusechat._native", reason="the compiled engine is not built")
-    monkeypatch.setenv("FUSECHAT_NATIVE", request.param)
-    return str(request.param)
+    return _chosen(request, monkeypatch, "FUSECHAT_NATIVE", compiled="require")
 
 
 @pytest.fixture(params=["native", "torch"])
 def loss_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run a test on the compiled engine's loss (when built) and on torch's own form."""
-    if request.param == "native":
+    return _chosen(request, monkeypatch, "FUSECHAT_LOSS", compiled="native")
+
+
+def _chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, variable: str, compiled: str) -> str:
+    if request.param == compiled:
         pytest.importorskip("fusechat._native", reason="the compiled engine is not built")
-    monkeypatch.setenv("FUSECHAT_LOSS", request.param)
+    monkeypatch.setenv(variable, request.param)
     return str(request.param)
 
 

@@ -118,13 +118,3 @@ def slow_remap(
             {RowKind.SAME: source_golds[s], RowKind.COARSER: min(math.log(on_gold), 0), RowKind.FINER: chain}[kind]
         )
     return rows, golds, mass, lost
-
-
-def levenshtein(a: str, b: str) -> int:
-    """The edit distance, a row of its matrix at a time."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        diagonal, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
-    return row[-1]

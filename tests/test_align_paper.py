@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slow_alignment import levenshtein
 
 from fusechat.align import distribute, vocab_map
 from fusechat.align.paper import ONE_HOT, branches
 from fusechat.align.statistics import PairCounts, best_pairs, soft_pairs, upstream_pairs
 from fusechat.align.vocabulary import Spelling
+from fusechat.bench.align_baselines import plain_edit_distance
 from fusechat.bytetable import ByteTable, Role
 from fusechat.errors import ConfigError
 
@@ -94,12 +94,12 @@ def test_statistics_are_the_plain_counts_and_scores(
         a, b = names[0][s].replace("Ġ", ""), names[1][p].replace("▁", "")
         if not a or not b:
             a, b = names[0][s].replace("Ġ", "▁"), names[1][p]
-        distance = levenshtein(a, b) * (0.1 if a in b or b in a else 1)
+        distance = plain_edit_distance(a, b) * (0.1 if a in b or b in a else 1)
         return distance * (1 / (1 + math.exp(-plain[s, p])))
 
     for s in range(7):
         of = partners[s]
-        key = {p: (-plain[s, p], levenshtein(names[0][s], names[1][p]), p) for p in of}
+        key = {p: (-plain[s, p], plain_edit_distance(names[0][s], names[1][p]), p) for p in of}
         assert best[s] == (min(of, key=lambda p: key[p]) if of else -1)
         assert upstream[s] == (min(of, key=lambda p: (round(score(s, p), 12), p)) if of else -1)
         top = sorted(of, key=lambda p: (-plain[s, p], p))[:4]

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from slow_alignment import levenshtein
 
 from fusechat.align import dtw
 from fusechat.align.backend import engine
+from fusechat.bench.align_baselines import plain_edit_distance
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -24,8 +24,8 @@ FIXTURE_IS_CONSTANT = settings(deadline=None, suppress_health_check=[HealthCheck
 def cost(source: str, pivot: str, source_mark: str, pivot_mark: str) -> int:
     a, b = source.replace(source_mark, ""), pivot.replace(pivot_mark, "")
     if not a or not b:
-        return levenshtein(source.replace(source_mark, pivot_mark), pivot)
-    return levenshtein(a, b)
+        return plain_edit_distance(source.replace(source_mark, pivot_mark), pivot)
+    return plain_edit_distance(a, b)
 
 
 def slow_dtw(source: list[str], pivot: list[str], marks: tuple[str, str]) -> tuple[int, list[list[int]]]:
@@ -117,7 +117,7 @@ def test_nearest_is_the_first_of_the_least_distance(backend: str, patterns: list
     """Catches pruning that skips the nearest, ties resolved by length order, and blocks that mix fast and slow."""
     index, distance = engine().nearest(patterns, texts, 2)
     for i, pattern in enumerate(patterns):
-        distances = [levenshtein(pattern, text) for text in texts]
+        distances = [plain_edit_distance(pattern, text) for text in texts]
         assert distance[i] == min(distances)
         assert index[i] == distances.index(min(distances))
 
@@ -127,6 +127,6 @@ def test_nearest_is_the_first_of_the_least_distance(backend: str, patterns: list
 def test_edit_distance(backend: str, pairs: list[tuple[str, str]]) -> None:
     """Catches carries lost between the words of long patterns."""
     got = engine().edit_distances([a for a, _ in pairs], [b for _, b in pairs])
-    assert got.tolist() == [levenshtein(a, b) for a, b in pairs]
+    assert got.tolist() == [plain_edit_distance(a, b) for a, b in pairs]
     a, b = "ab" * 200, "ba" * 130
-    assert engine().edit_distances([a], [b]).tolist() == [levenshtein(a, b)]
+    assert engine().edit_distances([a], [b]).tolist() == [plain_edit_distance(a, b)]

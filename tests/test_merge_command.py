@@ -80,6 +80,20 @@ def test_a_reader_that_ends_early_leaves_no_traceback(config: Path, tmp_path: Pa
     assert re.fullmatch(r"\d+ tensors in .*\n(warning: .*\n)*", done.stderr)
 
 
+def test_another_pipe_that_breaks_is_not_taken_for_the_reader(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a fault that ends the command without a word: only who reads the output may go."""
+
+    def broken(*_: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("fusechat.commands.merge.merge", broken)
+    monkeypatch.setattr(sys, "argv", ["fusechat", "merge", str(config), str(tmp_path / "out")])
+    with pytest.raises(BrokenPipeError):
+        main()
+
+
 def test_errors_are_one_line_and_exit_2(config: Path, tmp_path: Path) -> None:
     """Catches tracebacks."""
     broken = tmp_path / "broken.yml"

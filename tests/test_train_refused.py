@@ -78,6 +78,23 @@ def test_what_is_no_target_is_refused_before_training(tiny_world: Any, stores: P
         train_target(tiny_world, stores, tmp_path / "begun")
 
 
+def test_a_target_that_came_meanwhile_is_kept(
+    tiny_world: Any, stores: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches an OSError of the file system, or another's target replaced, where one was copied there meanwhile."""
+    from fusechat.train import export
+
+    def save_and_copy(*_: object) -> None:
+        (tmp_path / "t").mkdir()
+        (tmp_path / "t" / "provenance.json").write_text('{"format": "fusechat.target", "request": {}}')
+        (tmp_path / "t.partial" / "model").mkdir()
+
+    monkeypatch.setattr(export, "save_target", save_and_copy)
+    with pytest.raises(MismatchError, match="t has become a target while this one was trained"):
+        train_target(tiny_world, stores, tmp_path / "t", "max_steps=1")
+    assert [path.name for path in (tmp_path / "t").iterdir()] == ["provenance.json"]
+
+
 def test_training_leaves_the_caller_s_logging_as_it_was_and_takes_an_empty_folder(
     tiny_world: Any, stores: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

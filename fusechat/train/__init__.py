@@ -186,7 +186,8 @@ def _train(
                     (work / left).rename(work / "model" / left)
             write_card(work / "model", provenance)
         write_json(work / "model" / PROVENANCE, provenance)
-        _target_at(out)
+        if _target_at(out) is not None:
+            raise MismatchError(f"{out} has become a target while this one was trained: choose another place")
         (work / "model").replace(out)
         shutil.rmtree(work)
         return provenance
