@@ -35,7 +35,7 @@ class Pair:
     theirs: str
     on_cpu: bool = True
     note: str = ""
-    bf16_tolerance: float = 5e-2
+    bf16_tolerance: float = 2e-2
     """How far the gradients may differ, in shares of the largest element; in float32 it is 1e-4."""
 
     @property
